@@ -1,0 +1,1 @@
+"""Adapters: one file for each framework, named after it."""

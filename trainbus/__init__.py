@@ -1,0 +1,64 @@
+"""trainbus: attach once to any trainer; every metric, plot, curve and model reaches any tracker."""
+
+from __future__ import annotations
+
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
+
+from trainbus.bus import Bus, RunDefaults
+from trainbus.delivery import Receipt, Route, SinkReport
+from trainbus.errors import (
+    ConfigError,
+    MissingPackageError,
+    NoAdapterError,
+    PluginError,
+    SinkError,
+    SubscribeError,
+    TrainbusError,
+    UnknownPluginError,
+)
+from trainbus.events import Event, Record
+from trainbus.interfaces import Adapter, Detach, Emit, Options, RunInfo, Sink
+from trainbus.run import Run
+
+if TYPE_CHECKING:
+    import os
+
+__version__ = _version("trainbus")
+
+__all__ = [
+    "Adapter",
+    "Bus",
+    "ConfigError",
+    "Detach",
+    "Emit",
+    "Event",
+    "MissingPackageError",
+    "NoAdapterError",
+    "Options",
+    "PluginError",
+    "Receipt",
+    "Record",
+    "Route",
+    "Run",
+    "RunDefaults",
+    "RunInfo",
+    "Sink",
+    "SinkError",
+    "SinkReport",
+    "SubscribeError",
+    "TrainbusError",
+    "UnknownPluginError",
+    "load",
+]
+
+
+def load(path: str | os.PathLike[str]) -> Bus:
+    """Return a bus with the sinks that a YAML file configures.
+
+    Raises:
+        ConfigError: the file can't be read or used; it says where and what was expected.
+    """
+    from trainbus import config  # yaml is only needed here
+
+    return config.load(path)

@@ -1,0 +1,231 @@
+"""The bus: takes events in, hands records to subscribers and sinks.
+
+It keeps nothing at module level: two buses, and two trainings on one bus, never see each other's run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import msgspec
+from blinker import Namespace
+
+from trainbus import registry
+from trainbus.delivery import Delivery, Receipt, Route
+from trainbus.emitter import Emitter, print_receipt
+from trainbus.errors import SubscribeError
+from trainbus.events import Event, Record, RunStarted, event_name
+from trainbus.interfaces import Detach, Sink
+from trainbus.run import Run
+
+logger = logging.getLogger("trainbus")
+
+SinkSource: TypeAlias = Route | Sink | Callable[[], Sink]
+
+_FAILURES_TO_MUTE = 5
+
+
+class RunDefaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the user sets for every run, over what the adapter finds."""
+
+    name: str | None = None
+    project: str | None = None
+    group: str | None = None
+    job_type: str | None = None
+    tags: list[str] | None = None
+    notes: str | None = None
+
+    def apply(self, started: RunStarted) -> RunStarted:
+        """Return the start with these values in place of the adapter's."""
+        given = {k: v for k, v in msgspec.structs.asdict(self).items() if v is not None}
+        return msgspec.structs.replace(started, **given) if given else started
+
+
+class Bus:
+    """Takes events in and hands records on.
+
+    Args:
+        sinks: name → sink. A sink may be an object, or a callable that makes one (needed where
+            several runs are open at a time).
+        defaults: what the user sets for every run.
+        on_receipt: called with the receipt of every run that ends; by default it is printed.
+        rebuild: makes an equal bus in another process; `trainbus.load` supplies it.
+    """
+
+    def __init__(
+        self,
+        sinks: Mapping[str, SinkSource] | None = None,
+        *,
+        defaults: RunDefaults | None = None,
+        on_receipt: Callable[[Receipt], None] = print_receipt,
+        rebuild: Callable[[], Bus] | None = None,
+    ) -> None:
+        self.routes = tuple(_route(name, source) for name, source in (sinks or {}).items())
+        self.defaults = defaults or RunDefaults()
+        self.rebuild = rebuild
+        self.receipts: list[Receipt] = []
+        self._on_receipt = on_receipt
+        self._signals = Namespace()
+        self._emitters: list[Emitter] = []
+        self._attached: dict[int, tuple[object, Detach]] = {}
+        self._main: Emitter | None = None
+
+    def emit(self, event: Event) -> None:
+        """Hand an event to the bus's own run; the first one starts it."""
+        if self._main is None:
+            self._main = self._emitter()
+        self._main(event)
+
+    def attach(self, target: object) -> Detach:
+        """Hang the framework's hooks into `target`, so that its training reports to this bus.
+
+        Args:
+            target: what the framework trains with, such as a `YOLO` model or a trainer.
+
+        Returns:
+            A function that takes the hooks out again. Attaching the same object twice is the same
+            as attaching it once.
+
+        Raises:
+            NoAdapterError: no installed adapter knows the object's framework.
+        """
+        known = self._attached.get(id(target))
+        if known is not None:
+            return known[1]
+        detach_hooks = registry.adapter_for(target)(target, self._emitter())
+
+        def detach() -> None:
+            if self._attached.pop(id(target), None) is not None:
+                detach_hooks()
+
+        self._attached[id(target)] = (target, detach)
+        return detach
+
+    def run(
+        self,
+        *,
+        name: str | None = None,
+        project: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        **started: Any,
+    ) -> Run:
+        """Return a run for a training loop of your own, to be used in a `with` statement.
+
+        Args:
+            name: what the run is called.
+            project: what it belongs to.
+            params: its configuration.
+            started: further fields of `RunStarted`, such as `tags`, `task` or `save_dir`.
+        """
+        event = RunStarted(name=name, project=project, params=dict(params or {}), **started)
+        return Run(self._emitter(), event)
+
+    def subscribe(
+        self, receiver: Callable[[Record], object], *events: type[Any]
+    ) -> Callable[[], None]:
+        """Call `receiver(record)` for every event, or for the given event types only.
+
+        Receivers run inside `emit`, in no defined order; one that raises is reported, and muted
+        after five failures in a row.
+
+        Returns:
+            A function that ends the subscription.
+
+        Raises:
+            SubscribeError: the receiver is a coroutine function, or no function at all.
+        """
+        call = getattr(receiver, "__call__", None)  # noqa: B004  an object may have an async __call__
+        if call is None:
+            raise SubscribeError(f"expected a function that takes a record, found {receiver!r}")
+        if inspect.iscoroutinefunction(receiver) or inspect.iscoroutinefunction(call):
+            raise SubscribeError(
+                f"{receiver!r} is a coroutine function and would never run; pass a plain function "
+                "that hands the record to your event loop"
+            )
+        guarded = _Guarded(receiver)
+        signals = [self._signals.signal(event_name(e)) for e in events] or [
+            self._signals.signal("*")
+        ]
+        for signal in signals:
+            signal.connect(guarded, weak=False)
+
+        def unsubscribe() -> None:
+            for signal in signals:
+                signal.disconnect(guarded)
+
+        return unsubscribe
+
+    def close(self, error: BaseException | None = None) -> None:
+        """End every open run, as `error` says if there is one, and detach from every trainer."""
+        for emitter in self._emitters:
+            emitter.end(error)
+        for _, detach in list(self._attached.values()):
+            detach()
+
+    def __enter__(self) -> Bus:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close(error)
+
+    def dispatch(self, record: Record) -> None:
+        """Send a record to the subscribers; called by emitters."""
+        for name in (event_name(record.event), "*"):
+            signal = self._signals.signal(name)
+            if signal.receivers:
+                signal.send(record)
+
+    def close_run(self, delivery: Delivery) -> None:
+        """Close the sinks of a run that has ended; called by emitters."""
+        receipt = delivery.close()
+        self.receipts.append(receipt)
+        if receipt.sinks:
+            try:
+                self._on_receipt(receipt)
+            except Exception:
+                logger.warning("the receipt of run %s can't be shown", receipt.run, exc_info=True)
+
+    def _emitter(self) -> Emitter:
+        emitter = Emitter(self)
+        self._emitters.append(emitter)
+        return emitter
+
+
+class _Guarded:
+    """A subscriber that can't hurt training: what it raises is reported, not passed on."""
+
+    def __init__(self, receiver: Callable[[Record], object]) -> None:
+        self._receiver = receiver
+        self._failures = 0
+
+    def __call__(self, record: Record) -> None:
+        if self._failures >= _FAILURES_TO_MUTE:
+            return
+        try:
+            self._receiver(record)
+        except Exception:
+            self._failures += 1
+            last = " and is muted now" if self._failures == _FAILURES_TO_MUTE else ""
+            logger.warning("subscriber %r failed%s", self._receiver, last, exc_info=True)
+        else:
+            self._failures = 0
+
+
+def _route(name: str, source: SinkSource) -> Route:
+    if isinstance(source, Route):
+        return source
+    if isinstance(source, Sink):
+        return Route(
+            name=name, make=lambda: source, kind=type(source).__name__, service=source.service
+        )
+    kind = getattr(source, "__name__", type(source).__name__)
+    return Route(name=name, make=source, kind=kind, service=getattr(source, "service", None))

@@ -1,0 +1,418 @@
+"""The neutral schema: what can happen in a training, as a closed set of frozen types.
+
+An *event* is what happened; a *record* is an event in its envelope (run id, seq, time, rank). Values
+are plain Python and numpy: adapters convert tensors before they emit.
+
+Conventions:
+    - `epoch` counts from 0. `step` counts the optimizer updates done.
+    - A value measured at one optimizer step carries `step` (and the epoch it lies in). A value that
+      sums up an epoch carries `epoch` and leaves `step` as None.
+    - In JSON, NaN and ±Inf are the strings `NaN`, `Infinity`, `-Infinity` (as in protobuf's JSON
+      mapping), and an array is `{"dtype", "shape", "data"}`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, TypeAlias, get_origin
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+SCHEMA_VERSION = 1
+
+Phase: TypeAlias = str
+"""What a metric was measured in: `train`, `validation`, `test`, `system`, or a name of your own."""
+
+Array: TypeAlias = NDArray[Any]
+
+
+class _Base(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type"):
+    """What every event is built on."""
+
+
+class Resumed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where a resumed training goes on; `run` is None when the framework can't tell the run's id."""
+
+    run: str | None = None
+    epoch: int | None = None
+    step: int | None = None
+
+
+class Best(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The best value that a run reached, and the epoch it was reached in."""
+
+    metric: str
+    value: float
+    epoch: int | None = None
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What ended a run that failed."""
+
+    type: str
+    message: str
+    traceback: str = ""
+
+
+class RunStarted(_Base, frozen=True, kw_only=True, tag="run.started"):
+    """A training is set up and about to begin.
+
+    `goals` says which metrics the trainer ranks by, and which way: name or `prefix*` → max or min.
+    """
+
+    name: str | None = None
+    project: str | None = None
+    group: str | None = None
+    job_type: str | None = None
+    tags: list[str] = []
+    notes: str | None = None
+    task: str | None = None
+    params: dict[str, Any] = {}
+    framework: str | None = None
+    framework_version: str | None = None
+    save_dir: str | None = None
+    world_size: int = 1
+    resumed: Resumed | None = None
+    goals: dict[str, Literal["max", "min"]] = {}
+
+
+class ParamsUpdated(_Base, frozen=True, kw_only=True, tag="params.updated"):
+    """Parameters that changed after the start, such as an automatic batch size."""
+
+    params: dict[str, Any]
+
+
+class ModelDescribed(_Base, frozen=True, kw_only=True, tag="model.described"):
+    """Size and speed of the model, as far as known.
+
+    `speed_ms` maps what was timed to milliseconds an image; `gflops` is 10⁹ operations an image.
+    """
+
+    parameters: int | None = None
+    gradients: int | None = None
+    layers: int | None = None
+    gflops: float | None = None
+    speed_ms: dict[str, float] = {}
+    classes: list[str] = []
+    extra: dict[str, float] = {}
+
+
+class EpochStarted(_Base, frozen=True, kw_only=True, tag="epoch.started"):
+    """An epoch begins."""
+
+    epoch: int
+
+
+class EpochEnded(_Base, frozen=True, kw_only=True, tag="epoch.ended"):
+    """An epoch is over: completed, or given up to be retried (memory) or redone (NaN recovery)."""
+
+    epoch: int
+    duration_s: float | None = None
+    outcome: Literal["completed", "retried", "recovered"]
+
+
+class MetricsLogged(_Base, frozen=True, kw_only=True, tag="metrics.logged"):
+    """Named numbers.
+
+    `final` marks an evaluation of the chosen weights after training, which is no epoch. `on_request`
+    marks step values that were measured only because a sink asked for them with `every`.
+    """
+
+    values: dict[str, float]
+    phase: Phase
+    epoch: int | None = None
+    step: int | None = None
+    final: bool = False
+    on_request: bool = False
+
+
+class ImageLogged(_Base, frozen=True, kw_only=True, tag="image.logged"):
+    """A picture: the path of a file, or an array (H, W) or (H, W, C), uint8, or float in 0…1."""
+
+    key: str
+    path: str | None = None
+    array: Array | None = None
+    caption: str | None = None
+    epoch: int | None = None
+    step: int | None = None
+
+
+class CurveLogged(_Base, frozen=True, kw_only=True, tag="curve.logged"):
+    """One curve a class over a common axis: x (N,), ascending; y (C, N); classes, C names."""
+
+    key: str
+    x: Array
+    y: Array
+    classes: list[str]
+    title: str = ""
+    x_label: str = "x"
+    y_label: str = "y"
+    epoch: int | None = None
+    step: int | None = None
+
+
+class ConfusionMatrixLogged(_Base, frozen=True, kw_only=True, tag="confusion_matrix.logged"):
+    """Counts (or shares, if normalized) (C, C): row i, column j is true class i predicted as j."""
+
+    key: str
+    matrix: Array
+    classes: list[str]
+    normalized: bool = False
+    epoch: int | None = None
+    step: int | None = None
+
+
+class TableLogged(_Base, frozen=True, kw_only=True, tag="table.logged"):
+    """Rows of plain values under named columns."""
+
+    key: str
+    columns: list[str]
+    rows: list[list[Any]]
+    epoch: int | None = None
+    step: int | None = None
+
+
+class HistogramLogged(_Base, frozen=True, kw_only=True, tag="histogram.logged"):
+    """Counts (N,) of the values that fell between edges (N + 1,)."""
+
+    key: str
+    counts: Array
+    edges: Array
+    epoch: int | None = None
+    step: int | None = None
+
+
+class TextLogged(_Base, frozen=True, kw_only=True, tag="text.logged"):
+    """A piece of text."""
+
+    key: str
+    text: str
+    epoch: int | None = None
+    step: int | None = None
+
+
+class CheckpointSaved(_Base, frozen=True, kw_only=True, tag="checkpoint.saved"):
+    """The trainer wrote a checkpoint; `final` marks the last time that this path is written."""
+
+    path: str
+    kind: Literal["best", "last", "periodic"]
+    epoch: int | None = None
+    step: int | None = None
+    metrics: dict[str, float] = {}
+    metadata: dict[str, Any] = {}
+    final: bool = False
+
+
+class ArtifactLogged(_Base, frozen=True, kw_only=True, tag="artifact.logged"):
+    """Files to be kept together under a name."""
+
+    name: str
+    kind: str = "file"
+    paths: list[str] = []
+    aliases: list[str] = []
+    metadata: dict[str, Any] = {}
+
+
+class AlertRaised(_Base, frozen=True, kw_only=True, tag="alert.raised"):
+    """Something that a person should see now."""
+
+    title: str
+    text: str = ""
+    level: Literal["info", "warning", "error"]
+
+
+class RunEnded(_Base, frozen=True, kw_only=True, tag="run.ended"):
+    """The training is over; `reason` says why in a word or a short sentence."""
+
+    status: Literal["finished", "failed", "stopped"]
+    reason: str | None = None
+    error: Failure | None = None
+    best: Best | None = None
+
+
+class UnknownEvent:
+    """An event of a newer schema: its name and its data, kept so that it can be passed on whole."""
+
+    __slots__ = ("data", "name")
+
+    def __init__(self, name: str, data: dict[str, Any]) -> None:
+        self.name = name
+        self.data = data
+
+    def __repr__(self) -> str:
+        return f"UnknownEvent({self.name!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, UnknownEvent) and self.data == other.data
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+Event: TypeAlias = (
+    RunStarted
+    | ParamsUpdated
+    | ModelDescribed
+    | EpochStarted
+    | EpochEnded
+    | MetricsLogged
+    | ImageLogged
+    | CurveLogged
+    | ConfusionMatrixLogged
+    | TableLogged
+    | HistogramLogged
+    | TextLogged
+    | CheckpointSaved
+    | ArtifactLogged
+    | AlertRaised
+    | RunEnded
+)
+
+EVENT_TYPES: tuple[type[Any], ...] = Event.__args__  # type: ignore[attr-defined]
+_BY_NAME: dict[str, type[Any]] = {str(t.__struct_config__.tag): t for t in EVENT_TYPES}
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """An event in its envelope.
+
+    `seq` counts the records of one run from 1 without gaps, `time` is seconds since the Unix epoch,
+    `rank` is the rank of the process that emitted it.
+    """
+
+    seq: int
+    run: str
+    time: float
+    event: Event | UnknownEvent
+    rank: int = 0
+    schema: int = SCHEMA_VERSION
+
+
+def event_name(event: object) -> str:
+    """Return the schema's name of an event or event type, such as `metrics.logged`."""
+    if isinstance(event, UnknownEvent):
+        return event.name
+    config = getattr(event, "__struct_config__", None)
+    if config is None or config.tag not in _BY_NAME:
+        raise TypeError(f"expected an event of trainbus.events, found {event!r}")
+    return str(config.tag)
+
+
+def encode(record: Record) -> bytes:
+    """Return a record as one line of JSON, without the line feed.
+
+    Raises:
+        TypeError: a value in it is neither plain Python nor numpy.
+    """
+    line = _ENCODER.encode(record)
+    # msgspec writes a non-finite float as null; only then is the slower walk needed.
+    if b"null" in line:
+        line = _ENCODER.encode(_spell(msgspec.to_builtins(record, enc_hook=_encode_other)))
+    return line
+
+
+def decode(line: bytes | str) -> Record:
+    """Return the record that `encode` wrote; an event type it does not know is an `UnknownEvent`.
+
+    Raises:
+        msgspec.DecodeError: the line is no JSON, or not a record.
+    """
+    envelope = _ENVELOPE.decode(line)
+    name = _TAG.decode(envelope.event).type
+    decoder = _DECODERS.get(name)
+    event: Event | UnknownEvent = (
+        decoder.decode(envelope.event)
+        if decoder
+        else UnknownEvent(name, msgspec.json.decode(envelope.event))
+    )
+    return Record(
+        seq=envelope.seq,
+        run=envelope.run,
+        time=envelope.time,
+        event=event,
+        rank=envelope.rank,
+        schema=envelope.schema,
+    )
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a record."""
+
+    class RecordSchema(msgspec.Struct, kw_only=True, rename={"schema_": "schema"}):
+        seq: int
+        run: str
+        time: float
+        event: Event
+        rank: int = 0
+        schema_: int = SCHEMA_VERSION
+
+    return msgspec.json.schema(RecordSchema, schema_hook=_array_schema)
+
+
+class _Envelope(msgspec.Struct, kw_only=True):
+    seq: int
+    run: str
+    time: float
+    event: msgspec.Raw
+    rank: int = 0
+    schema: int = SCHEMA_VERSION
+
+
+class _Tag(msgspec.Struct):
+    type: str
+
+
+def _encode_other(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return {"dtype": str(value.dtype), "shape": list(value.shape), "data": value.tolist()}
+    if isinstance(value, UnknownEvent):
+        return value.data
+    raise TypeError(f"expected plain Python or numpy values, found {type(value).__qualname__}")
+
+
+def _decode_other(expected: type, value: Any) -> Any:
+    if (get_origin(expected) or expected) is np.ndarray:
+        # float() reads the spelled-out non-finite numbers, which numpy does not in every dtype.
+        dtype = np.dtype(value["dtype"])
+        data = _unspell(value["data"]) if dtype.kind == "f" else value["data"]
+        return np.array(data, dtype=dtype).reshape(value["shape"])
+    raise NotImplementedError(f"no way to read a {expected.__qualname__}")
+
+
+def _unspell(value: Any) -> Any:
+    return [_unspell(item) for item in value] if isinstance(value, list) else float(value)
+
+
+def _spell(value: Any) -> Any:
+    if type(value) is float:
+        if math.isnan(value):
+            return "NaN"
+        if math.isinf(value):
+            return "Infinity" if value > 0 else "-Infinity"
+        return value
+    if isinstance(value, dict):
+        return {key: _spell(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spell(item) for item in value]
+    return value
+
+
+def _array_schema(_: type) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": {
+            "dtype": {"type": "string"},
+            "shape": {"type": "array", "items": {"type": "integer"}},
+            "data": {"type": "array"},
+        },
+        "required": ["dtype", "shape", "data"],
+    }
+
+
+_ENCODER = msgspec.json.Encoder(enc_hook=_encode_other)
+_ENVELOPE = msgspec.json.Decoder(_Envelope)
+_TAG = msgspec.json.Decoder(_Tag)
+_DECODERS = {
+    name: msgspec.json.Decoder(cls, strict=False, dec_hook=_decode_other)
+    for name, cls in _BY_NAME.items()
+}

@@ -1,0 +1,95 @@
+"""The whole plugin contract: what a sink is, what an adapter is, and what each is given.
+
+A sink is a class with one method that matters, `write`. An adapter is a function,
+`attach(target, emit) -> detach`. Both are found by their entry points, `trainbus.sinks` (the YAML
+`type`) and `trainbus.adapters` (the import name of the framework).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol, TypeAlias
+
+import msgspec
+
+from trainbus.events import Event, Record, RunStarted
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of a sink's options: each field is a YAML key; unknown keys and wrong types are errors.
+
+    Describe a field with `Annotated[str, msgspec.Meta(description="…")]`; the JSON Schema shows it.
+    `Meta(pattern=…, extra={"expected": "…"})` puts a service's naming rule into validation.
+    """
+
+
+class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The run that a sink is opened for; `resumed` means that an earlier attempt had the same id."""
+
+    id: str
+    started: RunStarted
+    resumed: bool = False
+
+
+class Sink(ABC):
+    """Takes the records of one run to one place.
+
+    A sink is opened once a run, before its first record, and closed after its last; `close` also
+    comes when nothing was opened, and may come twice. Records arrive in the order of their `seq`,
+    cut into batches at any point, and the same record may come again after a crash: what a sink
+    stored must depend on neither. `open` and `write` may run in different threads, never at the same
+    time. Whatever a sink raises is caught, counted and reported; training goes on.
+    """
+
+    Options: ClassVar[type[Options]] = Options
+    """The class of the sink's options; an instance of it is the constructor's only argument."""
+
+    service: ClassVar[str | None] = None
+    """Import name of the tracker, so that a framework's own logger for it can be switched off."""
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = self.Options() if options is None else options
+
+    def open(self, run: RunInfo) -> None:  # noqa: B027
+        """Prepare to take the records of `run`; import heavy packages here, not at the top."""
+
+    @abstractmethod
+    def write(self, records: Sequence[Record]) -> None:
+        """Take the records; `match record.event` on the event classes and ignore the others."""
+
+    def flush(self) -> None:  # noqa: B027
+        """Hand on everything that was taken so far."""
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of everything; the records of this run are over."""
+
+    @property
+    def where(self) -> str | None:
+        """Where a person finds what arrived: a path, an address, or a command."""
+        return None
+
+
+class Emit(Protocol):
+    """What an adapter is given: called with an event, it hands the event to the bus.
+
+    It never raises into training, unless a sink is configured with `on_error: raise`. It may be
+    pickled and deep-copied, as frameworks do with callbacks.
+    """
+
+    def __call__(self, event: Event, /) -> None:
+        """Hand an event to the bus."""
+
+    @property
+    def services(self) -> frozenset[str]:
+        """Import names of the trackers that this bus feeds."""
+
+    def every(self, phase: str) -> int | None:
+        """Return the interval in steps at which a sink asks for step values, None if none does."""
+
+
+Detach: TypeAlias = Callable[[], None]
+"""Takes an adapter's hooks out of the framework again; calling it twice does nothing more."""
+
+Adapter: TypeAlias = Callable[[Any, Emit], Detach]
+"""`attach(target, emit) -> detach`: hang hooks into a framework's object that emit events."""

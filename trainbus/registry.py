@@ -1,0 +1,68 @@
+"""Finds sinks and adapters by their entry points; built-in ones come the same way."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from trainbus.errors import NoAdapterError, PluginError, UnknownPluginError
+from trainbus.interfaces import Adapter, Sink
+
+SINKS = "trainbus.sinks"
+ADAPTERS = "trainbus.adapters"
+
+
+def plugins(group: str) -> dict[str, EntryPoint]:
+    """Return the installed plugins of an entry-point group by name."""
+    return {point.name: point for point in sorted(entry_points(group=group), key=lambda p: p.name)}
+
+
+def sink_class(name: str) -> type[Sink]:
+    """Return the sink class that is registered under a name.
+
+    Raises:
+        UnknownPluginError: no installed package registers the name.
+        PluginError: what is registered can't be imported, or is no sink.
+    """
+    known = plugins(SINKS)
+    if name not in known:
+        raise UnknownPluginError("sink", name, known)
+    found = _load(known[name])
+    if not (isinstance(found, type) and issubclass(found, Sink)):
+        raise PluginError(
+            f"sink {name!r} is registered as {known[name].value!r}, which is {found!r}; "
+            "expected a class derived from trainbus.Sink"
+        )
+    return found
+
+
+def adapter_for(target: object) -> Adapter:
+    """Return the adapter for the framework that `target`'s class, or a base of it, comes from.
+
+    Raises:
+        NoAdapterError: no installed adapter is named after any of them.
+        PluginError: the adapter can't be imported, or is no function.
+    """
+    known = plugins(ADAPTERS)
+    for cls in type(target).__mro__:
+        framework = cls.__module__.split(".", 1)[0]
+        if framework in known:
+            found = _load(known[framework])
+            if not callable(found):
+                raise PluginError(
+                    f"adapter {framework!r} is registered as {known[framework].value!r}, which is "
+                    f"{found!r}; expected a function attach(target, emit)"
+                )
+            adapter: Adapter = found
+            return adapter
+    raise NoAdapterError(target, known)
+
+
+def _load(point: EntryPoint) -> Any:
+    try:
+        return point.load()
+    except Exception as error:
+        raise PluginError(
+            f"{point.group} plugin {point.name!r} ({point.value}) can't be imported: "
+            f"{type(error).__name__}: {error}"
+        ) from error

@@ -1,0 +1,94 @@
+"""What a sink's configuration filters, renames and thins out, before the sink sees it.
+
+Patterns match the names that a person sees in the tracker: metric names, and the keys of images,
+curves, confusion matrices, tables, histograms and texts. Everything else (starts, ends, checkpoints,
+artifacts, alerts) always passes. `*` matches any text, `?` one character; the first `*` of a `rename`
+pattern is put where the `*` of its new name stands.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import msgspec
+
+from trainbus.events import MetricsLogged, Record, RunStarted
+
+
+class TransformSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The transforms of one sink, the same keys for every sink."""
+
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+    rename: Mapping[str, str] = {}
+    every: Mapping[str, int] = {}
+
+
+class Transform:
+    """The transforms of one sink at work on one run; it remembers which steps it let through."""
+
+    def __init__(self, spec: TransformSpec) -> None:
+        self._spec = spec
+        self._renames = [(_pattern(old), new) for old, new in spec.rename.items()]
+        self._last_step: dict[str, int] = {}
+
+    def __call__(self, record: Record) -> Record | None:
+        """Return the record as the sink shall see it, or None where nothing is left of it."""
+        event = record.event
+        if isinstance(event, MetricsLogged):
+            if not self._due(event):
+                return None
+            values = {self.name(k): v for k, v in event.values.items() if self._wanted(k)}
+            if not values:
+                return None
+            if values == event.values:
+                return record
+            return msgspec.structs.replace(
+                record, event=msgspec.structs.replace(event, values=values)
+            )
+        if isinstance(event, RunStarted) and self._renames:
+            goals = {self.name(k): v for k, v in event.goals.items()}
+            return msgspec.structs.replace(
+                record, event=msgspec.structs.replace(event, goals=goals)
+            )
+        key = getattr(event, "key", None)
+        if key is None:
+            return record
+        if not self._wanted(key):
+            return None
+        new = self.name(key)
+        if new == key:
+            return record
+        return msgspec.structs.replace(record, event=msgspec.structs.replace(event, key=new))
+
+    def name(self, key: str) -> str:
+        """Return what a metric or key is called in this sink."""
+        for pattern, new in self._renames:
+            found = pattern.fullmatch(key)
+            if found:
+                return new.replace("*", found[1], 1) if found.groups() else new
+        return key
+
+    def _wanted(self, key: str) -> bool:
+        spec = self._spec
+        return any(fnmatchcase(key, p) for p in spec.include) and not any(
+            fnmatchcase(key, p) for p in spec.exclude
+        )
+
+    def _due(self, event: MetricsLogged) -> bool:
+        if event.step is None:
+            return True
+        interval = self._spec.every.get(event.phase)
+        if interval is None:
+            return not event.on_request
+        last = self._last_step.get(event.phase)
+        if last is not None and event.step != last and last <= event.step < last + interval:
+            return False
+        self._last_step[event.phase] = event.step
+        return True
+
+
+def _pattern(glob: str) -> re.Pattern[str]:
+    return re.compile("(.*)".join(re.escape(part) for part in glob.split("*", 1)), re.DOTALL)
