@@ -1,6 +1,6 @@
 """Writes every record as one line of JSON: the reference sink, and the one to copy.
 
-Guarantees: one line a record, in the order of `seq`; each batch is one `write`; a record that was
+Guarantees: one line a record, in their order; each batch is one `write`; a record that was
 written for the run before, by this process or an earlier one, is not written again.
 """
 
@@ -37,7 +37,7 @@ class JsonlSink(Sink):
         super().__init__(options)
         self._path: Path | None = None
         self._fd: int | None = None
-        self._seq = 0
+        self._last = (0, 0)
 
     def open(self, run: RunInfo) -> None:
         """Open the file, and find the last record of this run in it.
@@ -48,7 +48,7 @@ class JsonlSink(Sink):
         path = Path(self.options.path.replace("{run}", run.id)).absolute()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._seq = _last_seq(path, run.id)
+            self._last = _last_position(path, run.id)
             self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         except OSError as error:
             raise SinkError(f"can't write {path}: {error.strerror}; set another `path`") from error
@@ -62,7 +62,7 @@ class JsonlSink(Sink):
         """
         if self._fd is None:
             raise SinkError("write came before open; call open(run) first")
-        new = [record for record in records if record.seq > self._seq]
+        new = [record for record in records if record.position > self._last]
         if not new:
             return
         lines = b"".join(encode(record) + b"\n" for record in new)
@@ -70,7 +70,7 @@ class JsonlSink(Sink):
         if written < len(lines):  # a full disk writes short, without an error
             os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
             raise OSError(28, "no space left on device", str(self._path))
-        self._seq = new[-1].seq
+        self._last = new[-1].position
 
     def close(self) -> None:
         """Close the file."""
@@ -84,9 +84,9 @@ class JsonlSink(Sink):
         return str(self._path) if self._path else None
 
 
-def _last_seq(path: Path, run: str) -> int:
-    """Return the last `seq` of the run in the file, 0 if there is none."""
-    last = 0
+def _last_position(path: Path, run: str) -> tuple[int, int]:
+    """Return the position of the run's last record in the file, (0, 0) if there is none."""
+    last = (0, 0)
     if path.exists():
         with path.open("rb") as lines:
             for line in lines:
@@ -95,5 +95,5 @@ def _last_seq(path: Path, run: str) -> int:
                 except DecodeError:  # a line cut short by a crash, or one that is not ours
                     continue
                 if record.run == run:
-                    last = max(last, record.seq)
+                    last = max(last, record.position)
     return last

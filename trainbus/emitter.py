@@ -140,8 +140,8 @@ class Emitter:
 
     def _start(self, event: RunStarted) -> None:
         event = self._bus.defaults.apply(event)
-        run_id, resumed = _identify(event)
-        run = RunInfo(id=run_id, started=event, resumed=resumed)
+        run_id, attempt = _identify(event)
+        run = RunInfo(id=run_id, started=event, attempt=attempt)
         self._seq = 0
         self._run = run
         self._bus.dispatch(self._stamp(event))
@@ -167,7 +167,13 @@ class Emitter:
     def _stamp(self, event: Event) -> Record:
         assert self._run is not None
         self._seq += 1
-        self._last = Record(seq=self._seq, run=self._run.id, time=time.time(), event=event)
+        self._last = Record(
+            seq=self._seq,
+            run=self._run.id,
+            time=time.time(),
+            event=event,
+            attempt=self._run.attempt,
+        )
         return self._last
 
     def _mark(self, run: RunInfo) -> None:
@@ -176,7 +182,7 @@ class Emitter:
         try:
             folder = Path(run.started.save_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / MARKER).write_text(json.dumps({"run": run.id}) + "\n", encoding="utf-8")
+            (folder / MARKER).write_text(json.dumps({"run": run.id, "attempt": run.attempt}) + "\n", encoding="utf-8")
         except OSError as error:
             self._warn("marker", f"a resumed training will not find this run again: {error}")
 
@@ -228,25 +234,28 @@ def ending(error: BaseException | None) -> RunEnded:
     return RunEnded(status="failed", reason=f"{failure.type}: {failure.message}", error=failure)
 
 
-def _identify(event: RunStarted) -> tuple[str, bool]:
-    """Return the run's id and whether an earlier attempt had it already."""
+def _identify(event: RunStarted) -> tuple[str, int]:
+    """Return the run's id, and which of its attempts this is, counted from 1."""
     if event.resumed is not None:
-        known = event.resumed.run or _marked(event.save_dir)
+        marked, attempt = _marked(event.save_dir)
+        known = event.resumed.run or marked
         if known:
-            return known, True
+            return known, attempt + 1 if known == marked else 2
     stem = re.sub(r"[^A-Za-z0-9._-]+", "_", event.name or "run").strip("._-")[:64] or "run"
     # `random` is seeded by trainers, and two trainings can start within one second.
-    return f"{stem}_{time.strftime('%Y%m%d_%H%M%S')}_{secrets.token_hex(3)}", False
+    return f"{stem}_{time.strftime('%Y%m%d_%H%M%S')}_{secrets.token_hex(3)}", 1
 
 
-def _marked(save_dir: str | None) -> str | None:
+def _marked(save_dir: str | None) -> tuple[str | None, int]:
+    """Return the run that a save directory belongs to, and the number of its attempts so far."""
     if save_dir is None:
-        return None
+        return None, 0
     try:
-        run = json.loads((Path(save_dir) / MARKER).read_text(encoding="utf-8"))["run"]
+        found = json.loads((Path(save_dir) / MARKER).read_text(encoding="utf-8"))
+        run, attempt = str(found["run"]), int(found["attempt"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return run if isinstance(run, str) and re.fullmatch(r"[A-Za-z0-9._-]{1,128}", run) else None
+        return None, 0
+    return (run, attempt) if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", run) else (None, 0)
 
 
 def print_receipt(receipt: Receipt) -> None:

@@ -276,7 +276,8 @@ _BY_NAME: dict[str, type[Any]] = {str(t.__struct_config__.tag): t for t in EVENT
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """An event in its envelope.
 
-    `seq` counts the records of one run from 1 without gaps, `time` is seconds since the Unix epoch,
+    `attempt` counts the trainings of one run from 1: a resumed training is a further one. `seq`
+    counts the records of an attempt from 1 without gaps, `time` is seconds since the Unix epoch,
     `rank` is the rank of the process that emitted it.
     """
 
@@ -284,8 +285,14 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     run: str
     time: float
     event: Event | UnknownEvent
+    attempt: int = 1
     rank: int = 0
     schema: int = SCHEMA_VERSION
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Attempt and seq: where the record stands in its run; it never falls."""
+        return self.attempt, self.seq
 
 
 def event_name(event: object) -> str:
@@ -330,6 +337,7 @@ def decode(line: bytes | str) -> Record:
         run=envelope.run,
         time=envelope.time,
         event=event,
+        attempt=envelope.attempt,
         rank=envelope.rank,
         schema=envelope.schema,
     )
@@ -343,6 +351,7 @@ def json_schema() -> dict[str, Any]:
         run: str
         time: float
         event: Event
+        attempt: int = 1
         rank: int = 0
         schema_: int = SCHEMA_VERSION
 
@@ -354,6 +363,7 @@ class _Envelope(msgspec.Struct, kw_only=True):
     run: str
     time: float
     event: msgspec.Raw
+    attempt: int = 1
     rank: int = 0
     schema: int = SCHEMA_VERSION
 

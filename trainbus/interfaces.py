@@ -25,20 +25,25 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """The run that a sink is opened for; `resumed` means that an earlier attempt had the same id."""
+    """The run that a sink is opened for; `attempt` counts its trainings from 1."""
 
     id: str
     started: RunStarted
-    resumed: bool = False
+    attempt: int = 1
+
+    @property
+    def resumed(self) -> bool:
+        """Whether an earlier training had the same id."""
+        return self.attempt > 1
 
 
 class Sink(ABC):
     """Takes the records of one run to one place.
 
     A sink is opened once a run, before its first record, and closed after its last; `close` also
-    comes when nothing was opened, and may come twice. Records arrive in the order of their `seq`,
+    comes when nothing was opened, and may come twice. Records arrive in order,
     cut into batches at any point, and the same record may come again after a crash: what a sink
-    stored must depend on neither. `open` and `write` may run in different threads, never at the same
+    stored must depend on neither (`record.position` tells a record that came before). `open` and `write` may run in different threads, never at the same
     time. Whatever a sink raises is caught, counted and reported; training goes on.
     """
 

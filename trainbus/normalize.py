@@ -7,117 +7,180 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from trainbus.events import MetricsLogged
+from trainbus.events import (
+    Array,
+    Best,
+    CheckpointSaved,
+    Failure,
+    MetricsLogged,
+    ModelDescribed,
+    Resumed,
+)
 
 _MAX_DEPTH = 16
 _MAX_TEXT = 64 * 1024
 _MAX_ITEMS = 10_000
-_EXACT = (int, bool, type(None))
+_MAX_TOTAL = 1_000_000
+_MAX_BITS = 8192  # Python refuses to write much longer integers as decimals
+_CONTAINERS = (Mapping, list, tuple, set, frozenset, np.ndarray)
+_PARTS = (Best, Failure, Resumed)
+_NUMBERS: dict[type[Any], tuple[str, ...]] = {
+    MetricsLogged: ("values",),
+    CheckpointSaved: ("metrics",),
+    ModelDescribed: ("speed_ms", "extra"),
+}
 
 
-def plain(value: Any, depth: int = 0) -> Any:
+def plain(value: Any) -> Any:
     """Return `value` as None, bool, int, float, str, list or dict with str keys, all the way down.
 
     0-d tensors and numpy scalars become numbers, paths and everything unknown text. More than 16
-    levels, 10,000 items or 64 KiB of one text are cut.
+    levels, 10,000 items of one container, 1,000,000 of all together or 64 KiB of one text are cut.
     """
-    kind = type(value)
-    if kind in _EXACT or kind is float:
-        return value
-    if isinstance(value, str):
-        return _text(value)
-    if depth >= _MAX_DEPTH:
-        return _text(_repr(value))
-    if isinstance(value, Mapping):
-        items = _take(value.items())
-        return {
-            _text(k) if isinstance(k, str) else str(plain(k)): plain(v, depth + 1) for k, v in items
-        }
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(item, depth + 1) for item in _take(value)]
-    if isinstance(value, np.ndarray):
-        return (
-            [plain(item, depth + 1) for item in value.tolist()]
-            if value.ndim
-            else plain(value.item())
-        )
-    number = to_number(value)
-    if number is not None:
-        return number
-    if hasattr(value, "__fspath__"):
-        return _text(str(value))
-    return _text(_repr(value))
+    return _plain(value, (), [_MAX_TOTAL])
 
 
 def to_number(value: Any) -> bool | int | float | None:
     """Return a number, numpy scalar or tensor of one element as a plain number, else None."""
-    if isinstance(value, bool | int | float):
-        return value if type(value) in (bool, int, float) else float(value)
-    item = getattr(value, "item", None)
-    if item is None:
-        return None
     try:
-        found = item()
-    except Exception:  # an array or tensor with more than one element, or one that can't be read
+        found = value if isinstance(value, bool | int | float) else value.item()
+        if isinstance(found, float | np.floating):
+            return float(found)
+        if isinstance(found, int):
+            return found if type(found) in (bool, int) else int(found)
+    except Exception:  # no number, more than one element, or one that can't be read
         return None
-    return found if isinstance(found, bool | int | float) else None
+    return None
 
 
-def metrics(values: Mapping[Any, Any]) -> tuple[dict[str, float], list[str]]:
+def metrics(values: Any) -> tuple[dict[str, float], list[str]]:
     """Return the values that are numbers, as floats, and the names of those that are not."""
     kept: dict[str, float] = {}
     refused: list[str] = []
-    for name, value in values.items():
+    for name, value in _take(values.items()):
         number = to_number(value)
         if number is None:
-            refused.append(str(name))
+            refused.append(_key(name))
         else:
-            kept[str(name)] = _float(number)
+            kept[_key(name)] = _float(number)
     return kept, refused
 
 
 def event(value: Any) -> tuple[Any, list[str]]:
     """Return an event whose values all encode, and the names of the metrics it had to leave out."""
     refused: list[str] = []
+    return _struct(value, refused), refused
+
+
+def _struct(value: Any, refused: list[str]) -> Any:
     changed: dict[str, Any] = {}
     for field in value.__struct_fields__:
         found = getattr(value, field)
         kind = type(found)
-        if kind in _EXACT or kind is float or isinstance(found, msgspec.Struct | np.ndarray):
+        if found is None or kind is bool or kind is float:
             continue
-        if kind is str and found.isascii():
+        if kind is str:
+            new: Any = found if found.isascii() else _utf8(found)
+        elif kind is int and abs(found) < 2**63:
             continue
-        if field == "values" and isinstance(value, MetricsLogged):
-            if all(type(v) is float and type(k) is str for k, v in found.items()):
-                continue
-            changed[field], refused = metrics(found)
+        elif isinstance(found, _PARTS):
+            new = _struct(found, refused)
+        elif isinstance(found, np.ndarray):
+            new = _array(found)
+        elif field in _NUMBERS.get(type(value), ()):
+            new = _metrics(found, field, refused)
         else:
-            changed[field] = plain(found)
-    return (msgspec.structs.replace(value, **changed) if changed else value), refused
+            new = plain(found)
+        if new is not found:
+            changed[field] = new
+    return msgspec.structs.replace(value, **changed) if changed else value
+
+
+def _metrics(values: Any, field: str, refused: list[str]) -> Any:
+    try:
+        if all(type(v) is float and type(k) is str and k.isascii() for k, v in values.items()):
+            return values
+        kept, names = metrics(values)
+    except Exception:  # no mapping, or one that can't be read
+        kept, names = {}, [field]
+    refused += names
+    return kept
+
+
+def _plain(value: Any, inside: tuple[int, ...], left: list[int]) -> Any:
+    """Return a value in containers with the ids `inside`, of which `left[0]` more may be taken."""
+    try:
+        kind = type(value)
+        if value is None or kind is bool or kind is float:
+            return value
+        if isinstance(value, str):
+            return _text(value)
+        if isinstance(value, _CONTAINERS):
+            return _container(value, inside, left)
+        number = to_number(value)
+        if isinstance(number, int) and number.bit_length() > _MAX_BITS:
+            return _text(hex(number))
+        if number is not None:
+            return number
+        return _text(str(value) if hasattr(value, "__fspath__") else _repr(value))
+    except Exception:
+        return _text(_repr(value))
+
+
+def _container(value: Any, inside: tuple[int, ...], left: list[int]) -> Any:
+    if isinstance(value, np.ndarray):
+        if value.ndim == 0:
+            return _plain(value.item(), (*inside, id(value)), left)
+        value = value[:_MAX_ITEMS].tolist()
+    if id(value) in inside or len(inside) >= _MAX_DEPTH or left[0] <= 0:
+        return f"<{type(value).__qualname__}: left out>"  # its repr may be as endless as itself
+    inside = (*inside, id(value))
+    if isinstance(value, Mapping):
+        items = _take(value.items())
+        left[0] -= len(items)
+        return {_key(k): _plain(v, inside, left) for k, v in items}
+    taken = _take(value)
+    left[0] -= len(taken)
+    return [_plain(item, inside, left) for item in taken]
+
+
+def _array(value: Array) -> Array:
+    """Return the array if JSON has numbers for it, else one with text in it."""
+    kind, size = value.dtype.kind, value.dtype.itemsize
+    if kind in "biu" or (kind == "f" and size <= 8):
+        return value
+    if kind == "f":
+        with np.errstate(all="ignore"):
+            return value.astype(np.float64)
+    texts = [_utf8(item) if isinstance(item, str) else _repr(item) for item in value.ravel()]
+    return np.array(texts, dtype=np.str_).reshape(value.shape)
 
 
 def _take(items: Iterable[Any]) -> list[Any]:
-    taken = []
-    for index, item in enumerate(items):
-        if index >= _MAX_ITEMS:
-            break
-        taken.append(item)
-    return taken
+    return list(islice(items, _MAX_ITEMS))
+
+
+def _key(key: Any) -> str:
+    return _text(key if isinstance(key, str) else str(plain(key)))
 
 
 def _text(value: str) -> str:
-    text = value[:_MAX_TEXT]
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return _utf8(str.__getitem__(value, slice(_MAX_TEXT)))
+
+
+def _utf8(value: str) -> str:
+    return str.encode(value, "utf-8", "backslashreplace").decode("utf-8")
 
 
 def _repr(value: Any) -> str:
     try:
-        return repr(value)[:1000]
+        return _utf8(repr(value)[:1000])
     except Exception as error:  # a broken __repr__ is no reason to lose the rest of the event
         return f"<{type(value).__qualname__}: {type(error).__name__} in repr>"
 
@@ -126,4 +189,4 @@ def _float(number: float) -> float:
     try:
         return float(number)
     except OverflowError:
-        return math.copysign(math.inf, number)
+        return math.inf if number > 0 else -math.inf

@@ -1,0 +1,42 @@
+# `make test` and `make demo` set themselves up in .venv; nothing else needs to be there.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Ultralytics is tested in these versions too, each in a folder of its own.
+OLD_ULTRALYTICS := 8.3.0 8.3.200 8.4.90
+export YOLO_OFFLINE := True
+
+.PHONY: test demo lint types unit build clean
+
+test: lint types unit
+
+$(VENV)/ready: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(PIP) install -q --no-deps -c constraints.txt torchvision
+	$(PIP) install -q -c constraints.txt -e ".[dev]"
+	# cv2 needs libGL, which machines without a screen lack; the headless build does not.
+	$(BIN)/python -c "import cv2" 2>/dev/null || $(PIP) install -q --force-reinstall --no-deps opencv-python-headless
+	set -e; for v in $(OLD_ULTRALYTICS); do \
+	  $(PIP) install -q --no-deps --target $(VENV)/ultralytics/$$v ultralytics==$$v; done
+	touch $@
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/ready
+	$(BIN)/mypy trainbus adapters sinks tests examples
+
+unit: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+demo: $(VENV)/ready
+	$(BIN)/python tests/support/torchvision_cpu.py examples/ultralytics_wandb.py
+
+build: $(VENV)/ready
+	$(BIN)/python -m build
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,376 @@
+"""Turns the hooks of an Ultralytics training (detect, segment, pose, obb, classify) into events.
+
+Attaches to a `YOLO` model or to a trainer. Checkpoints are named by path: `last.pt` and `best.pt`
+are overwritten while training goes on (`final` marks the last time), `epochN.pt` never again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from traceback import format_exception
+from typing import Any
+
+from trainbus.events import (
+    Best,
+    CheckpointSaved,
+    EpochEnded,
+    EpochStarted,
+    Failure,
+    ImageLogged,
+    MetricsLogged,
+    ModelDescribed,
+    ParamsUpdated,
+    Resumed,
+    RunEnded,
+    RunStarted,
+)
+from trainbus.interfaces import Detach, Emit
+
+from ._ultralytics_evaluation import evaluation, number
+
+logger = logging.getLogger("trainbus.adapters.ultralytics")
+
+_OWN_LOGGERS = {
+    "wandb": "wb",
+    "mlflow": "mlflow",
+    "tensorboard": "tensorboard",
+    "comet_ml": "comet",
+    "clearml": "clearml",
+    "dvclive": "dvc",
+}
+"""Import name of a tracker → module of Ultralytics' own callbacks for it."""
+
+_PLOT_DEADLINE_S = 10.0
+
+
+def attach(target: Any, emit: Emit) -> Detach:
+    """Hang hooks into a `YOLO` model or a trainer, so that its trainings emit events.
+
+    Args:
+        target: an Ultralytics model, before `train()`, or a trainer.
+        emit: where the events go.
+
+    Returns:
+        A function that takes the hooks out again.
+    """
+    hooks = _Hooks(emit)
+    names = [name for name in vars(_Hooks) if name.startswith("on_") or name == "teardown"]
+    for name in names:
+        target.callbacks[name].append(getattr(hooks, name))
+    if hasattr(target, "save_dir"):
+        hooks.silence_own_loggers(target)
+    # Most versions tell a callback nothing of an exception, so the entry call is watched.
+    entry = target.train
+    target.train = partial(hooks.watch, entry)
+
+    def detach() -> None:
+        hooks.active = False
+        for name in names:
+            hook = getattr(hooks, name)
+            if hook in target.callbacks[name]:
+                target.callbacks[name].remove(hook)
+        if isinstance(vars(target).get("train"), partial):
+            del target.train
+
+    return detach
+
+
+class _Hooks:
+    """The callbacks, each named after the hook it is hung on; one training at a time."""
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit = emit
+        self.active = True
+        self._reset(None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the training out: multi-GPU runs pickle the callbacks into each child process."""
+        return {"_emit": self._emit, "active": self.active}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset(None)
+
+    def _reset(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._outer_error = sys.exc_info()[1]
+        self._started = self._finished = self._validated = self._train_epoch_over = False
+        self._epoch: int | None = None
+        self._epoch_began = 0.0
+        self._last_epoch: int | None = None
+        self._best_epoch: int | None = None
+        self._step = 0
+        self._known: dict[str, Any] = {}
+        self._plots: dict[str, float] = {}
+
+    def watch(self, entry: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call the training, and end the run as failed or stopped where an exception leaves it."""
+        try:
+            return entry(*args, **kwargs)
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def on_pretrain_routine_start(self, trainer: Any) -> None:
+        if self._listens():
+            self._reset(trainer)
+            self.silence_own_loggers(trainer)
+
+    def on_pretrain_routine_end(self, trainer: Any) -> None:
+        if self._listens():
+            if self._trainer is not trainer:
+                self._reset(trainer)
+            self._start(trainer)
+
+    def on_train_epoch_start(self, trainer: Any) -> None:
+        if not self._listens():
+            return
+        if self._epoch is not None:
+            # No end came for it: memory ran out in its batches, or NaNs were found after them.
+            self._end_epoch("recovered" if self._train_epoch_over else "retried")
+        self._update_params(trainer)
+        self._epoch, self._epoch_began = trainer.epoch, time.monotonic()
+        self._validated = self._train_epoch_over = False
+        self._emit(EpochStarted(epoch=trainer.epoch))
+
+    def on_train_batch_end(self, trainer: Any) -> None:
+        every = self._emit.every("train") if self._listens() else None
+        if every is None:
+            return
+        step = _steps(trainer)
+        if step == self._step or step % every:
+            return
+        self._step = step
+        values = trainer.label_loss_items(trainer.loss_items, prefix="batch")
+        self._log(values, phase="train", epoch=trainer.epoch, step=step, on_request=True)
+
+    def on_train_epoch_end(self, trainer: Any) -> None:
+        if not self._listens():
+            return
+        self._train_epoch_over = True
+        losses = trainer.label_loss_items(trainer.tloss, prefix="train")
+        self._log({**losses, **trainer.lr}, phase="train", epoch=trainer.epoch)
+        self._log_plots(trainer)
+
+    def on_val_end(self, validator: Any) -> None:
+        self._validated = True
+
+    def on_model_save(self, trainer: Any) -> None:
+        if not self._listens():
+            return
+        self._save(trainer, "last", trainer.last)
+        if trainer.best_fitness == trainer.fitness:
+            self._best_epoch = trainer.epoch
+            self._save(trainer, "best", trainer.best)
+        periodic = Path(trainer.wdir) / f"epoch{trainer.epoch}.pt"
+        if trainer.save_period > 0 and trainer.epoch % trainer.save_period == 0:
+            self._save(trainer, "periodic", periodic)
+
+    def on_fit_epoch_end(self, trainer: Any) -> None:
+        if not self._listens():
+            return
+        if self._epoch is None:
+            # The final evaluation of the best weights comes after the last epoch, as one more.
+            self._log(trainer.metrics, phase="validation", final=True)
+            return
+        self._log_plots(trainer)
+        if self._epoch == 0:
+            self._describe(trainer)
+        if self._validated:  # else the metrics are those of an earlier epoch
+            self._log(trainer.metrics, phase="validation", epoch=self._epoch)
+        self._end_epoch("completed")
+
+    def on_train_end(self, trainer: Any) -> None:
+        if not self._listens():
+            return
+        _await_plots()
+        self._log_plots(trainer)
+        for event in evaluation(trainer.validator, self._last_epoch):
+            self._emit(event)
+        for kind, path in (("last", trainer.last), ("best", trainer.best)):
+            if Path(path).exists():
+                self._save(trainer, kind, path, final=True)
+        self._finished = True
+
+    def teardown(self, trainer: Any) -> None:
+        if not self._listens() or not self._started:
+            return
+        error = sys.exc_info()[1]
+        if error is not None and error is not self._outer_error:
+            self._fail(error)
+        elif self._finished:
+            self._end(RunEnded(status="finished", reason=_why_ended(trainer, self._last_epoch)))
+
+    def silence_own_loggers(self, trainer: Any) -> None:
+        """Take Ultralytics' own callbacks for the trackers of this bus out of this trainer."""
+        for service in sorted(self._emit.services & _OWN_LOGGERS.keys()):
+            module = f"ultralytics.utils.callbacks.{_OWN_LOGGERS[service]}"
+            found = False
+            for callbacks in trainer.callbacks.values():
+                kept = [c for c in callbacks if getattr(c, "__module__", None) != module]
+                found = found or len(kept) < len(callbacks)
+                callbacks[:] = kept
+            if found:
+                logger.warning(
+                    "Ultralytics' own %s logging is off for this training: trainbus does it",
+                    service,
+                )
+
+    def _listens(self) -> bool:
+        # Ultralytics itself tells its main process by this variable, which its launcher sets.
+        return self.active and os.environ.get("RANK", "-1") in ("-1", "0")
+
+    def _start(self, trainer: Any) -> None:
+        from ultralytics import __version__
+
+        args = vars(trainer.args)
+        start_epoch = getattr(trainer, "start_epoch", 0)
+        resumed = bool(args.get("resume")) and start_epoch > 0
+        self._known = {"epochs": trainer.epochs, "batch": args.get("batch")}
+        self._step = _steps(trainer)
+        self._emit(
+            RunStarted(
+                name=_text(args.get("name")),
+                project=_text(args.get("project")) or "Ultralytics",
+                task=_text(args.get("task")),
+                params=dict(args),
+                framework="ultralytics",
+                framework_version=__version__,
+                save_dir=str(trainer.save_dir),
+                world_size=max(int(getattr(trainer, "world_size", 0) or 0), 1),
+                resumed=Resumed(epoch=start_epoch, step=self._step) if resumed else None,
+                goals={"metrics/*": "max", "val/*": "min"},
+            )
+        )
+        self._started = True
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._listens() or self._trainer is None:
+            return
+        if not self._started:
+            self._start(self._trainer)
+        failure = Failure(
+            type=type(error).__qualname__,
+            message=str(error),
+            traceback="".join(format_exception(error)),
+        )
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            self._end(RunEnded(status="stopped", reason=failure.type, error=failure))
+        else:
+            reason = f"{failure.type}: {failure.message}"
+            self._end(RunEnded(status="failed", reason=reason, error=failure))
+
+    def _end(self, event: RunEnded) -> None:
+        fitness = number(getattr(self._trainer, "best_fitness", None))
+        if fitness is not None and event.best is None:
+            best = Best(metric="fitness", value=fitness, epoch=self._best_epoch)
+            event = RunEnded(status=event.status, reason=event.reason, error=event.error, best=best)
+        self._reset(None)
+        self._emit(event)
+
+    def _end_epoch(self, outcome: Any) -> None:
+        if self._epoch is None:
+            return
+        took = time.monotonic() - self._epoch_began
+        self._emit(EpochEnded(epoch=self._epoch, duration_s=took, outcome=outcome))
+        self._last_epoch, self._epoch = self._epoch, None
+
+    def _update_params(self, trainer: Any) -> None:
+        now = {"epochs": trainer.epochs, "batch": trainer.args.batch}
+        changed = {k: v for k, v in now.items() if v != self._known.get(k)}
+        if changed:
+            self._known = now
+            self._emit(ParamsUpdated(params=changed))
+
+    def _log(self, values: Mapping[str, Any], **fields: Any) -> None:
+        numbers = {k: number(v) for k, v in values.items()}
+        kept = {k: v for k, v in numbers.items() if v is not None}
+        if kept:
+            self._emit(MetricsLogged(values=kept, **fields))
+
+    def _log_plots(self, trainer: Any) -> None:
+        validator = getattr(trainer, "validator", None)
+        for plots in (trainer.plots, getattr(validator, "plots", None) or {}):
+            for path, about in plots.copy().items():  # drawing threads add to it meanwhile
+                if self._plots.get(str(path)) != about["timestamp"]:
+                    self._plots[str(path)] = about["timestamp"]
+                    epoch = self._last_epoch if self._epoch is None else self._epoch
+                    self._emit(ImageLogged(key=Path(path).stem, path=str(path), epoch=epoch))
+
+    def _describe(self, trainer: Any) -> None:
+        from ultralytics.utils.torch_utils import model_info_for_loggers
+
+        info = {
+            k.removeprefix("model/"): number(v) for k, v in model_info_for_loggers(trainer).items()
+        }
+        speed = {
+            k.removeprefix("speed_").removesuffix("(ms)"): v
+            for k, v in info.items()
+            if k.startswith("speed_") and v is not None
+        }
+        for stage in ("preprocess", "postprocess"):
+            speed[stage] = float(trainer.validator.speed[stage])
+        parameters = list(trainer.model.parameters())
+        self._emit(
+            ModelDescribed(
+                parameters=int(info.get("parameters") or sum(p.numel() for p in parameters)),
+                gradients=sum(p.numel() for p in parameters if p.requires_grad),
+                layers=sum(1 for _ in trainer.model.modules()),
+                gflops=info.get("GFLOPs"),
+                speed_ms=speed,
+                classes=[str(name) for name in trainer.data["names"].values()],
+            )
+        )
+
+    def _save(self, trainer: Any, kind: Any, path: Any, *, final: bool = False) -> None:
+        fitness = trainer.fitness
+        epoch = self._last_epoch if final else trainer.epoch
+        if final and kind == "best":
+            fitness, epoch = trainer.best_fitness, self._best_epoch
+        numbers = {k: number(v) for k, v in trainer.metrics.items()}
+        self._emit(
+            CheckpointSaved(
+                path=str(path),
+                kind=kind,
+                epoch=epoch,
+                step=_steps(trainer),
+                metrics={k: v for k, v in numbers.items() if v is not None},
+                metadata={"fitness": number(fitness), "args": dict(vars(trainer.args))},
+                final=final,
+            )
+        )
+
+
+def _steps(trainer: Any) -> int:
+    """Return the optimizer updates done, which Ultralytics counts in its averaged weights."""
+    return int(getattr(getattr(trainer, "ema", None), "updates", 0) or 0)
+
+
+def _why_ended(trainer: Any, last_epoch: int | None) -> str | None:
+    if trainer.args.time:
+        return f"time limit of {trainer.args.time} h"
+    if last_epoch is None or last_epoch + 1 >= trainer.epochs:
+        return None
+    stopper = trainer.stopper
+    if last_epoch + 1 - stopper.best_epoch >= stopper.patience:
+        return f"early stop: no better fitness in {stopper.patience} epochs"
+    return "stopped by a callback"
+
+
+def _await_plots() -> None:
+    """Wait for the threads that still draw plots, whose files would be missing."""
+    deadline = time.monotonic() + _PLOT_DEADLINE_S
+    for thread in threading.enumerate():
+        if "(plot_images)" in thread.name:
+            thread.join(max(deadline - time.monotonic(), 0.0))
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)

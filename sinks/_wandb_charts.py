@@ -1,0 +1,127 @@
+"""Builds the charts of the `wandb` sink: curves, confusion matrices, histograms.
+
+W&B shows the first 10,000 rows of a chart's table and drops the rest without a word; what is built
+here fits that limit, and says what it had to leave out.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import wandb
+from numpy.typing import NDArray
+
+from trainbus.events import ConfusionMatrixLogged, CurveLogged, HistogramLogged
+
+ROW_LIMIT = 10_000
+_BIN_LIMIT = 512
+
+Floats = NDArray[np.float64]
+
+
+def curve_chart(event: CurveLogged, *, points: int, per_class: bool) -> tuple[Any, int]:
+    """Return the chart of a curve, and how many points of each class it shows.
+
+    Every curve is interpolated at `points` evenly spaced positions from x[0] to x[-1], or at as
+    many as leave room for all classes; the mean over the classes comes first.
+    """
+    x, y = curve_arrays(event)
+    names = ["mean", *event.classes] if per_class else ["mean"]
+    shown = min(points, max(ROW_LIMIT // len(names), 2))
+    at = np.linspace(x[0], x[-1], shown).round(5)
+    curves = interpolate(at, x, y.mean(axis=0, keepdims=True)).round(3)
+    if per_class:
+        curves = np.vstack([curves, interpolate(at, x, y)])
+    rows = [
+        [name, value, position]
+        for name, row in zip(names, curves.round(3).tolist(), strict=True)
+        for value, position in zip(row, at.round(3).tolist(), strict=True)
+    ]
+    table = _table(["class", "y", "x"], [str, float, float], rows)
+    title = event.title or event.key
+    if not per_class:
+        return wandb.plot.line(table, "x", "y", title=title), shown
+    chart = wandb.plot_table(
+        "wandb/area-under-curve/v0",
+        table,
+        fields={"x": "x", "y": "y", "class": "class"},
+        string_fields={
+            "title": title,
+            "x-axis-title": event.x_label,
+            "y-axis-title": event.y_label,
+        },
+    )
+    return chart, shown
+
+
+def curve_arrays(event: CurveLogged) -> tuple[Floats, Floats]:
+    """Return x (N,) and y (C, N) of a curve as floats."""
+    return np.asarray(event.x, dtype=float), np.atleast_2d(np.asarray(event.y, dtype=float))
+
+
+def write_curve(event: CurveLogged, path: Path) -> None:
+    """Write a whole curve as CSV: a row for each of its N points, a column for each class."""
+    x, y = curve_arrays(event)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["x", "mean", *event.classes])
+        writer.writerows(np.vstack([x, y.mean(axis=0), y]).T.tolist())
+
+
+def confusion_chart(event: ConfusionMatrixLogged) -> tuple[Any, int]:
+    """Return the chart of a confusion matrix, and how many of its cells it shows: the largest."""
+    matrix = np.asarray(event.matrix, dtype=float)
+    flat = np.arange(matrix.size)
+    if matrix.size > ROW_LIMIT:
+        flat = np.sort(np.argsort(-matrix, axis=None, kind="stable")[:ROW_LIMIT])
+    actual, predicted = np.unravel_index(flat, matrix.shape)
+    columns = ["Actual", "Predicted", "nPredictions"]
+    rows = [
+        [event.classes[i], event.classes[j], value]
+        for i, j, value in zip(actual, predicted, matrix.ravel()[flat].tolist(), strict=True)
+    ]
+    chart = wandb.plot_table(
+        "wandb/confusion_matrix/v1",
+        _table(columns, [str, str, float], rows),
+        fields={name: name for name in columns},
+        string_fields={"title": event.key},
+    )
+    return chart, len(rows)
+
+
+def histogram(event: HistogramLogged) -> Any:
+    """Return a histogram with at most the 512 bins that W&B takes; neighbours are added up."""
+    counts, edges = np.asarray(event.counts), np.asarray(event.edges)
+    width = -(-len(counts) // _BIN_LIMIT)
+    if width > 1:
+        starts = np.arange(0, len(counts), width)
+        counts, edges = np.add.reduceat(counts, starts), np.append(edges[starts], edges[-1])
+    return wandb.Histogram(np_histogram=(counts, edges))
+
+
+def interpolate(at: Floats, x: Floats, y: Floats) -> Floats:
+    """Return y (C, N) over ascending x (N,), interpolated linearly at `at` (M,): an array (C, M).
+
+    It is `numpy.interp` for all rows at once, equal to the last bit: slope · (at - x[j]) + y[j]
+    inside, the first and the last value outside.
+    """
+    if len(x) == 1:
+        return np.repeat(y, len(at), axis=1)
+    left = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(x) - 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        slope = (y[:, left + 1] - y[:, left]) / (x[left + 1] - x[left])
+        inside = slope * (at - x[left]) + y[:, left]
+    inside = np.where(at == x[left], y[:, left], inside)
+    inside = np.where(at < x[0], y[:, :1], inside)
+    return np.where(at >= x[-1], y[:, -1:], inside)
+
+
+def _table(columns: Sequence[str], types: list[type], rows: list[list[Any]]) -> wandb.Table:
+    # Declared types on an empty table spare wandb's inference, which takes seconds for many rows.
+    table = wandb.Table(columns=list(columns), dtype=types)
+    table.data = rows
+    return table

@@ -1,0 +1,200 @@
+"""Shows a training on the terminal: a line an epoch, alerts at once, a summary at the end.
+
+Guarantees: what is printed depends on the records alone; the terminal is left as it was found, as
+the live line hides no cursor and captures no output; no name brings control characters in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+
+from msgspec import Meta
+
+from trainbus.errors import MissingPackageError, SinkError
+from trainbus.events import (
+    AlertRaised,
+    Best,
+    CheckpointSaved,
+    EpochEnded,
+    EpochStarted,
+    MetricsLogged,
+    ParamsUpdated,
+    Record,
+    RunEnded,
+    RunStarted,
+)
+from trainbus.interfaces import Options, RunInfo, Sink
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Values: TypeAlias = Mapping[str, Mapping[str, float]]  # phase → name → value
+
+_STYLES = {"warning": "yellow", "error": "red", "stopped": "yellow", "failed": "red"}
+
+
+class ConsoleOptions(Options, frozen=True, kw_only=True):
+    """Options of the `console` sink."""
+
+    stream: Annotated[Literal["stderr", "stdout"], Meta(description="Stream to print on")] = (
+        "stderr"
+    )
+
+
+class ConsoleSink(Sink):
+    """Prints a line an epoch and a summary at the end."""
+
+    Options = ConsoleOptions
+    options: ConsoleOptions
+
+    _console: Console | None = None
+
+    def open(self, run: RunInfo) -> None:
+        """Find out what can be printed on the stream.
+
+        Raises:
+            MissingPackageError: rich is not installed.
+        """
+        try:
+            from rich.console import Console
+        except ImportError as error:
+            raise MissingPackageError("rich", extra="console") from error
+        self._console = Console(
+            stderr=self.options.stream == "stderr", markup=False, emoji=False, highlight=False
+        )
+        self._is_live = False
+        self._last = (0, 0)
+        self._begun, self._epochs = 0.0, 0
+        self._goals = run.started.goals
+        self._values: dict[str, dict[str, float]] = {}
+        self._best: Best | None = None
+        self._paths = {"saved in": run.started.save_dir} if run.started.save_dir else {}
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Print what the records that are new have to say."""
+        if self._console is None:
+            raise SinkError("write came before open; call open(run) first")
+        for record in records:
+            if record.position > self._last:
+                self._last = record.position
+                self._take(record, self._console)
+
+    def close(self) -> None:
+        """Remove the live line."""
+        if self._console is not None:
+            self._clear(self._console)
+        self._console = None
+
+    def _take(self, record: Record, console: Console) -> None:
+        match record.event:
+            case RunStarted() | ParamsUpdated() as event:
+                epochs = event.params.get("epochs")
+                self._epochs = epochs if type(epochs) is int else self._epochs
+            case EpochStarted() as event:
+                self._values, self._begun = {}, record.time
+                self._live(console, event.epoch, record.time, {})
+            case MetricsLogged(final=True) as event:
+                self._line(console, ["final"], {event.phase: event.values})
+            case MetricsLogged(step=None) as event:
+                self._values.setdefault(event.phase, {}).update(event.values)
+                self._rank(event)
+                self._live(console, event.epoch, record.time, self._values)
+            case MetricsLogged() as event:
+                self._live(console, event.epoch, record.time, {event.phase: event.values})
+            case EpochEnded() as event:
+                took = record.time - self._begun if event.duration_s is None else event.duration_s
+                outcome = [] if event.outcome == "completed" else [event.outcome]
+                head = [self._label(event.epoch), _duration(took), *outcome]
+                self._line(console, head, self._values)
+            case CheckpointSaved(kind="best" | "last") as event:
+                self._paths[event.kind] = event.path
+            case AlertRaised() as event:
+                text = f"{event.title}: {event.text}" if event.text else event.title
+                self._print(console, event.level, f"  {text}")
+            case RunEnded() as event:
+                self._end(console, event)
+
+    def _rank(self, event: MetricsLogged) -> None:
+        """Keep the best value so far of the first metric that the trainer ranks by."""
+        for name, value in event.values.items():
+            goal, best = _goal(name, self._goals), self._best
+            if goal is not None and (best is None or best.metric == name):
+                old = math.nan if best is None else best.value
+                if math.isnan(old) or (value > old if goal == "max" else value < old):
+                    self._best = Best(metric=name, value=value, epoch=event.epoch)
+
+    def _end(self, console: Console, event: RunEnded) -> None:
+        reason = event.reason or (event.error and f"{event.error.type}: {event.error.message}")
+        self._print(console, event.status, f"  {reason}" if reason else "")
+        best = event.best or self._best
+        if best is not None:
+            at = "" if best.epoch is None else f" in {self._label(best.epoch)}"
+            self._print(console, "  best value", f"  {best.metric} {best.value:.5g}{at}")
+        for name in ("best", "last", "saved in"):
+            if name in self._paths:
+                self._print(console, f"  {name:<10}", f"  {self._paths[name]}")
+
+    def _label(self, epoch: int) -> str:
+        return f"epoch {epoch + 1}" + (f"/{self._epochs}" if epoch < self._epochs else "")
+
+    def _live(self, console: Console, epoch: int | None, time: float, values: Values) -> None:
+        if epoch is not None and console.is_terminal and not console.is_dumb_terminal:
+            self._line(console, [self._label(epoch), _duration(time - self._begun)], values, True)
+
+    def _line(self, console: Console, head: list[str], values: Values, live: bool = False) -> None:
+        room = console.width - 1 - sum(len(part) + 2 for part in head)
+        first, *rest = [*head, *_fit(values, self._goals, room)]
+        self._print(console, first, "".join(f"  {part}" for part in rest), live=live)
+
+    def _print(self, console: Console, head: str, rest: str, live: bool = False) -> None:
+        self._clear(console)
+        self._is_live = live
+        head, rest = (_printable(text, console.encoding) for text in (head, rest))
+        console.print(head, style=_STYLES.get(head, "bold"), end="", soft_wrap=True)
+        console.print(rest, end="" if live else "\n", soft_wrap=True)
+
+    def _clear(self, console: Console) -> None:
+        if self._is_live:
+            console.file.write("\r\x1b[2K")  # to the line's beginning, and erase it
+            console.file.flush()
+
+
+def _goal(name: str, goals: Mapping[str, str]) -> str | None:
+    prefixes = (p for p in goals if p == name or (p[-1:] == "*" and name.startswith(p[:-1])))
+    return goals.get(next(prefixes, name))
+
+
+def _fit(values: Values, goals: Mapping[str, str], room: int) -> list[str]:
+    """Return the values as one text a phase, without the least important ones that don't fit."""
+
+    def weight(item: tuple[str, str]) -> int:
+        phase, name = item
+        important = _goal(name, goals) is not None or (phase == "train" and "loss" in name)
+        return 0 if important else 1 if phase == "validation" else 2
+
+    kept = sorted(((phase, name) for phase in values for name in values[phase]), key=weight)
+    kept = kept[: max(room, 0) // 4]  # a value takes that many characters at least
+    while kept:
+        texts = []
+        for phase, named in values.items():
+            # The last part of a name says enough, as a rule, and leaves room for more of them.
+            short = [f"{name.split('/')[-1]} {named[name]:.4g}" for p, name in kept if p == phase]
+            label = "val" if phase == "validation" else phase
+            texts += [f"{label}: {' '.join(short)}"] if short else []
+        if len("  ".join(texts)) <= room:
+            return texts
+        kept.pop()
+    return []
+
+
+def _duration(seconds: float) -> str:
+    if not 60 <= seconds < math.inf:
+        return f"{seconds:.1f}s"
+    return "{}m{:02}s".format(*divmod(round(seconds), 60))
+
+
+def _printable(text: str, encoding: str) -> str:
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return plain.encode(encoding, "backslashreplace").decode(encoding)

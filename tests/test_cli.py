@@ -1,0 +1,228 @@
+"""The `trainbus` command: what it prints, where, and with which exit code."""
+
+# Asserts say what is expected first.
+# ruff: noqa: SIM300
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import trainbus
+from trainbus import Record, Sink, cli, config, events, registry
+
+GOOD = "sinks: {a: {type: jsonl}, b: {type: jsonl, path: x}}\n"
+
+
+class NoteSink(Sink):
+    """Keeps [bold]nothing[/bold].
+
+    And says more about it.
+    """
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Take the records."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*args: str) -> tuple[int, str, str]:
+    """Run the command in this process; return exit code, stdout and stderr."""
+    result = CliRunner().invoke(cli.app, args, prog_name="trainbus")
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def run_process(
+    folder: Path, *args: str, code: str | None = None, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command, or Python code in its place, in a process of its own."""
+    command = ["-c", code] if code else ["-m", "trainbus"]
+    return subprocess.run(
+        [sys.executable, *command, *args],
+        cwd=folder,
+        env={**os.environ, **env},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        check=False,
+    )
+
+
+def test_validate_good_files(folder: Path) -> None:
+    """A good file is one line on stdout with its sinks, and the exit code is 0."""
+    (folder / "a.yaml").write_text(GOOD)
+    (folder / "b.yaml").write_text("sinks: {only: {type: jsonl}}")
+    said = "a.yaml: ok, 2 sinks: a (jsonl), b (jsonl)\nb.yaml: ok, 1 sink: only (jsonl)\n"
+    assert (0, said, "") == run("validate", "a.yaml", "b.yaml")
+
+
+def test_validate_reports_every_file(folder: Path) -> None:
+    """A fault in one file hides neither those of the next nor the files that are good."""
+    (folder / "a.yaml").write_text("sinks: {a: {type: jsonl, pth: x}}\n")
+    (folder / "b.yaml").write_text(GOOD)
+    code, out, err = run("validate", "a.yaml", "b.yaml", "c.yaml")
+    assert (2, "b.yaml: ok, 2 sinks: a (jsonl), b (jsonl)\n") == (code, out)
+    assert [*config.check("a.yaml"), *config.check("c.yaml")] == err.splitlines()
+
+
+def test_validate_does_not_wrap(folder: Path) -> None:
+    """A long line stays one line, and markup in it stays text."""
+    name = f"{'long' * 40}[red]"
+    (folder / "a.yaml").write_text(f"sinks: {{'{name}': {{type: jsonl}}}}\n")
+    assert (0, f"a.yaml: ok, 1 sink: {name} (jsonl)\n", "") == run("validate", "a.yaml")
+
+
+def test_control_characters_are_escaped(folder: Path) -> None:
+    """A name can't move the cursor or colour the terminal."""
+    (folder / "a\x1b[2J.yaml").write_text('sinks: {"a\\n\\e[31m": {type: jsonl}}')
+    said = "a\\x1b[2J.yaml: ok, 1 sink: a\\n\\x1b[31m (jsonl)\n"
+    assert (0, said, "") == run("validate", "a\x1b[2J.yaml")
+    (folder / "b.yaml").write_text('sinks: {"a\\n\\e[31m": {type: "x\\e"}}')
+    known = ", ".join(registry.plugins(registry.SINKS))
+    said = f"b.yaml:1: sinks.'a\\n\\x1b[31m'.type: found 'x\\x1b', expected one of {known}\n"
+    assert (2, "", said) == run("validate", "b.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("sinks:\n\ta: 1\n", "a.yaml:2:1: found bad YAML: found character '\\t' "),
+        (
+            "sinks:\n  a:\n    type: jsnl\n",
+            "a.yaml:3: sinks.a.type: found 'jsnl', expected one of ",
+        ),
+        ("run: {nmae: x}\nsinks: {a: {type: jsonl}}", "a.yaml:1: run.nmae: found an unknown key, "),
+        ("[" * 3000, "a.yaml: found too many levels, expected 30 at most"),
+        (
+            "sinks: {a: {type: wandb, mode: ofline}}",
+            "a.yaml:1: sinks.a.mode: found 'ofline', expected one of 'disabled', 'offline', "
+            "'online', 'shared', did you mean 'offline'?",
+        ),
+        (
+            "sinks: {a: {type: wandb, project: a/b}}",
+            "a.yaml:1: sinks.a.project: found 'a/b', expected a W&B project name: ",
+        ),
+    ],
+)
+def test_validate_in_a_process(text: str, line: str, folder: Path) -> None:
+    """The real command prints the fault on stderr and ends with 2, without a traceback."""
+    (folder / "a.yaml").write_text(text)
+    done = run_process(folder, "validate", "a.yaml")
+    assert (2, "") == (done.returncode, done.stdout)
+    assert (line, 1) == (done.stderr[: len(line)], done.stderr.count("\n"))
+
+
+def test_narrow_encoding(folder: Path) -> None:
+    """A terminal that can't show a name gets an escape, and no traceback."""
+    (folder / "a.yaml").write_text("sinks: {指標: {type: jsonl}}", encoding="utf-8")
+    done = run_process(folder, "validate", "a.yaml", PYTHONIOENCODING="latin-1")
+    said = "a.yaml: ok, 1 sink: \\u6307\\u6a19 (jsonl)\n"
+    assert (0, said, "") == (done.returncode, done.stdout, done.stderr)
+
+
+def test_validate_is_light(folder: Path) -> None:
+    """Checking a file for W&B imports neither wandb nor a framework."""
+    (folder / "a.yaml").write_text("sinks: {a: {type: wandb, mode: offline}}")
+    code = (
+        "import sys\nfrom trainbus.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'wandb', 'torch', 'ultralytics', 'pandas', 'matplotlib'}\n"
+        "print(sorted(heavy & sys.modules.keys()))\n"
+    )
+    done = run_process(folder, "validate", "a.yaml", code=code)
+    assert ("a.yaml: ok, 1 sink: a (wandb)\n[]\n", "") == (done.stdout, done.stderr)
+
+
+def test_console_script_is_main() -> None:
+    """The installed script calls the same function as `python -m trainbus`."""
+    from importlib.metadata import entry_points
+
+    (script,) = entry_points(group="console_scripts", name="trainbus")
+    assert cli.main is script.load()
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["validate"], "Missing argument"),
+        (["validat", "a.yaml"], "No such command 'validat'"),
+        (["schema", "--event"], "No such option"),
+        (["--verison"], "No such option"),
+    ],
+)
+def test_wrong_command_line(args: list[str], said: str) -> None:
+    """A command line that makes no sense ends with 2 and says why on stderr."""
+    code, out, err = run(*args)
+    assert (2, "") == (code, out)
+    assert said in err
+
+
+def test_no_command_shows_help() -> None:
+    """Without a command the commands are listed."""
+    _, out, err = run()
+    assert [] == [name for name in ("validate", "plugins", "schema") if name not in out + err]
+
+
+def test_version() -> None:
+    """`--version` prints the version alone."""
+    assert (0, f"{trainbus.__version__}\n", "") == run("--version")
+
+
+def test_schema() -> None:
+    """`schema` prints that of the file, and with `--events` that of a record."""
+    code, out, err = run("schema")
+    assert (0, config.json_schema(), "") == (code, json.loads(out), err)
+    code, out, err = run("schema", "--events")
+    assert (0, json.loads(json.dumps(events.json_schema())), "") == (code, json.loads(out), err)
+
+
+def test_plugins() -> None:
+    """`plugins` lists what is installed with its package, and that it loads."""
+    code, out, err = run("plugins")
+    assert (0, "") == (code, err)
+    (row,) = [line for line in out.splitlines() if "trainbus.sinks.jsonl" in line]
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert [
+        "sink",
+        "jsonl",
+        f"trainbus {trainbus.__version__}",
+        "trainbus.sinks.jsonl:JsonlSink",
+        "yes",
+        "Appends each record to a file as one line of JSON.",
+    ] == cells
+    assert "trainbus.adapters.ultralytics:attach" in out
+
+
+def test_plugins_that_do_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plugin that can't be imported is listed with the reason; markup and controls are text."""
+    values = {"note\x1b[2J": f"{__name__}:NoteSink", "gone": "no_such_package_of_ours:Sink"}
+    points = {name: EntryPoint(name, value, registry.SINKS) for name, value in values.items()}
+    monkeypatch.setattr(
+        registry, "plugins", lambda group: points if group == registry.SINKS else {}
+    )
+    code, out, _ = run("plugins")
+    rows = {
+        cells[1]: cells[2:]
+        for line in out.splitlines()
+        if len(cells := [cell.strip() for cell in line.strip("│").split("│")]) == 6 and cells[0]
+    }
+    assert 0 == code
+    assert ["unknown", f"{__name__}:NoteSink", "yes", "Keeps [bold]nothing[/bold]."] == rows[
+        "note\\x1b[2J"
+    ]
+    assert ["unknown", "no_such_package_of_ours:Sink", "no"] == rows["gone"][:3]
+    assert "ModuleNotFoundError" in out

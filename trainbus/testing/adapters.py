@@ -1,0 +1,405 @@
+"""What every adapter must do, as tests.
+
+    class TestMyFramework(AdapterConformance):
+        def start(self, folder, epochs):
+            trainer = Trainer(epochs=epochs, seed=0)
+            return Training(
+                target=trainer,
+                run=trainer.fit,
+                result=lambda: trainer.weights.tobytes(),
+                fail_at=lambda error: trainer.on_batch(raise_in_second_epoch(error)),
+            )
+
+A training of a real framework takes seconds: what several checks look at is trained once.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any, ClassVar
+from unittest import SkipTest
+
+from trainbus.bus import Bus, SinkSource
+from trainbus.emitter import Emitter, MutedEmitter
+from trainbus.events import (
+    EpochEnded,
+    EpochStarted,
+    Event,
+    MetricsLogged,
+    Record,
+    RunEnded,
+    RunStarted,
+    decode,
+    encode,
+    event_name,
+)
+from trainbus.interfaces import Detach, RunInfo, Sink
+from trainbus.testing.child import run_in_child
+from trainbus.testing.grammar import check_grammar
+from trainbus.testing.scratch import Scratch
+
+_EPOCHS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One training that is set up and not begun.
+
+    Args:
+        target: what an adapter attaches to.
+        run: trains.
+        result: a digest of the outcome, equal for trainings that went the same way.
+        fail_at: arranges that an exception is raised inside the user's part of the training, such
+            as a callback or a data loader of theirs, in an epoch after the first.
+        resume: sets up the training that goes on where this one failed, if the framework can.
+    """
+
+    target: Any
+    run: Callable[[], object]
+    result: Callable[[], Hashable]
+    fail_at: Callable[[BaseException], None]
+    resume: Callable[[], Training] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """What one training emitted, and how it ended."""
+
+    training: Training
+    records: list[Record]
+    raw: list[Event]
+    raised: BaseException | None
+    result: Hashable
+
+    @property
+    def ended(self) -> RunEnded:
+        """The last event."""
+        event = self.records[-1].event if self.records else None
+        assert isinstance(event, RunEnded), f"expected run.ended last, found {event!r}"
+        return event
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        """Return the events of one type."""
+        return [record.event for record in self.records if isinstance(record.event, kind)]
+
+
+class AdapterConformance(ABC):
+    """Derive `Test…` from this, and say how to set up a training of the framework."""
+
+    other_rank_env: ClassVar[Mapping[str, str]] = {"RANK": "1", "LOCAL_RANK": "1"}
+    """Environment of a process that is not the main one of a distributed training."""
+
+    pickles_with: ClassVar[str] = "pickle"
+    """Module that the framework pickles its callbacks with; some use `cloudpickle`."""
+
+    _scratch: ClassVar[Scratch]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._scratch = Scratch()
+
+    @abstractmethod
+    def start(self, folder: Path, epochs: int) -> Training:
+        """Set up a training that writes into `folder`, with the same seed each time."""
+
+    def attach(self, bus: Bus, target: Any) -> Detach:
+        """Attach as a user does; override it for an adapter that no entry point registers."""
+        return bus.attach(target)
+
+    def trace(self, target: Any) -> object:
+        """Return what an adapter may change of `target`, such as callbacks, to compare with ==."""
+        return None
+
+    def handles(self, target: Any) -> object:
+        """Return what is hung into an attached `target` and is pickled or copied with it."""
+        return None
+
+    def test_obeys_the_grammar(self) -> None:
+        """Runs of one and of three epochs start, go on and end as every run must."""
+        for recording in self._one_and_three():
+            assert recording.raised is None
+            assert [] == check_grammar(recording.records)
+            assert "finished" == recording.ended.status
+
+    def test_reports_every_epoch(self) -> None:
+        """Epochs 0 to n - 1 start, end completed, and have metrics of the training in them."""
+        for recording, count in zip(self._one_and_three(), (1, _EPOCHS), strict=True):
+            expected = list(range(count))
+            assert expected == [event.epoch for event in recording.of(EpochStarted)]
+            ended = recording.of(EpochEnded)
+            assert expected == [event.epoch for event in ended if event.outcome == "completed"]
+            metrics = recording.of(MetricsLogged)
+            assert set(expected) <= {e.epoch for e in metrics if e.phase == "train" and e.values}
+
+    def test_emits_plain_values(self) -> None:
+        """Metrics leave the adapter as floats and counters as ints, and records survive JSON."""
+        _, three = self._one_and_three()
+        for event in three.raw:
+            for name, value in getattr(event, "values", {}).items():
+                assert float is type(value), f"{name} of {event_name(event)}"
+            for counter in ("epoch", "step"):
+                value = getattr(event, counter, None)
+                assert value is None or int is type(value), f"{counter} of {event_name(event)}"
+        for record in three.records:
+            line = encode(record)
+            assert line == encode(decode(line))
+
+    def test_leaves_the_result_unchanged(self) -> None:
+        """A training that is listened to ends in exactly what it ends in without."""
+        _, three = self._one_and_three()
+        assert self._plain() == three.result
+
+    def test_lets_the_users_exception_through(self) -> None:
+        """An exception of the user's leaves the training as it is, and the run ends as failed."""
+        recording = self._failed()
+        assert isinstance(recording.raised, _UserError)
+        assert self._error is recording.raised
+        assert [] == check_grammar(recording.records)
+        assert "failed" == recording.ended.status
+        assert recording.ended.error is not None
+        assert "_UserError" == recording.ended.error.type
+
+    def test_ends_as_stopped_on_ctrl_c(self) -> None:
+        """Ctrl-C ends the run as stopped, whether the framework passes it on or not."""
+        error = KeyboardInterrupt()
+        training = self.start(self._scratch.folder / "interrupted", _EPOCHS)
+        training.fail_at(error)
+        recording = self._record(_ListeningBus(), training)
+        assert recording.raised in (None, error)
+        assert [] == check_grammar(recording.records)
+        assert "stopped" == recording.ended.status
+
+    def test_survives_failing_subscribers_and_sinks(self) -> None:
+        """With a subscriber and sinks that always raise, training ends as it does without."""
+        bus = _ListeningBus({"mute": _NeverOpens, "broken": _AlwaysRaises})
+        bus.subscribe(_raise)
+        training = self.start(self._scratch.folder / "hurt", _EPOCHS)
+        recording = self._record(bus, training)
+        assert recording.raised is None
+        assert self._plain() == recording.result
+        assert [] == check_grammar(recording.records)
+
+    def test_detaches_completely(self) -> None:
+        """After `detach`, called twice, the target is as it was, and a training emits nothing."""
+        bus = _ListeningBus()
+        training = self.start(self._scratch.folder / "detached", 1)
+        before = self.trace(training.target)
+        detach = self.attach(bus, training.target)
+        detach()
+        detach()
+        assert before == self.trace(training.target)
+        training.run()
+        assert [] == bus.raw
+
+    def test_attaching_again_does_not_double(self) -> None:
+        """Attached twice, and once more after a detach, the adapter reports everything once."""
+        bus = _ListeningBus()
+        training = self.start(self._scratch.folder / "twice", 1)
+        self.attach(bus, training.target)
+        self.attach(bus, training.target)()
+        recording = self._record(bus, training)
+        one, _ = self._one_and_three()
+        assert _names(one.records) == _names(recording.records)
+
+    def test_keeps_two_trainings_apart(self) -> None:
+        """Two trainings, one after another on one bus, are two runs."""
+        one, three = self._one_and_three()
+        first, second = ({record.run for record in r.records} for r in (one, three))
+        assert 1 == len(first) == len(second)
+        assert first != second
+
+    def test_is_silent_on_other_ranks(self) -> None:
+        """A process that is not the main one of a distributed training emits nothing."""
+        folder = self._scratch.folder / "rank"
+        heard = run_in_child(
+            "heard_in",
+            type(self),
+            {"folder": str(folder)},
+            cwd=folder,
+            env=self.other_rank_env,
+        )
+        assert [] == heard
+
+    def test_survives_copies_and_pickles(self) -> None:
+        """What is hung into the framework can be copied and pickled, and emits without raising."""
+        training = self.start(self._scratch.folder / "handles", 1)
+        bus = _ListeningBus()
+        detach = self.attach(bus, training.target)
+        handles = self.handles(training.target)
+        if handles is None:
+            raise SkipTest("the framework copies no callbacks")
+        pickler = importlib.import_module(self.pickles_with)
+        copied = list(_emitters(copy.deepcopy(handles)))
+        revived = list(_emitters(pickler.loads(pickler.dumps(handles))))
+        assert copied, "found no emitter in the copy of the handles"
+        assert revived, "found no emitter in the unpickled handles"
+        for emitter in revived:
+            emitter(MetricsLogged(values={"train/loss": 1.0}, phase="train"))
+        assert [] == bus.raw, "what was unpickled emits into the bus of this process"
+        for emitter in copied:
+            emitter(MetricsLogged(values={"train/loss": 1.0}, phase="train"))
+        assert ["run.started", "metrics.logged"] == [event_name(r.event) for r in bus.records][:2]
+        detach()
+        bus.close()
+
+    def test_resumes(self) -> None:
+        """A resumed training is the same run, says so, and goes on with its epochs."""
+        failed = self._failed()
+        if failed.training.resume is None:
+            raise SkipTest("the framework resumes no training")
+        recording = self._record(_ListeningBus(), failed.training.resume())
+        assert recording.raised is None
+        assert [] == check_grammar(recording.records)
+        assert failed.records[0].run == recording.records[0].run
+        (started,) = recording.of(RunStarted)
+        assert started.resumed is not None
+        assert failed.records[0].attempt + 1 == recording.records[0].attempt
+        before = [event.epoch for event in failed.of(EpochStarted)]
+        after = [event.epoch for event in recording.of(EpochStarted)]
+        assert 0 < after[0] <= before[-1] + 1
+        assert list(range(after[0], _EPOCHS)) == after
+
+    def heard_in(self, folder: Path) -> list[str]:
+        """Return the names of the events of a training in this process; called in a child."""
+        bus = _ListeningBus()
+        training = self.start(folder / "training", 1)
+        with bus:
+            self.attach(bus, training.target)
+            training.run()
+        return [event_name(event) for event in bus.raw]
+
+    def _plain(self) -> Hashable:
+        def train(folder: Path) -> Hashable:
+            training = self.start(folder, _EPOCHS)
+            training.run()
+            return training.result()
+
+        return self._scratch.once("plain", train)
+
+    def _one_and_three(self) -> tuple[Recording, Recording]:
+        def train(folder: Path) -> tuple[Recording, Recording]:
+            bus = _ListeningBus()
+            one = self._record(bus, self.start(folder / "one", 1))
+            return one, self._record(bus, self.start(folder / "three", _EPOCHS))
+
+        return self._scratch.once("attached", train)
+
+    def _failed(self) -> Recording:
+        def train(folder: Path) -> Recording:
+            training = self.start(folder, _EPOCHS)
+            training.fail_at(self._error)
+            return self._record(_ListeningBus(), training)
+
+        return self._scratch.once("failed", train)
+
+    @property
+    def _error(self) -> BaseException:
+        return self._scratch.once("error", lambda _: _UserError("raised by the user"))
+
+    def _record(self, bus: _ListeningBus, training: Training) -> Recording:
+        heard, emitted = len(bus.records), len(bus.raw)
+        raised: BaseException | None = None
+        try:
+            # Not detached afterwards: a second trainer on the bus must not be heard by the first.
+            self.attach(bus, training.target)
+            training.run()
+        except BaseException as error:
+            raised = error
+        result = training.result() if raised is None else None
+        for emitter in bus.emitters:
+            emitter.end(raised)
+        return Recording(
+            training=training,
+            records=bus.records[heard:],
+            raw=bus.raw[emitted:],
+            raised=raised,
+            result=result,
+        )
+
+
+class _UserError(Exception):
+    """What no framework and no adapter knows."""
+
+
+class _ListeningBus(Bus):
+    """A bus that keeps what adapters hand to it, and what it makes of it."""
+
+    def __init__(self, sinks: Mapping[str, SinkSource] | None = None) -> None:
+        super().__init__(sinks, on_receipt=lambda receipt: None)
+        self.raw: list[Event] = []
+        self.records: list[Record] = []
+        self.emitters: list[Emitter] = []
+        self.subscribe(self.records.append)
+
+    def _emitter(self) -> Emitter:
+        emitter = _ListeningEmitter(self)
+        self.emitters.append(emitter)
+        return emitter
+
+
+class _ListeningEmitter(Emitter):
+    """Keeps events as the adapter made them, before the bus turns their values into plain ones."""
+
+    def __init__(self, bus: _ListeningBus) -> None:
+        super().__init__(bus)
+        self._raw = bus.raw
+
+    def __call__(self, event: Event, /) -> None:
+        self._raw.append(event)
+        super().__call__(event)
+
+
+class _AlwaysRaises(Sink):
+    """A sink that can be opened and nothing else."""
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Raise."""
+        raise OSError("the sink is broken")
+
+    def flush(self) -> None:
+        """Raise."""
+        raise OSError("the sink is broken")
+
+    def close(self) -> None:
+        """Raise."""
+        raise OSError("the sink is broken")
+
+
+class _NeverOpens(_AlwaysRaises):
+    """A sink that can't even be opened."""
+
+    def open(self, run: RunInfo) -> None:
+        """Raise."""
+        raise OSError("the sink is gone")
+
+
+def _raise(_: object) -> None:
+    raise OSError("the subscriber is broken")
+
+
+def _names(records: Sequence[Record]) -> list[str]:
+    return [event_name(record.event) for record in records]
+
+
+def _emitters(root: object) -> Iterator[Emitter | MutedEmitter]:
+    """Yield the emitters that an object holds, however deep."""
+    seen: set[int] = set()
+    todo: list[object] = [root]
+    while todo:
+        item = todo.pop()
+        if id(item) in seen or isinstance(item, type | ModuleType):
+            continue
+        seen.add(id(item))
+        if isinstance(item, Emitter | MutedEmitter):
+            yield item
+        elif isinstance(item, FunctionType):  # its globals would lead everywhere
+            todo += [item.__closure__, item.__defaults__, item.__dict__]
+        else:
+            todo += gc.get_referents(item)
