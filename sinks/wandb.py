@@ -226,8 +226,8 @@ class WandbSink(Sink):
                 self._axes[name] = axis
                 goal = next((g for p, g in self._goals.items() if fnmatchcase(name, p)), None)
                 summary = f"last,{goal}" if goal else None
-                # W&B reads `*` at the end of a name as a pattern, and a `.` as nesting.
-                if not name.endswith("*"):
+                # W&B reads `*` in a name as a pattern, and a `.` as nesting.
+                if "*" not in name:
                     run.define_metric(
                         name.replace(".", "\\."), step_metric=axis, step_sync=True, summary=summary
                     )

@@ -64,7 +64,11 @@ SCHEMA = {
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 floats = st.floats()
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | texts,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
     max_leaves=12,
 )
@@ -136,7 +140,11 @@ def there_and_back(event: Event | UnknownEvent) -> Any:
 def same(a: Any, b: Any) -> bool:
     """Compare exactly: types, NaN, the sign of zero, and every bit of an array."""
     if isinstance(a, np.ndarray):
-        return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+        return (
+            a.dtype == b.dtype
+            and a.shape == b.shape
+            and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+        )
     if isinstance(a, float) and isinstance(b, float):
         return math.isnan(a) and math.isnan(b) or struct.pack("d", a) == struct.pack("d", b)
     if isinstance(a, msgspec.Struct):
@@ -242,7 +250,9 @@ def test_an_unknown_type_is_kept_whole() -> None:
 
 def test_unknown_fields_are_ignored() -> None:
     """A newer writer may add fields to the envelope and to events that there are."""
-    line = b'{"seq":1,"run":"r","time":0,"new":1,"event":{"type":"epoch.started","epoch":3,"new":2}}'
+    line = (
+        b'{"seq":1,"run":"r","time":0,"new":1,"event":{"type":"epoch.started","epoch":3,"new":2}}'
+    )
     found = decode(line)
     assert EpochStarted(epoch=3) == found.event
     assert (1, 1, 0) == (found.attempt, found.schema, found.rank)

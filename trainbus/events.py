@@ -247,7 +247,7 @@ class UnknownEvent:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, UnknownEvent) and self.data == other.data
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
 
 Event: TypeAlias = (

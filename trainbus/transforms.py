@@ -1,16 +1,16 @@
 """What a sink's configuration filters, renames and thins out, before the sink sees it.
 
 Patterns match the names that a person sees in the tracker: metric names, and the keys of images,
-curves, confusion matrices, tables, histograms and texts. Everything else (starts, ends, checkpoints,
-artifacts, alerts) always passes. `*` matches any text, `?` one character; the first `*` of a `rename`
-pattern is put where the `*` of its new name stands.
+curves, confusion matrices, tables, histograms and texts. Everything else (starts, ends,
+checkpoints, artifacts, alerts) always passes. `*` matches any text, `?` one character; the first
+`*` of a `rename` pattern is put where the `*` of its new name stands.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
+from typing import Any
 
 import msgspec
 
@@ -31,12 +31,14 @@ class Transform:
 
     def __init__(self, spec: TransformSpec) -> None:
         self._spec = spec
+        self._include = [_pattern(glob) for glob in spec.include]
+        self._exclude = [_pattern(glob) for glob in spec.exclude]
         self._renames = [(_pattern(old), new) for old, new in spec.rename.items()]
         self._last_step: dict[str, int] = {}
 
     def __call__(self, record: Record) -> Record | None:
         """Return the record as the sink shall see it, or None where nothing is left of it."""
-        event = record.event
+        event: Any = record.event
         if isinstance(event, MetricsLogged):
             if not self._due(event):
                 return None
@@ -72,9 +74,8 @@ class Transform:
         return key
 
     def _wanted(self, key: str) -> bool:
-        spec = self._spec
-        return any(fnmatchcase(key, p) for p in spec.include) and not any(
-            fnmatchcase(key, p) for p in spec.exclude
+        return any(pattern.fullmatch(key) for pattern in self._include) and not any(
+            pattern.fullmatch(key) for pattern in self._exclude
         )
 
     def _due(self, event: MetricsLogged) -> bool:
@@ -91,4 +92,9 @@ class Transform:
 
 
 def _pattern(glob: str) -> re.Pattern[str]:
-    return re.compile("(.*)".join(re.escape(part) for part in glob.split("*", 1)), re.DOTALL)
+    """Return a pattern as an expression that captures what each `*` stands for.
+
+    Not fnmatch, where brackets are special: names such as `head[0]/loss` have them.
+    """
+    special = {"*": "(.*)", "?": "."}
+    return re.compile("".join(special.get(c) or re.escape(c) for c in glob), re.DOTALL)

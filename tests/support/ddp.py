@@ -8,34 +8,46 @@ gloo and answers the CPU where the framework asks for an accelerator.
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 CHILD = """
-import os, sys
+import os
 if "LOCAL_RANK" in os.environ:
-    from support import torchvision_cpu
-    torchvision_cpu.install()
-    import torch, torch.distributed as dist
-    from types import SimpleNamespace
-    from ultralytics.engine import trainer as engine, validator
-
-    dist.init_process_group("gloo")
-    barrier = dist.barrier
-    dist.barrier = lambda *args, **kwargs: barrier()
-    cpu = SimpleNamespace(current_device=lambda: "cpu")
-    real_device = torch.device
-    engine_init = engine.BaseTrainer.__init__
-    validator.get_torch_device_backend = lambda device: cpu
-    class Torch:
-        def __getattr__(self, name):
-            return getattr(torch, name)
-        def device(self, kind, *index):
-            return real_device("cpu")
-    validator.torch = Torch()
+    from support import ddp
+    ddp.join()
 """
+
+
+def join() -> None:
+    """Join the other child by gloo, and make Ultralytics take the CPU for its accelerator."""
+    from support import torchvision_cpu
+
+    torchvision_cpu.install()
+    import torch
+    import torch.distributed
+    from ultralytics.engine import validator
+
+    torch.distributed.init_process_group("gloo")
+    barrier = torch.distributed.barrier
+
+    def barrier_on_cpu(*args: Any, **kwargs: Any) -> None:
+        barrier()
+
+    class TorchOnCpu:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        def device(self, kind: Any, *index: Any) -> Any:
+            return torch.device("cpu")
+
+    torch.distributed.barrier = barrier_on_cpu
+    validator.get_torch_device_backend = lambda device: SimpleNamespace(current_device=lambda: 0)
+    validator.torch = TorchOnCpu()
 
 
 def launch(
@@ -44,15 +56,18 @@ def launch(
     """Run a script that Ultralytics generated for its children, in two processes on CPU."""
     hooks = folder / "hooks"
     hooks.mkdir(exist_ok=True)
-    (hooks / "sitecustomize.py").write_text(textwrap.dedent(CHILD))
+    (hooks / "sitecustomize.py").write_text(CHILD)
     path = os.pathsep.join([str(hooks), environment["PYTHONPATH"]])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     return subprocess.run(
-        [*command, "--master_port", "0", str(script)],
+        [*command, "--master_port", str(port), str(script)],
         env=environment | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         cwd=folder,
         text=True,
         capture_output=True,
-        timeout=300,
+        timeout=180,
         check=False,
     )

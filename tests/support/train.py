@@ -55,7 +55,7 @@ class Scenario:
     catch: bool = False
     """Whether the script catches what training raises, and goes on to write its result."""
     after: str = ""
-    """Python run after training, with `model`, `bus`, `error` and `found` (kept in the result)."""
+    """Python run after it, with `model`, `bus`, `arguments`, `error`, `found` (for the result)."""
     train: dict[str, Any] = field(default_factory=dict)
 
 
@@ -139,9 +139,10 @@ def main(scenario: Scenario) -> None:
         bus.attach(model)
     scope: dict[str, Any] = {"model": model, "bus": bus, "root": root, "found": {}, "error": None}
     exec(scenario.before, scope)
-    arguments = FAST | {"data": scenario.data, "project": str(root / "runs"), "name": "train"}
+    place = {"data": scenario.data, "project": str(root / "runs"), "name": "train"}
+    scope["arguments"] = FAST | place | scenario.train
     try:
-        model.train(**(arguments | scenario.train))
+        model.train(**scope["arguments"])
     except BaseException as error:
         if not scenario.catch:
             raise

@@ -1,0 +1,151 @@
+"""The same training, logged by the newest built-in callback and by trainbus: what reaches W&B.
+
+Everything that differs is named here, and listed with its reason in docs/parity.md.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import wandb_file
+from support.trained import Trained
+from support.wandb_file import WandbRun
+
+PARITY = Path(__file__).parent.parent / "docs" / "parity.md"
+
+OURS_ALONE = {
+    "model/gradients",
+    "model/layers",
+    "model/speed_preprocess(ms)",
+    "model/speed_postprocess(ms)",
+    "metrics/per_class",
+    "confusion_matrix/counts_table",
+}
+"""Keys of the history that only trainbus logs."""
+
+TIMED = {"model/speed_PyTorch(ms)"}
+"""Measured in wall time, so never twice the same."""
+
+
+def numbers(run: WandbRun) -> dict[int, dict[str, float]]:
+    """Return the numbers of each epoch, epochs counted from 1."""
+    found: dict[int, dict[str, float]] = {}
+    for row in run.history:
+        values = {
+            k: v
+            for k, v in row.items()
+            if isinstance(v, int | float) and k[0] != "_" and k not in TIMED | OURS_ALONE
+        }
+        if len(values) > 1:
+            found[int(values.pop("epoch"))] = values
+    return found
+
+
+def pictures(run: WandbRun) -> set[tuple[str, str]]:
+    """Return key and digest of every picture."""
+    return {
+        (key, value["sha256"])
+        for row in run.history
+        for key, value in row.items()
+        if isinstance(value, dict) and value.get("_type") == "image-file"
+    }
+
+
+def tables(run: WandbRun) -> dict[str, list[list[Any]]]:
+    """Return the tables of the curves."""
+    return {
+        key: wandb_file.read_table(run, value)[1]
+        for row in run.history
+        for key, value in row.items()
+        if key.startswith("curves/")
+    }
+
+
+def test_the_same_numbers_each_epoch(ours: Trained, builtin: Trained) -> None:
+    """Losses, learning rates and metrics agree; only the phantom epoch is missing (F3)."""
+    theirs, here = numbers(builtin.wandb_run), numbers(ours.wandb_run)
+    assert list(range(1, 12)) == sorted(theirs)
+    assert list(range(1, 11)) == sorted(here)
+    assert {epoch: theirs[epoch] for epoch in here} == here
+
+
+def test_the_final_evaluation_is_in_the_summary(ours: Trained, builtin: Trained) -> None:
+    """What the built-in callback logs as epoch 11 is kept, under `final/` (F3)."""
+    phantom = numbers(builtin.wandb_run)[11]
+    summary = ours.wandb_run.summary
+    assert phantom == {k: summary[f"final/{k}"] for k in phantom}
+
+
+def test_the_same_pictures(ours: Trained, builtin: Trained) -> None:
+    """Every picture arrives with the same content under the same key."""
+    assert pictures(builtin.wandb_run) == pictures(ours.wandb_run)
+
+
+def test_the_same_curves_under_true_names(ours: Trained, builtin: Trained) -> None:
+    """The curves agree point by point; blue's is no longer called green (F2)."""
+    theirs = {
+        key: [["blue" if name == "green" else name, y, x] for name, y, x in rows]
+        for key, rows in tables(builtin.wandb_run).items()
+    }
+    assert theirs == tables(ours.wandb_run)
+    assert 4 == len(theirs)
+
+
+def test_the_same_charts(ours: Trained, builtin: Trained) -> None:
+    """The charts are drawn with the same preset, fields and titles."""
+    theirs, here = builtin.wandb_run.charts, dict(ours.wandb_run.charts)
+    assert "wandb/confusion_matrix/v1" == here.pop("confusion_matrix/counts")["panel"]
+    assert theirs == here
+
+
+def test_the_same_artifact(ours: Trained, builtin: Trained) -> None:
+    """The model file is the same but for its dates; the artifact is named and aliased alike (F12)."""
+    both = []
+    for trained in (builtin, ours):
+        run = trained.wandb_run
+        (artifact,) = [a for a in run.artifacts if a.type == "model"]
+        assert f"run_{run.run_id}_model" == artifact.name
+        assert {"best", "latest"} == set(artifact.aliases)
+        assert (trained.save_dir / "weights" / "best.pt").stat().st_size == artifact.files[
+            "best.pt"
+        ].size
+        both.append([*artifact.files])
+    assert both[0] == both[1]
+
+
+def test_the_same_weights(ours: Trained, builtin: Trained, train: Any) -> None:
+    """With trainbus, with the built-in callback and with neither, training is the same."""
+    plain = train("plain", epochs=10, config=None)
+    hashes = {t.result["weights"] for t in (ours, builtin, plain)}
+    assert 1 == len(hashes)
+    assert None not in hashes
+
+
+def test_the_same_run_settings(ours: Trained, builtin: Trained) -> None:
+    """Project, name and config agree; only the id is one that no other run can have (F11)."""
+    theirs, here = builtin.wandb_run, ours.wandb_run
+    places = {"project", "save_dir"}  # each training has a folder of its own
+    assert theirs.name == here.name
+    assert here.project.endswith("-runs")
+    assert {k: v for k, v in theirs.config.items() if k not in places} == {
+        k: v for k, v in here.config.items() if k not in places
+    }
+    assert re.fullmatch(r"train_\d{8}_\d{6}_[0-9a-f]{6}", here.run_id)
+    assert 0 == theirs.exit_code == here.exit_code
+
+
+def test_no_key_is_lost(ours: Trained, builtin: Trained) -> None:
+    """Every key that the built-in callback logs is logged here too, and the rest is listed."""
+    theirs = {key for row in builtin.wandb_run.history for key in row}
+    here = {key for row in ours.wandb_run.history for key in row}
+    assert set() == theirs - here
+    assert here - theirs == OURS_ALONE
+
+
+@pytest.mark.parametrize("key", sorted(OURS_ALONE))
+def test_what_differs_is_documented(key: str) -> None:
+    """docs/parity.md names each key that only trainbus logs."""
+    assert key.removesuffix("_table") in PARITY.read_text(encoding="utf-8")

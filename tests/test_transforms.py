@@ -1,0 +1,192 @@
+"""What a sink's configuration filters, renames and thins out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainbus.events import (
+    AlertRaised,
+    CheckpointSaved,
+    Event,
+    ImageLogged,
+    MetricsLogged,
+    Record,
+    RunEnded,
+    RunStarted,
+    TextLogged,
+    UnknownEvent,
+)
+from trainbus.testing import sample_records
+from trainbus.transforms import Transform, TransformSpec
+
+VALUES = {"train/loss": 1.0, "val/loss": 2.0, "metrics/mAP50(B)": 3.0}
+
+
+def record(event: Event | UnknownEvent) -> Record:
+    return Record(seq=1, run="run", time=0.0, event=event)
+
+
+def names(spec: TransformSpec, values: dict[str, float] = VALUES) -> list[str]:
+    """Return the metric names that a sink with these transforms gets."""
+    found = Transform(spec)(record(MetricsLogged(values=values, phase="train", epoch=0)))
+    return list(found.event.values) if found and isinstance(found.event, MetricsLogged) else []
+
+
+def passes(spec: TransformSpec, event: Any) -> bool:
+    return Transform(spec)(record(event)) is not None
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "expected"),
+    [
+        (["*"], [], [*VALUES]),
+        (["train/*"], [], ["train/loss"]),
+        (["*/loss"], ["val/*"], ["train/loss"]),
+        (["*"], ["*"], []),
+        ([], [], []),
+        (["metrics/mAP50(B)"], [], ["metrics/mAP50(B)"]),
+        (["METRICS/*"], [], []),
+        (["t*", "v*"], ["*/l?ss"], []),
+    ],
+)
+def test_include_and_exclude(include: list[str], exclude: list[str], expected: list[str]) -> None:
+    """A name must match a pattern of `include` and none of `exclude`."""
+    assert expected == names(TransformSpec(include=include, exclude=exclude))
+
+
+def test_brackets_are_letters() -> None:
+    """Only `*` and `?` are special: a name with brackets matches itself."""
+    values = {"head[0]/loss": 1.0, "head0/loss": 2.0}
+    assert ["head[0]/loss"] == names(TransformSpec(include=["head[0]/*"]), values)
+    assert ["head0/loss"] == names(TransformSpec(exclude=["head[[]0]/*", "head[0]*"]), values)
+    assert ["x/loss", "head0/loss"] == names(TransformSpec(rename={"head[0]/*": "x/*"}), values)
+
+
+@pytest.mark.parametrize(
+    ("rename", "expected"),
+    [
+        ({"train/loss": "loss"}, ["loss", "val/loss", "metrics/mAP50(B)"]),
+        ({"train/*": "t/*"}, ["t/loss", "val/loss", "metrics/mAP50(B)"]),
+        ({"*/loss": "loss/*"}, ["loss/train", "loss/val", "metrics/mAP50(B)"]),
+        ({"*/loss": "x", "train/*": "y"}, ["x", "metrics/mAP50(B)"]),
+        ({"train/lo?s": "one"}, ["one", "val/loss", "metrics/mAP50(B)"]),
+        ({"*/mAP*": "*"}, ["train/loss", "val/loss", "metrics"]),
+        ({"loss": "nothing"}, [*VALUES]),
+        ({"metrics/mAP50(B)": "a\\1*"}, ["train/loss", "val/loss", "a\\1*"]),
+    ],
+)
+def test_rename(rename: dict[str, str], expected: list[str]) -> None:
+    """The first pattern that matches gives the new name, with the text of its first `*`."""
+    assert expected == names(TransformSpec(rename=rename))
+
+
+def test_names_are_filtered_before_they_are_renamed() -> None:
+    """`include` and `exclude` speak of the names that the trainer gives."""
+    spec = TransformSpec(include=["train/*"], rename={"train/loss": "other"})
+    assert ["other"] == names(spec)
+
+
+def test_keys_are_treated_like_names() -> None:
+    """Images, curves and the like are filtered and renamed by their keys."""
+    spec = TransformSpec(include=["plots/*"], rename={"plots/*": "p/*"})
+    found = Transform(spec)(record(ImageLogged(key="plots/PR", path="x.png")))
+    assert found is not None
+    assert ImageLogged(key="p/PR", path="x.png") == found.event
+    assert not passes(spec, TextLogged(key="other", text=""))
+
+
+def test_goals_are_renamed_with_their_metrics() -> None:
+    """What the trainer ranks by is called in the sink what the metric is called there."""
+    spec = TransformSpec(include=["nothing"], rename={"metrics/*": "*"})
+    found = Transform(spec)(record(RunStarted(goals={"metrics/mAP50(B)": "max"})))
+    assert found is not None
+    assert RunStarted(goals={"mAP50(B)": "max"}) == found.event
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        RunStarted(),
+        RunEnded(status="finished"),
+        CheckpointSaved(path="p", kind="last"),
+        AlertRaised(title="t", level="info"),
+        UnknownEvent("new.thing", {"type": "new.thing", "key": "k"}),
+    ],
+)
+def test_what_has_no_name_passes(event: Event | UnknownEvent) -> None:
+    """Starts, ends, checkpoints, alerts and unknown events go through every filter."""
+    assert passes(TransformSpec(include=[], exclude=["*"]), event)
+
+
+def thinned(spec: TransformSpec, steps: list[int | None], **fields: Any) -> list[int | None]:
+    """Return the steps that a sink gets of these."""
+    transform = Transform(spec)
+    found = []
+    for step in steps:
+        event = MetricsLogged(values={"loss": 1.0}, step=step, **{"phase": "train", **fields})
+        if transform(record(event)) is not None:
+            found.append(step)
+    return found
+
+
+def test_every_thins_out_steps() -> None:
+    """Of each phase's step values one in so many steps passes, the first one among them."""
+    spec = TransformSpec(every={"train": 50})
+    assert [1, 51, 101] == thinned(spec, [*range(1, 140)])
+    assert [7, 57] == thinned(spec, [*range(7, 90, 10)])
+    assert [*range(5)] == thinned(spec, [*range(5)], phase="validation")
+
+
+def test_every_keeps_the_values_of_one_step_together() -> None:
+    """Several events of the step that is due all pass."""
+    assert [1, 1, 3, 3] == thinned(TransformSpec(every={"train": 2}), [1, 1, 2, 2, 3, 3])
+
+
+def test_every_leaves_epochs_alone() -> None:
+    """Values that sum up an epoch are not step values."""
+    assert [None, None] == thinned(TransformSpec(every={"train": 50}), [None, None])
+
+
+def test_every_starts_again_where_steps_do() -> None:
+    """After an epoch is redone the steps fall, and the next one passes."""
+    assert [10, 4, 9] == thinned(TransformSpec(every={"train": 5}), [10, 12, 4, 5, 9])
+
+
+def test_step_values_on_request_need_a_request() -> None:
+    """What was measured for one sink does not reach another that did not ask for it."""
+    assert [] == thinned(TransformSpec(), [1, 2], on_request=True)
+    assert [1, 3] == thinned(TransformSpec(every={"train": 2}), [1, 2, 3], on_request=True)
+
+
+def test_records_are_not_changed(tmp_path: Any) -> None:
+    """The record that the other sinks get stays as it is, and one that needs no change is itself."""
+    event = MetricsLogged(values=dict(VALUES), phase="train")
+    Transform(TransformSpec(include=["train/*"], rename={"*": "x"}))(record(event))
+    assert VALUES == event.values
+    transform = Transform(TransformSpec(every={"train": 1}))
+    for each in sample_records(tmp_path):
+        if not isinstance(each.event, MetricsLogged) or each.event.values:
+            assert each is transform(each)
+
+
+def test_keys_of_the_configuration_are_checked() -> None:
+    """A transform that does not exist is an error, and not ignored."""
+    with pytest.raises(msgspec.ValidationError, match="unknown field `includes`"):
+        msgspec.convert({"includes": ["*"]}, TransformSpec)
+
+
+@given(
+    st.lists(st.text("a/*?[]!\\(", max_size=6), max_size=3),
+    st.dictionaries(st.text("a/*?[]!\\(", max_size=6), st.text("a/*\\1", max_size=4), max_size=3),
+    st.text("a/[]!\\(\n", max_size=6),
+)
+def test_any_pattern_is_good(patterns: list[str], rename: dict[str, str], name: str) -> None:
+    """No pattern raises, and every name without wildcards matches itself."""
+    names(TransformSpec(include=patterns, exclude=patterns, rename=rename), {name: 1.0})
+    assert [name] == names(TransformSpec(include=[name]), {name: 1.0})
+    assert ["new"] == names(TransformSpec(rename={name: "new"}), {name: 1.0})
