@@ -1,13 +1,13 @@
-"""Trains a small YOLO on generated shapes, through trainbus, into W&B (offline) and a local file."""
+"""Trains a small YOLO on generated shapes, through trainbus, into W&B offline and a local file."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
 
-import shapes
 from ultralytics import YOLO
 
+import shapes
 import trainbus
 
 CONFIG = Path(__file__).parent.parent / "config" / "wandb-offline.yaml"
@@ -21,7 +21,7 @@ def main() -> None:
             bus.attach(model)
             model.train(
                 data=str(data),
-                project="runs/demo",
+                project="demo",
                 name="shapes",
                 epochs=12,
                 imgsz=96,

@@ -50,6 +50,8 @@ class JsonlSink(Sink):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._last = _last_position(path, run.id)
             self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            if _is_torn(path):  # else the next record would be lost with the half line before it
+                os.write(self._fd, b"\n")
         except OSError as error:
             raise SinkError(f"can't write {path}: {error.strerror}; set another `path`") from error
         self._path = path
@@ -62,7 +64,11 @@ class JsonlSink(Sink):
         """
         if self._fd is None:
             raise SinkError("write came before open; call open(run) first")
-        new = [record for record in records if record.position > self._last]
+        new, last = [], self._last
+        for record in records:
+            if record.position > last:
+                new.append(record)
+                last = record.position
         if not new:
             return
         lines = b"".join(encode(record) + b"\n" for record in new)
@@ -70,7 +76,7 @@ class JsonlSink(Sink):
         if written < len(lines):  # a full disk writes short, without an error
             os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
             raise OSError(28, "no space left on device", str(self._path))
-        self._last = new[-1].position
+        self._last = last
 
     def close(self) -> None:
         """Close the file."""
@@ -97,3 +103,10 @@ def _last_position(path: Path, run: str) -> tuple[int, int]:
                 if record.run == run:
                     last = max(last, record.position)
     return last
+
+
+def _is_torn(path: Path) -> bool:
+    """Return whether a crash left the file without the line feed of its last line."""
+    with path.open("rb") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+        return file.read() not in (b"", b"\n")

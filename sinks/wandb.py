@@ -128,10 +128,10 @@ class WandbSink(Sink):
         Raises:
             SinkError: nothing was opened.
         """
-        if self._run is None:
-            raise SinkError("write came before open; call open(run) first")
         for record in records:
             if record.position > self._last:
+                if self._run is None:
+                    raise SinkError("no run is open; call open(run) first")
                 self._take(self._run, record.event)
                 self._last = record.position
 
@@ -278,7 +278,7 @@ class WandbSink(Sink):
     def _take_checkpoint(self, run: WandbRun, event: CheckpointSaved) -> None:
         wanted = self.options.save_checkpoints
         if wanted == "all" and event.kind == "periodic":
-            self._log_checkpoint(run, event, [f"epoch-{event.epoch}"])
+            self._log_checkpoint(run, event, [f"epoch-{_counted(event.epoch)}"])
         elif wanted in ("all", event.kind):
             # The trainer overwrites these files: what they hold at the end is what counts.
             self._checkpoints[event.kind] = event
@@ -289,7 +289,7 @@ class WandbSink(Sink):
         if not Path(event.path).is_file():
             logger.warning("checkpoint is gone: no file at %s", event.path)
             return
-        metadata = {"epoch": event.epoch, "metrics": event.metrics, **event.metadata}
+        metadata = {"epoch": _counted(event.epoch), "metrics": event.metrics, **event.metadata}
         artifact = wandb.Artifact(
             artifact_name(f"run_{run.id}_model"), "model", metadata=_metadata(metadata)
         )
@@ -305,7 +305,7 @@ class WandbSink(Sink):
         if event.best is not None:
             run.summary.update({f"best/{event.best.metric}": event.best.value})
             if event.best.epoch is not None:
-                run.summary.update({"best/epoch": event.best.epoch + 1})
+                run.summary.update({"best/epoch": _counted(event.best.epoch)})
         if event.reason:
             run.summary.update({"ended": event.reason})
         self._finish(event.status)
@@ -321,6 +321,11 @@ class WandbSink(Sink):
 
     def _say_cut(self, key: str, found: int, shown: int, what: str, rest: str = "") -> None:
         logger.warning("%r: W&B can show %d of its %d %s%s", key, shown, found, what, rest)
+
+
+def _counted(epoch: int | None) -> int | None:
+    """Return an epoch counted from 1, as the x axis in W&B counts them."""
+    return None if epoch is None else epoch + 1
 
 
 def _model_values(event: ModelDescribed) -> dict[str, float]:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
 import shapes
 from support.trained import Trained, train_once
 
-os.environ["YOLO_OFFLINE"] = "True"
-os.environ["WANDB_MODE"] = "offline"
-os.environ["WANDB_SILENT"] = "true"
+# Read when the packages are imported, so they are set before any test can; nothing is written home.
+SETTINGS = tempfile.mkdtemp(prefix="trainbus-")
+atexit.register(shutil.rmtree, SETTINGS, ignore_errors=True)
+os.environ |= {
+    "YOLO_OFFLINE": "True",
+    "YOLO_CONFIG_DIR": SETTINGS,
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    **{f"WANDB_{kind}_DIR": f"{SETTINGS}/{kind}" for kind in ("CACHE", "CONFIG", "DATA")},
+}
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +46,7 @@ def train(workspace: Path, data: Path) -> Callable[..., Trained]:
     """Train a scenario by name, once a session; see `train_once`."""
     done: dict[str, Trained] = {}
 
-    def trained(name: str, **options: object) -> Trained:
+    def trained(name: str, **options: Any) -> Trained:
         if name not in done:
             done[name] = train_once(workspace / name, data, **options)
         return done[name]

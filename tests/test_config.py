@@ -1,7 +1,7 @@
 """What a configuration file becomes, and what is said of one that can't be used."""
 
 # The messages stand here as they are printed, and asserts say what is expected first.
-# ruff: noqa: E501, SIM300
+# ruff: noqa: E501
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 import trainbus
 from trainbus import Bus, ConfigError, Options, Record, RunDefaults, Sink, config, registry
 from trainbus.cli import app
+from trainbus.schema import SINK_KEYS, json_schema
 from trainbus.transforms import TransformSpec
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "config").glob("*.yaml"))
@@ -267,7 +268,19 @@ sinks: {}
 === sinks a list
 sinks:
   - type: jsonl
---> :2: sinks: found a list, expected a mapping of one name or more to sinks
+--> :1: sinks: found a list, expected a mapping of one name or more to sinks
+
+=== sink name with a space
+sinks:
+  a b: {type: jsnol}
+  c: {type: jsonl}
+--> :2: sinks: found 'a b' as a key, expected a name of letters, digits, `_`, `.` and `-`
+--> :2: sinks.'a b'.type: found 'jsnol', expected one of clash, demo, gone, jsonl, nosink, did you mean 'jsonl'?
+
+=== sink name with a line break
+sinks:
+  "a\\n": {type: jsonl}
+--> :2: sinks: found 'a\\n' as a key, expected a name of letters, digits, `_`, `.` and `-`
 
 === sink null
 sinks:
@@ -493,7 +506,7 @@ sinks:
 === recursive alias
 sinks: &a
   a: *a
---> :1: found an alias that contains itself, expected plain values
+--> :2: found an alias that contains itself, expected plain values
 
 === bad merge
 sinks:
@@ -701,7 +714,7 @@ def test_good_file() -> None:
 
 def test_common_keys_are_all_transforms() -> None:
     """Every transform is a key of every sink, so that none is missing in the file."""
-    assert {*TransformSpec.__struct_fields__, "type", "on_error"} == set(config._SINK_KEYS)
+    assert {*TransformSpec.__struct_fields__, "type", "on_error"} == set(SINK_KEYS)
 
 
 def test_empty_run_section() -> None:
@@ -976,24 +989,41 @@ def test_any_bytes_are_checked(tmp_path_factory: pytest.TempPathFactory, data: b
 @pytest.mark.usefixtures("demo")
 def test_schema_describes_every_sink_that_loads() -> None:
     """The schema has the sinks that load, with their own and the common keys, and no others."""
-    schema = config.json_schema()
+    schema = json_schema()
     assert {"version", "run", "sinks"} == set(schema["properties"])
     assert (["sinks"], False) == (schema["required"], schema["additionalProperties"])
     sink = schema["properties"]["sinks"]["additionalProperties"]
     assert ["demo", "jsonl"] == sink["properties"]["type"]["anyOf"][0]["enum"]
     assert ["demo", "jsonl"] == [c["if"]["properties"]["type"]["const"] for c in sink["allOf"]]
     demo = schema["$defs"]["sink.demo"]
-    assert {*config._SINK_KEYS, *DemoOptions.__struct_fields__} == set(demo["properties"])
+    assert {*SINK_KEYS, *DemoOptions.__struct_fields__} == set(demo["properties"])
     assert (["type", "project"], False) == (demo["required"], demo["additionalProperties"])
     assert "Keeps nothing." == demo["description"]
     assert "What the run belongs to" == demo["properties"]["project"]["description"]
+    ours = {key: demo["properties"][key] for key in SINK_KEYS if key != "type"}
+    keys = [*ours.values(), *schema["$defs"]["RunDefaults"]["properties"].values()]
+    assert [] == [key for key in keys if not key.get("description")]
+
+
+def test_schema_of_sinks_with_the_same_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two sinks that share a class of options is described by itself."""
+    points = {
+        name: EntryPoint(name, f"{__name__}:DemoSink", registry.SINKS) for name in ("one", "two")
+    }
+    monkeypatch.setattr(registry, "plugins", lambda group: points)
+    one, two = (json_schema()["$defs"][f"sink.{name}"] for name in points)
+    assert ("one", "two") == (
+        one["properties"]["type"]["const"],
+        two["properties"]["type"]["const"],
+    )
+    assert ["type", "project"] == one["required"] == two["required"]
 
 
 @pytest.mark.usefixtures("demo")
 def test_schema_lets_variables_stand_for_scalars() -> None:
     """A text with a variable may stand wherever the loader would take a value from it."""
     variable = {"type": "string", "pattern": r"\$\{"}
-    keys = config.json_schema()["$defs"]["sink.demo"]["properties"]
+    keys = json_schema()["$defs"]["sink.demo"]["properties"]
     for key in ("project", "mode", "port", "rate", "verbose", "on_error"):
         assert variable == keys[key]["anyOf"][-1]
     assert variable == keys["tags"]["items"]["anyOf"][-1]
@@ -1017,6 +1047,9 @@ def test_schema_lets_variables_stand_for_scalars() -> None:
         ("sinks: {a: {type: jsonl, every: {train: 0}}}", False),
         ("sinks: {a: {type: jsonl, include: []}}", False),
         ("sinks: {}", False),
+        ("sinks: {a.b_c-D9: {type: jsonl}}", True),
+        ("sinks: {'a b': {type: jsonl}}", False),
+        ('sinks: {"a\\n": {type: jsonl}}', False),
         ("version: 2\nsinks: {a: {type: jsonl}}", False),
         ("run: {nmae: x}\nsinks: {a: {type: jsonl}}", False),
         ("journal: {}\nsinks: {a: {type: jsonl}}", False),
@@ -1027,7 +1060,7 @@ def test_schema_agrees_with_the_loader(
 ) -> None:
     """An editor that validates by the schema says the same of a file as the loader does."""
     jsonschema = pytest.importorskip("jsonschema")
-    validator = jsonschema.Draft202012Validator(config.json_schema())
+    validator = jsonschema.Draft202012Validator(json_schema())
     assert is_good == validator.is_valid(yaml.safe_load(text))
     if "KIND" not in text:
         monkeypatch.setenv("PORT", "80")
@@ -1045,7 +1078,7 @@ def _loads(text: str) -> bool:
 
 def test_schema_is_json() -> None:
     """The schema with the real sinks is plain JSON, and every reference in it has its aim."""
-    schema = config.json_schema()
+    schema = json_schema()
     assert schema == json.loads(json.dumps(schema))
     refs = {part.split('"')[0] for part in json.dumps(schema).split('"#/$defs/')[1:]}
     assert refs == set(schema["$defs"])

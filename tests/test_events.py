@@ -146,7 +146,7 @@ def same(a: Any, b: Any) -> bool:
             and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
         )
     if isinstance(a, float) and isinstance(b, float):
-        return math.isnan(a) and math.isnan(b) or struct.pack("d", a) == struct.pack("d", b)
+        return (math.isnan(a) and math.isnan(b)) or struct.pack("d", a) == struct.pack("d", b)
     if isinstance(a, msgspec.Struct):
         return type(a) is type(b) and same(msgspec.structs.asdict(a), msgspec.structs.asdict(b))
     if isinstance(a, dict):

@@ -342,3 +342,10 @@ def test_nothing_is_lost_of_struct_fields() -> None:
     )
     found, _ = normalize.event(event)
     assert event == found
+
+
+def test_as_many_rows_and_classes_as_there_were() -> None:
+    """Tables and class lists are never cut, however long."""
+    table = TableLogged(key="t", columns=["a"], rows=[[i] for i in range(20_000)])
+    kept, _ = normalize.event(table)
+    assert 20_000 == len(kept.rows)

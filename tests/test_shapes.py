@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import shapes
 import yaml
 from PIL import Image
+
+import shapes
 
 LABELLED = ("detect", "segment", "pose", "obb")
 

@@ -17,8 +17,8 @@ from unittest import SkipTest, mock
 import msgspec
 import numpy as np
 import pytest
-from support import tinytrainer
 
+from support import tinytrainer
 from trainbus import (
     Bus,
     Detach,

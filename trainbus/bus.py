@@ -1,6 +1,7 @@
 """The bus: takes events in, hands records to subscribers and sinks.
 
-It keeps nothing at module level: two buses, and two trainings on one bus, never see each other's run.
+It keeps nothing at module level: two buses, and two trainings on one bus, never see each other's
+run.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 from blinker import Namespace
+from msgspec import Meta
 
 from trainbus import registry
 from trainbus.delivery import Delivery, Receipt, Route
@@ -32,12 +35,12 @@ _FAILURES_TO_MUTE = 5
 class RunDefaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the user sets for every run, over what the adapter finds."""
 
-    name: str | None = None
-    project: str | None = None
-    group: str | None = None
-    job_type: str | None = None
-    tags: list[str] | None = None
-    notes: str | None = None
+    name: Annotated[str | None, Meta(description="What a run is called")] = None
+    project: Annotated[str | None, Meta(description="What the runs belong to")] = None
+    group: Annotated[str | None, Meta(description="Runs that are compared as one")] = None
+    job_type: Annotated[str | None, Meta(description="Part in a group, such as `train`")] = None
+    tags: Annotated[list[str] | None, Meta(description="Words to find the runs by")] = None
+    notes: Annotated[str | None, Meta(description="Remarks for the reader")] = None
 
     def apply(self, started: RunStarted) -> RunStarted:
         """Return the start with these values in place of the adapter's."""
@@ -136,7 +139,8 @@ class Bus:
             A function that ends the subscription.
 
         Raises:
-            SubscribeError: the receiver is a coroutine function, or no function at all.
+            SubscribeError: the receiver is a coroutine function or no function, or what it is to
+                hear is no event type.
         """
         call = getattr(receiver, "__call__", None)  # noqa: B004  an object may have an async __call__
         if call is None:
@@ -147,9 +151,11 @@ class Bus:
                 "that hands the record to your event loop"
             )
         guarded = _Guarded(receiver)
-        signals = [self._signals.signal(event_name(e)) for e in events] or [
-            self._signals.signal("*")
-        ]
+        try:
+            names = [event_name(event) for event in events] or ["*"]
+        except TypeError as error:
+            raise SubscribeError(str(error)) from error
+        signals = [self._signals.signal(name) for name in names]
         for signal in signals:
             signal.connect(guarded, weak=False)
 
@@ -161,10 +167,11 @@ class Bus:
 
     def close(self, error: BaseException | None = None) -> None:
         """End every open run, as `error` says if there is one, and detach from every trainer."""
-        for emitter in self._emitters:
-            emitter.end(error)
-        for _, detach in list(self._attached.values()):
-            detach()
+        with ExitStack() as stack:  # all of it happens, even if Ctrl-C comes in one of the sinks
+            for _, detach in self._attached.values():
+                stack.callback(_guarded_detach, detach)
+            for emitter in reversed(self._emitters):
+                stack.callback(emitter.end, error)
 
     def __enter__(self) -> Bus:
         return self
@@ -193,6 +200,7 @@ class Bus:
                 self._on_receipt(receipt)
             except Exception:
                 logger.warning("the receipt of run %s can't be shown", receipt.run, exc_info=True)
+        delivery.raise_interrupt()
 
     def _emitter(self) -> Emitter:
         emitter = Emitter(self)
@@ -218,6 +226,13 @@ class _Guarded:
             logger.warning("subscriber %r failed%s", self._receiver, last, exc_info=True)
         else:
             self._failures = 0
+
+
+def _guarded_detach(detach: Detach) -> None:
+    try:
+        detach()
+    except Exception:
+        logger.warning("an adapter could not detach", exc_info=True)
 
 
 def _route(name: str, source: SinkSource) -> Route:

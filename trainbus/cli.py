@@ -16,8 +16,9 @@ import typer
 
 import trainbus
 from trainbus import config, events, registry
+from trainbus.checks import printable
 from trainbus.errors import ConfigError
-from trainbus.yamlfile import printable
+from trainbus.schema import json_schema
 
 _WIDTH_WITHOUT_TERMINAL = 200
 
@@ -100,7 +101,7 @@ def schema(
     ] = False,
 ) -> None:
     """Print the JSON Schema of the configuration file, for editors."""
-    found = events.json_schema() if of_events else config.json_schema()
+    found = events.json_schema() if of_events else json_schema()
     typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
 
 

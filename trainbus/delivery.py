@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Literal
+from contextlib import suppress
+from typing import Any, Literal
 
 import msgspec
 
@@ -87,18 +88,26 @@ class Delivery:
         for index, line in enumerate(self._lines):
             try:
                 line.open()
-            except SinkError:
+            except BaseException:
                 for opened in self._lines[:index]:
                     opened.close()
                 raise
 
     def put(self, record: Record) -> None:
-        """Take one record to every sink."""
+        """Take one record to every sink, even if Ctrl-C comes in one of them."""
         self._emitted += 1
         if isinstance(record.event, RunEnded):
             self._status = record.event.status
         for line in self._lines:
             line.put(record)
+        self.raise_interrupt()
+
+    def raise_interrupt(self) -> None:
+        """Raise the Ctrl-C that came in a sink, if one did; every sink has had its turn by then."""
+        for line in self._lines:
+            interrupt, line.interrupt = line.interrupt, None
+            if interrupt is not None:
+                raise interrupt
 
     def close(self) -> Receipt:
         """Flush and close every sink, and return what became of the run's records."""
@@ -111,7 +120,7 @@ class Delivery:
 
 
 class _Line:
-    """One sink of one run: guarded calls, counts, and a circuit that opens after repeated failure."""
+    """One sink of one run: guarded calls, counts, and an end of calls after repeated failure."""
 
     def __init__(self, route: Route, run: RunInfo) -> None:
         self._route = route
@@ -121,19 +130,27 @@ class _Line:
         self._transform = Transform(route.transforms)
         self._taken = self._failed = self._skipped = self._in_a_row = 0
         self._error: str | None = None
+        self.interrupt: BaseException | None = None
 
     def open(self) -> None:
+        sink: Sink | None = None
         try:
             sink = self._route.make()
             started = self._transform(Record(seq=0, run="", time=0.0, event=self._run.started))
             if started is not None and not isinstance(started.event, UnknownEvent):
                 run = msgspec.structs.replace(self._run, started=started.event)
             sink.open(run)
-        except Exception as error:
+        except BaseException as error:
+            if sink is not None:
+                with suppress(Exception):
+                    sink.close()
+            if not isinstance(error, Exception):
+                raise
             self._error = _line(error)
             if self._route.on_error == "raise":
+                name, kind = self._route.name, self._route.kind
                 raise SinkError(
-                    f"sink {self._route.name!r} ({self._route.kind}) can't be opened: {_line(error)}"
+                    f"sink {name!r} ({kind}) can't be opened: {_line(error)}"
                 ) from error
             logger.warning(
                 "sink %r (%s) can't be opened, training goes on without it: %s",
@@ -145,37 +162,25 @@ class _Line:
             self._sink = sink
 
     def put(self, record: Record) -> None:
-        if self._sink is None:
+        is_open = self._in_a_row < _FAILURES_TO_OPEN or isinstance(record.event, RunEnded)
+        if self._sink is None or not is_open:
             self._failed += 1
-            return
-        if self._in_a_row >= _FAILURES_TO_OPEN and not isinstance(record.event, RunEnded):
-            self._failed += 1
-            return
-        try:
-            wanted = self._transform(record)
-            if wanted is None:
-                self._skipped += 1
-                return
-            self._sink.write([wanted])
-        except Exception as error:
+        elif not self._guarded(self._write, self._sink, record):
             self._failed += 1
             self._in_a_row += 1
-            self._note(error)
-        else:
-            self._taken += 1
-            self._in_a_row = 0
+            if self._in_a_row == _FAILURES_TO_OPEN:
+                logger.warning(
+                    "sink %r (%s) failed %d times in a row and gets no more of this run",
+                    self._route.name,
+                    self._route.kind,
+                    _FAILURES_TO_OPEN,
+                )
 
     def close(self) -> SinkReport:
         if self._sink is not None:
-            for step in (self._sink.flush, self._sink.close):
-                try:
-                    step()
-                except Exception as error:
-                    self._note(error)
-            try:
-                self._where = self._sink.where
-            except Exception as error:
-                self._note(error)
+            self._guarded(self._sink.flush)
+            self._guarded(self._sink.close)
+            self._guarded(self._find, self._sink)
             self._sink = None
         return SinkReport(
             name=self._route.name,
@@ -187,19 +192,37 @@ class _Line:
             error=self._error,
         )
 
-    def _note(self, error: Exception) -> None:
-        first = self._error is None
-        self._error = _line(error)
-        name, kind = self._route.name, self._route.kind
-        if first:
-            logger.warning("sink %r (%s) failed, training goes on: %s", name, kind, self._error)
-        if self._in_a_row == _FAILURES_TO_OPEN:
-            logger.warning(
-                "sink %r (%s) failed %d times in a row and gets no more of this run",
-                name,
-                kind,
-                _FAILURES_TO_OPEN,
-            )
+    def _write(self, sink: Sink, record: Record) -> None:
+        wanted = self._transform(record)
+        if wanted is None:
+            self._skipped += 1
+            return
+        sink.write([wanted])
+        self._taken += 1
+        self._in_a_row = 0
+
+    def _find(self, sink: Sink) -> None:
+        self._where = sink.where
+
+    def _guarded(self, call: Callable[..., None], *args: Any) -> bool:
+        """Return whether a call of the sink went well."""
+        try:
+            call(*args)
+        except Exception as error:
+            if self._error is None:
+                logger.warning(
+                    "sink %r (%s) failed, training goes on: %s",
+                    self._route.name,
+                    self._route.kind,
+                    _line(error),
+                )
+            self._error = _line(error)
+        except BaseException as interrupt:
+            self._error = f"interrupted by {type(interrupt).__qualname__}"
+            self.interrupt = interrupt
+        else:
+            return True
+        return False
 
 
 def _line(error: Exception) -> str:

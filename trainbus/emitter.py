@@ -24,8 +24,17 @@ import msgspec
 
 from trainbus import normalize
 from trainbus.delivery import Delivery, Receipt
-from trainbus.errors import SinkError
-from trainbus.events import Event, Failure, Record, RunEnded, RunStarted, event_name
+from trainbus.events import (
+    AlertRaised,
+    CheckpointSaved,
+    EpochEnded,
+    Event,
+    Failure,
+    Record,
+    RunEnded,
+    RunStarted,
+    event_name,
+)
 from trainbus.interfaces import RunInfo
 
 if TYPE_CHECKING:
@@ -37,6 +46,9 @@ MARKER = "trainbus.json"
 """File in a run's save directory that names the run, so that a resumed training finds it again."""
 
 _MAX_NESTING = 3
+
+_CHECKED = (RunStarted, EpochEnded, CheckpointSaved, AlertRaised)
+"""Events with fields that a person may mistype: unchecked they would be written and never read."""
 
 
 class Emitter:
@@ -115,8 +127,10 @@ class Emitter:
         try:
             event_name(event)
             event, refused = normalize.event(event)
-        except TypeError as error:
-            self._warn("type", f"dropped what is no event: {error}")
+            if isinstance(event, _CHECKED):
+                event = msgspec.convert(msgspec.to_builtins(event), type(event))
+        except Exception as error:
+            self._warn("type", f"dropped what is no event of the schema: {error}")
             return
         for name in refused:
             self._warn(f"metric {name}", f"left out metric {name!r}: expected a number")
@@ -142,39 +156,39 @@ class Emitter:
         event = self._bus.defaults.apply(event)
         run_id, attempt = _identify(event)
         run = RunInfo(id=run_id, started=event, attempt=attempt)
-        self._seq = 0
-        self._run = run
-        self._bus.dispatch(self._stamp(event))
         try:
             self._delivery = Delivery(self._bus.routes, run)
-        except SinkError:
-            self._run = None
+        except BaseException:
             self._ended_once = True
             raise
+        self._seq = 0
+        self._run = run
         self._mark(run)
-        self._delivery.put(self._last)
+        self._record(event)
 
     def _record(self, event: Event) -> None:
-        assert self._delivery is not None
-        record = self._stamp(event)
-        self._bus.dispatch(record)
-        self._delivery.put(record)
-        if isinstance(event, RunEnded):
-            delivery, self._delivery, self._run = self._delivery, None, None
-            self._ended_once = True
-            self._bus.close_run(delivery)
-
-    def _stamp(self, event: Event) -> Record:
         assert self._run is not None
+        assert self._delivery is not None
+        delivery = self._delivery
         self._seq += 1
-        self._last = Record(
+        record = Record(
             seq=self._seq,
             run=self._run.id,
             time=time.time(),
             event=event,
             attempt=self._run.attempt,
         )
-        return self._last
+        # Ctrl-C may come in a subscriber or a sink: the sinks get every record, a run gets one end.
+        try:
+            self._bus.dispatch(record)
+        finally:
+            try:
+                delivery.put(record)
+            finally:
+                if isinstance(event, RunEnded):
+                    self._delivery = self._run = None
+                    self._ended_once = True
+                    self._bus.close_run(delivery)
 
     def _mark(self, run: RunInfo) -> None:
         if run.started.save_dir is None:
@@ -182,8 +196,9 @@ class Emitter:
         try:
             folder = Path(run.started.save_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / MARKER).write_text(json.dumps({"run": run.id, "attempt": run.attempt}) + "\n", encoding="utf-8")
-        except OSError as error:
+            marker = json.dumps({"run": run.id, "attempt": run.attempt})
+            (folder / MARKER).write_text(marker + "\n", encoding="utf-8")
+        except (OSError, ValueError) as error:
             self._warn("marker", f"a resumed training will not find this run again: {error}")
 
     def _warn(self, what: str, text: str) -> None:
@@ -221,7 +236,7 @@ def reopen(rebuild: Callable[[], Bus] | None) -> Emitter | MutedEmitter:
 
 
 def ending(error: BaseException | None) -> RunEnded:
-    """Return the end that an exception gives a run: none finished, Ctrl-C or exit stopped, else failed."""
+    """Return a run's end: finished without an exception, stopped by Ctrl-C or exit, else failed."""
     if error is None:
         return RunEnded(status="finished")
     failure = Failure(

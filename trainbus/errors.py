@@ -1,4 +1,4 @@
-"""Every error that trainbus raises on purpose: each says what was found, what was expected and what to do."""
+"""Every error that trainbus raises on purpose: it says what was found, expected, and what to do."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class NoAdapterError(TrainbusError):
         cls = type(target)
         super().__init__(
             f"no adapter for {cls.__module__}.{cls.__qualname__}; there are adapters for: "
-            f"{', '.join(sorted(known)) or 'nothing'}. Use `with bus.run(...) as run:` in a loop of "
-            "your own, or write an adapter (README, 'Write an adapter')"
+            f"{', '.join(sorted(known)) or 'nothing'}. Use `with bus.run(...) as run:` in a loop "
+            "of your own, or write an adapter (README, 'Write an adapter')"
         )
 
 

@@ -1,7 +1,7 @@
 """The neutral schema: what can happen in a training, as a closed set of frozen types.
 
-An *event* is what happened; a *record* is an event in its envelope (run id, seq, time, rank). Values
-are plain Python and numpy: adapters convert tensors before they emit.
+An *event* is what happened; a *record* is an event in its envelope (run id, attempt, seq, time,
+rank). Values are plain Python and numpy: adapters convert tensors before they emit.
 
 Conventions:
     - `epoch` counts from 0. `step` counts the optimizer updates done.
@@ -33,7 +33,7 @@ class _Base(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_f
 
 
 class Resumed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Where a resumed training goes on; `run` is None when the framework can't tell the run's id."""
+    """Where a resumed training goes on; `run` is None where the framework can't tell the id."""
 
     run: str | None = None
     epoch: int | None = None
@@ -116,8 +116,8 @@ class EpochEnded(_Base, frozen=True, kw_only=True, tag="epoch.ended"):
 class MetricsLogged(_Base, frozen=True, kw_only=True, tag="metrics.logged"):
     """Named numbers.
 
-    `final` marks an evaluation of the chosen weights after training, which is no epoch. `on_request`
-    marks step values that were measured only because a sink asked for them with `every`.
+    `final` marks an evaluation of the chosen weights after training, which is no epoch.
+    `on_request` marks step values that were measured only because a sink asked with `every`.
     """
 
     values: dict[str, float]
@@ -247,7 +247,7 @@ class UnknownEvent:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, UnknownEvent) and self.data == other.data
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
 
 Event: TypeAlias = (
@@ -269,7 +269,7 @@ Event: TypeAlias = (
     | RunEnded
 )
 
-EVENT_TYPES: tuple[type[Any], ...] = Event.__args__  # type: ignore[attr-defined]
+EVENT_TYPES: tuple[type[Any], ...] = Event.__args__
 _BY_NAME: dict[str, type[Any]] = {str(t.__struct_config__.tag): t for t in EVENT_TYPES}
 
 

@@ -41,10 +41,11 @@ class Sink(ABC):
     """Takes the records of one run to one place.
 
     A sink is opened once a run, before its first record, and closed after its last; `close` also
-    comes when nothing was opened, and may come twice. Records arrive in order,
-    cut into batches at any point, and the same record may come again after a crash: what a sink
-    stored must depend on neither (`record.position` tells a record that came before). `open` and `write` may run in different threads, never at the same
-    time. Whatever a sink raises is caught, counted and reported; training goes on.
+    comes when nothing was opened, and may come twice. Records arrive in order, cut into batches at
+    any point, and the same record may come again after a crash: what is stored must depend on
+    neither (`record.position` tells a record that came before). `open` and `write` may run in
+    different threads, never at the same time. Whatever a sink raises is caught, counted and
+    reported; training goes on.
     """
 
     Options: ClassVar[type[Options]] = Options

@@ -95,6 +95,8 @@ def _struct(value: Any, refused: list[str]) -> Any:
             new = _array(found)
         elif field in _NUMBERS.get(type(value), ()):
             new = _metrics(found, field, refused)
+        elif kind is list:  # classes and rows must stay as many as they are
+            new = [plain(item) for item in found]
         else:
             new = plain(found)
         if new is not found:

@@ -1,4 +1,4 @@
-"""The plain loop: a run for trainings without a framework, and the first example for adapter authors."""
+"""The plain loop: a run for trainings without a framework, and an example for adapter authors."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from trainbus.events import (
     CurveLogged,
     EpochEnded,
     EpochStarted,
+    Event,
     ImageLogged,
     MetricsLogged,
     RunStarted,
@@ -35,11 +36,13 @@ class Run:
     """
 
     def __init__(self, emit: Emitter, started: RunStarted) -> None:
-        self._emit = emit
+        self._emitter = emit
         self._started = started
         self._epoch: int | None = None
+        self._left: EpochEnded | None = None
 
     def __enter__(self) -> Run:
+        self._left = None
         self._emit(self._started)
         return self
 
@@ -49,29 +52,31 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None:
+            self._left = None
         self._emit(ending(error))
 
     @property
     def id(self) -> str | None:
         """Id of the run while it is open."""
-        return self._emit.run_id
+        return self._emitter.run_id
 
     def epochs(self, count: int, *, start: int = 0) -> Iterator[int]:
-        """Yield the epochs from `start` to `count` - 1; what is logged meanwhile belongs to them."""
+        """Yield the epochs `start` to `count` - 1; what is logged meanwhile belongs to them."""
         for epoch in range(start, count):
             self._epoch = epoch
             self._emit(EpochStarted(epoch=epoch))
             begun = time.monotonic()
             try:
                 yield epoch
-            finally:  # `break` leaves the loop here; after an exception the run may be over already
-                if self.id is not None:
-                    self._emit(
-                        EpochEnded(
-                            epoch=epoch, duration_s=time.monotonic() - begun, outcome="completed"
-                        )
-                    )
+            finally:
                 self._epoch = None
+                # An exception leaves the loop like `break` does, and only `__exit__` knows which it
+                # was: the epoch's end waits for the next event.
+                self._left = EpochEnded(
+                    epoch=epoch, duration_s=time.monotonic() - begun, outcome="completed"
+                )
+            self._emit()
 
     def log(
         self,
@@ -224,6 +229,12 @@ class Run:
     ) -> None:
         """Log something that a person should see now."""
         self._emit(AlertRaised(title=title, text=text, level=level))
+
+    def _emit(self, *events: Event) -> None:
+        left, self._left = self._left, None
+        for event in (left, *events):
+            if event is not None:
+                self._emitter(event)
 
     def _at(self, epoch: int | None) -> int | None:
         return self._epoch if epoch is None else epoch

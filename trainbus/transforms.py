@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from trainbus.events import MetricsLogged, Record, RunStarted
 
@@ -20,10 +21,23 @@ from trainbus.events import MetricsLogged, Record, RunStarted
 class TransformSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The transforms of one sink, the same keys for every sink."""
 
-    include: Sequence[str] = ("*",)
-    exclude: Sequence[str] = ()
-    rename: Mapping[str, str] = {}
-    every: Mapping[str, int] = {}
+    include: Annotated[
+        Sequence[str],
+        Meta(
+            min_length=1,
+            description="Names that the sink gets; `*` matches any text, `?` one character",
+            extra={"expected": "a list of one pattern or more, or nothing would ever arrive"},
+        ),
+    ] = ("*",)
+    exclude: Annotated[Sequence[str], Meta(description="Names that the sink does not get")] = ()
+    rename: Annotated[
+        Mapping[str, Annotated[str, Meta(min_length=1)]],
+        Meta(description="Name → its name in this sink; `*` in both stands for the same text"),
+    ] = {}
+    every: Annotated[
+        Mapping[str, Annotated[int, Meta(ge=1)]],
+        Meta(description="Phase, such as `train` → steps from one value to the next"),
+    ] = {}
 
 
 class Transform:

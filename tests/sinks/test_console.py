@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from trainbus.sinks.console import ConsoleOptions, ConsoleSink
 
 from trainbus import Bus, RunInfo, Sink, SinkError
 from trainbus.events import (
@@ -30,7 +31,6 @@ from trainbus.events import (
     RunEnded,
     RunStarted,
 )
-from trainbus.sinks.console import ConsoleOptions, ConsoleSink
 from trainbus.testing import SinkConformance
 
 

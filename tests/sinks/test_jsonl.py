@@ -12,10 +12,10 @@ from typing import Any
 
 import msgspec
 import pytest
+from trainbus.sinks.jsonl import JsonlOptions, JsonlSink
 
 from trainbus import Bus, RunInfo, Sink, SinkError
 from trainbus.events import MetricsLogged, Record, Resumed, RunStarted, TextLogged, decode
-from trainbus.sinks.jsonl import JsonlOptions, JsonlSink
 from trainbus.testing import SinkConformance, sample_records
 
 
@@ -84,7 +84,7 @@ def test_puts_the_run_id_in_the_path(tmp_path: Path) -> None:
 
 def test_path_must_not_be_empty() -> None:
     """An empty path is refused where the options are read."""
-    with pytest.raises(msgspec.ValidationError, match="length >= 1 - at `\\$.path`"):
+    with pytest.raises(msgspec.ValidationError, match=r"length >= 1 - at `\$\.path`"):
         msgspec.convert({"path": ""}, JsonlOptions)
 
 
@@ -143,7 +143,7 @@ def test_a_damaged_line_hides_nothing(tmp_path: Path) -> None:
 
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """Make files of more than `size` bytes impossible, as on a full disk: `write` comes up short."""
+    """Make files of more than `size` bytes impossible, as on a full disk: writes come up short."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))

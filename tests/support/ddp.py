@@ -1,8 +1,8 @@
 """Drives Ultralytics' multi-GPU path on CPU: its own generated script, in two gloo processes.
 
-With `device=cpu` Ultralytics never starts it, so the parent builds the trainer and calls Ultralytics'
-own `generate_ddp_file`; in the children, this file (as `sitecustomize` on their path) joins them by
-gloo and answers the CPU where the framework asks for an accelerator.
+With `device=cpu` Ultralytics never starts it, so a test builds the trainer and calls the
+framework's own `generate_ddp_file`; in the children, `join` brings them together by gloo, and
+answers the CPU where the framework asks for an accelerator.
 """
 
 from __future__ import annotations

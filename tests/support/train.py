@@ -37,7 +37,7 @@ FAST: dict[str, Any] = {
     "mosaic": 0.0,
     "close_mosaic": 0,
 }
-"""Arguments with which a detector learns the generated shapes in about ten epochs of 64 pictures."""
+"""Arguments with which a detector learns generated shapes in about ten epochs of 64 pictures."""
 
 
 @dataclass
@@ -66,7 +66,7 @@ def run(
     environment: dict[str, str] | None = None,
     timeout: float = 300,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a scenario in a process of its own and return that process; `result.json` has the rest."""
+    """Run a scenario in a process of its own and return it; `result` has the rest."""
     root = Path(scenario.root)
     root.mkdir(parents=True, exist_ok=True)
     return subprocess.run(
@@ -107,7 +107,7 @@ def hermetic(root: Path, *, version: str | None = None) -> dict[str, str]:
 
 
 def old_ultralytics(version: str) -> Path:
-    """Return the folder that holds an older Ultralytics; `make` puts it beside the interpreter's."""
+    """Return the folder in the virtual environment where `make` puts an older Ultralytics."""
     return Path(sys.prefix) / "ultralytics" / version
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from support import train, wandb_file
-
 from trainbus.events import Record, decode
 
 CONFIG = """

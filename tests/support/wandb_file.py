@@ -4,8 +4,10 @@ Nothing here goes through the code that logged the run, so a test may trust it. 
 the middle of a record, as after a crash, is read up to there; a damaged one is an error.
 """
 
+import contextlib
 import json
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -166,6 +168,25 @@ def read_run(path: Path) -> WandbRun:
         files=files,
         exit_code=exit_code,
     )
+
+
+def read_finished(path: Path, *, deadline_s: float = 30.0) -> WandbRun:
+    """Read the log of a run that was finished in this process.
+
+    wandb writes in a process of its own, and `finish` may return shortly before the last block
+    is on disk: wait until the exit is there.
+
+    Raises:
+        TimeoutError: it was not there in time.
+    """
+    until = time.monotonic() + deadline_s
+    while time.monotonic() < until:
+        with contextlib.suppress(ValueError):
+            run = read_run(path)
+            if run.exit_code is not None:
+                return run
+        time.sleep(0.01)
+    raise TimeoutError(f"no exit was written to {path} within {deadline_s} s")
 
 
 def media_path(run: WandbRun, value: dict[str, Any]) -> Path:

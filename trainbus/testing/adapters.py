@@ -13,6 +13,8 @@
 A training of a real framework takes seconds: what several checks look at is trained once.
 """
 
+# ruff: noqa: SIM300  asserts read `expected == actual`, as in all tests
+
 from __future__ import annotations
 
 import copy

@@ -8,6 +8,8 @@ class TestCsvSink(SinkConformance):
         return (folder / "out.csv").read_text()
 """
 
+# ruff: noqa: SIM300  asserts read `expected == actual`, as in all tests
+
 from __future__ import annotations
 
 import contextlib

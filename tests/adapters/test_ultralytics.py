@@ -1,0 +1,301 @@
+"""The Ultralytics adapter in real trainings: the suite, the five tasks, the traps, old versions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import shapes
+from support.train import FAST, weights_hash
+from support.trained import CONFIG, Trained, train_once
+from trainbus.events import (
+    CheckpointSaved,
+    ConfusionMatrixLogged,
+    CurveLogged,
+    EpochEnded,
+    EpochStarted,
+    ImageLogged,
+    MetricsLogged,
+    ModelDescribed,
+    ParamsUpdated,
+    RunEnded,
+    RunStarted,
+    TableLogged,
+)
+from trainbus.testing import AdapterConformance, Training, check_grammar
+
+# Ultralytics and torch warn of their own deprecations, in this process too.
+pytestmark = pytest.mark.filterwarnings("default")
+
+LOCAL = "sinks: {{local: {{type: jsonl, path: '{root}/records/{{run}}.jsonl'}}}}"
+
+
+class TestConformance(AdapterConformance):
+    pickles_with = "cloudpickle"
+
+    def start(self, folder: Path, epochs: int) -> Training:
+        data = shapes.make_dataset(folder / "data", images=16, val_images=8, size=64)
+        return set_up("yolo11n.yaml", folder, {"data": str(data), "epochs": epochs, "plots": False})
+
+    def trace(self, target: Any) -> object:
+        return {name: list(hooks) for name, hooks in target.callbacks.items()}, vars(target).keys()
+
+    def handles(self, target: Any) -> object:
+        return target.callbacks
+
+
+def set_up(model_file: str, folder: Path, arguments: dict[str, Any]) -> Training:
+    """Return a training of a YOLO in this process."""
+    from support import torchvision_cpu
+
+    torchvision_cpu.install()
+    from ultralytics import YOLO
+
+    model = YOLO(model_file)
+    weights = folder / "runs" / "train" / "weights"
+
+    def fail_at(error: BaseException) -> None:
+        def fail(trainer: Any) -> None:
+            if trainer.epoch == 1:
+                raise error
+
+        model.add_callback("on_train_epoch_start", fail)
+
+    if "resume" not in arguments:
+        arguments = FAST | {"project": str(folder / "runs"), "name": "train"} | arguments
+    return Training(
+        target=model,
+        run=lambda: model.train(**arguments),
+        result=lambda: weights_hash(weights / "best.pt"),
+        fail_at=fail_at,
+        resume=lambda: set_up(str(weights / "last.pt"), folder, {"resume": True}),
+    )
+
+
+# Tasks and versions -------------------------------------------------------------------------------
+
+CURVES = {"detect": 4, "obb": 4, "segment": 8, "pose": 8, "classify": 0}
+METRICS = {
+    "detect": {"metrics/mAP50-95(B)"},
+    "obb": {"metrics/mAP50-95(B)"},
+    "segment": {"metrics/mAP50-95(B)", "metrics/mAP50-95(M)"},
+    "pose": {"metrics/mAP50-95(B)", "metrics/mAP50-95(P)"},
+    "classify": {"metrics/accuracy_top1", "metrics/accuracy_top5"},
+}
+
+
+@pytest.mark.parametrize("task", shapes.TASKS)
+def test_each_task_trains(tmp_path: Path, task: str) -> None:
+    """Every task reports its metrics, curves, matrix and plots, into W&B too."""
+    data = shapes.make_dataset(tmp_path / "data", task, images=32, val_images=8, size=64)
+    trained = train_once(tmp_path / "run", data, task=task, epochs=2)
+    assert [] == check_grammar(trained.records)
+    validated = [e for e in trained.events(MetricsLogged) if e.phase == "validation"]
+    assert [(0, False), (1, False), (None, True)] == [(e.epoch, e.final) for e in validated]
+    assert all(METRICS[task] <= e.values.keys() for e in validated)
+    assert task == trained.events(RunStarted)[0].task
+    assert CURVES[task] == len(trained.events(CurveLogged))
+    assert CURVES[task] == sum(k.startswith("curves/") for k in trained.wandb_run.charts)
+    (matrix,) = trained.events(ConfusionMatrixLogged)
+    names = ["red", "green", "blue", "background"]
+    if task == "classify":  # its classes are folders, in the order of their names
+        names = ["blue", "green", "red"]
+    assert names == matrix.classes
+    assert {"results", "confusion_matrix"} <= {e.key for e in trained.events(ImageLogged)}
+    tables = trained.events(TableLogged)
+    assert [] == tables if task == "classify" else names[:3] == [r[0] for r in tables[0].rows]
+    assert 1 == len(trained.events(ModelDescribed))
+    assert "finished" == trained.events(RunEnded)[0].status
+
+
+@pytest.mark.parametrize("version", ["8.3.0", "8.3.200"])
+def test_older_versions_train(tmp_path: Path, data: Path, version: str) -> None:
+    """Older versions give the same: epochs, true class names, plots, checkpoints and the end."""
+    trained = train_once(tmp_path / "run", data, version=version, epochs=8)
+    assert [] == check_grammar(trained.records)
+    (started,) = trained.events(RunStarted)
+    assert version == started.framework_version
+    assert list(range(8)) == [e.epoch for e in trained.events(EpochEnded)]
+    train_epochs = [e.epoch for e in trained.events(MetricsLogged) if e.phase == "train"]
+    assert list(range(8)) == train_epochs
+    assert 1 == sum(e.final for e in trained.events(MetricsLogged))
+    curves = trained.events(CurveLogged)
+    assert 4 == len(curves)
+    assert all({"red", "blue"} >= set(c.classes) for c in curves)
+    assert {"last", "best"} == {e.kind for e in trained.events(CheckpointSaved) if e.final}
+    run = trained.wandb_run
+    assert list(range(1, 9)) == [row["epoch"] for row in run.history if "epoch" in row]
+    assert any("results" in row for row in run.history)
+    assert 0 == run.exit_code
+
+
+# Evaluation ---------------------------------------------------------------------------------------
+
+
+def test_the_confusion_matrix_has_true_classes_in_rows(ours: Trained) -> None:
+    """Row sums are the instances of each class, which the data set says."""
+    (matrix,) = ours.events(ConfusionMatrixLogged)
+    (table,) = ours.events(TableLogged)
+    instances = {row[0]: row[table.columns.index("instances")] for row in table.rows}
+    sums = dict(zip(matrix.classes, matrix.matrix.sum(axis=1).tolist(), strict=True))
+    assert {"red", "blue"} == instances.keys()
+    assert instances == {name: sums[name] for name in instances}
+    assert 0 == sums["green"]
+
+
+def test_results_by_class_average_to_the_final_metrics(ours: Trained) -> None:
+    """The mean over the rows of the table is what the final evaluation says of all classes."""
+    (table,) = ours.events(TableLogged)
+    (final,) = [e for e in ours.events(MetricsLogged) if e.final]
+    for name in ("precision(B)", "recall(B)", "mAP50(B)", "mAP50-95(B)"):
+        values = [row[table.columns.index(name)] for row in table.rows]
+        expected = final.values[f"metrics/{name}"]
+        assert expected == pytest.approx(sum(values) / len(values), abs=1e-9)
+
+
+def test_the_best_epoch_is_the_one_that_was_saved(ours: Trained) -> None:
+    """`best` in the end names the epoch whose checkpoint was last saved as best."""
+    saved = [e.epoch for e in ours.events(CheckpointSaved) if e.kind == "best" and not e.final]
+    best = ours.events(RunEnded)[0].best
+    assert ("fitness", saved[-1]) == (best.metric, best.epoch)
+
+
+# Traps --------------------------------------------------------------------------------------------
+
+
+def train_local(tmp_path: Path, data: Path, **options: Any) -> Trained:
+    """Train with a local sink alone."""
+    return train_once(tmp_path / "run", data, **{"config": LOCAL, **options})
+
+
+def outcomes(trained: Trained) -> list[tuple[int, str]]:
+    """Return epoch and outcome of each end of an epoch."""
+    return [(e.epoch, e.outcome) for e in trained.events(EpochEnded)]
+
+
+def test_an_out_of_memory_retry_is_an_outcome(tmp_path: Path, data: Path) -> None:
+    """The epoch that ran out of memory ends as retried, and its smaller batch is told."""
+    before = """
+from ultralytics.models.yolo.detect import DetectionTrainer
+real, failed = DetectionTrainer.preprocess_batch, []
+def preprocess(self, batch):
+    if not failed:
+        failed.append(1)
+        raise RuntimeError("CUDA out of memory")
+    return real(self, batch)
+DetectionTrainer.preprocess_batch = preprocess
+"""
+    trained = train_local(tmp_path, data, before=before)
+    assert [(0, "retried"), (0, "completed"), (1, "completed")] == outcomes(trained)
+    assert [0, 0, 1] == [e.epoch for e in trained.events(EpochStarted)]
+    assert [{"batch": 4}] == [e.params for e in trained.events(ParamsUpdated)]
+    assert [] == check_grammar(trained.records)
+
+
+def test_a_nan_recovery_is_an_outcome(tmp_path: Path, data: Path) -> None:
+    """The epoch that went NaN ends as recovered, and the one that is redone counts."""
+    before = """
+import torch
+failed = []
+def poison(trainer):
+    if trainer.epoch == 1 and not failed:
+        failed.append(1)
+        trainer.loss = torch.tensor(float("nan"))
+model.add_callback("on_train_epoch_end", poison)
+"""
+    trained = train_once(tmp_path / "run", data, before=before, config=CONFIG)
+    assert [(0, "completed"), (1, "recovered"), (1, "completed")] == outcomes(trained)
+    assert [] == check_grammar(trained.records)
+    rows = [row["epoch"] for row in trained.wandb_run.history if "epoch" in row]
+    assert [1, 2] == rows, "W&B has one row for the epoch that was redone"
+
+
+def test_an_early_stop_is_told(tmp_path: Path, data: Path, ours: Trained) -> None:
+    """A training that patience ends is finished, and says why."""
+    trained = train_local(
+        tmp_path,
+        data,
+        model=str(ours.save_dir / "weights" / "best.pt"),
+        epochs=10,
+        arguments={"lr0": 1e-9, "patience": 2},
+    )
+    (end,) = trained.events(RunEnded)
+    assert "finished" == end.status
+    assert "early stop: no better fitness in 2 epochs" == end.reason
+    assert len(trained.events(EpochEnded)) < 10
+
+
+def test_a_time_limit_is_told(tmp_path: Path, data: Path) -> None:
+    """A time limit changes the number of epochs, and is why the training ends."""
+    trained = train_local(tmp_path, data, epochs=100, arguments={"time": 0.001})
+    (end,) = trained.events(RunEnded)
+    assert ("finished", "time limit of 0.001 h") == (end.status, end.reason)
+    assert any("epochs" in e.params for e in trained.events(ParamsUpdated))
+    assert [] == check_grammar(trained.records)
+
+
+def test_a_stop_by_a_callback_is_told(tmp_path: Path, data: Path) -> None:
+    """`trainer.stop = True` in a callback of the user's ends the run as finished, and is told."""
+    before = "model.add_callback('on_fit_epoch_end', lambda t: setattr(t, 'stop', True))"
+    trained = train_local(tmp_path, data, epochs=5, before=before)
+    assert "stopped by a callback" == trained.events(RunEnded)[0].reason
+    assert [(0, "completed")] == outcomes(trained)
+
+
+def test_stale_metrics_are_not_logged(tmp_path: Path, data: Path) -> None:
+    """With `val=False` only the last epoch is validated; the others have no validation metrics."""
+    trained = train_local(tmp_path, data, epochs=3, arguments={"val": False})
+    validated = [e for e in trained.events(MetricsLogged) if e.phase == "validation"]
+    assert [(2, False), (None, True)] == [(e.epoch, e.final) for e in validated]
+
+
+def test_a_failure_while_setting_up_is_a_failed_run(tmp_path: Path) -> None:
+    """A data set that isn't there gives a run that failed, with the reason."""
+    trained = train_local(tmp_path, tmp_path / "none.yaml", catch=True)
+    assert [RunStarted, RunEnded] == [type(r.event) for r in trained.records]
+    end = trained.events(RunEnded)[0]
+    assert ("failed", "RuntimeError") == (end.status, end.error.type)
+    assert "none.yaml" in end.error.message
+
+
+def test_a_trainer_can_be_attached(tmp_path: Path, data: Path) -> None:
+    """`bus.attach(trainer)` reports the same as `bus.attach(model)`."""
+    before = f"""
+import trainbus
+from ultralytics.models.yolo.detect import DetectionTrainer
+bus = trainbus.load({str(tmp_path / "bus.yaml")!r})
+def train(**arguments):
+    trainer = DetectionTrainer(overrides={{"model": "yolo11n.yaml", **arguments}})
+    bus.attach(trainer)
+    trainer.train()
+    model.trainer = trainer
+model.train = train
+"""
+    (tmp_path / "bus.yaml").write_text(LOCAL.format(root=tmp_path / "run"))
+    trained = train_local(tmp_path, data, config=None, before=before)
+    assert [] == check_grammar(trained.records)
+    assert [(0, "completed"), (1, "completed")] == outcomes(trained)
+    assert "finished" == trained.events(RunEnded)[0].status
+
+
+BATCHES = """
+sinks:
+  tracking: {{type: wandb, mode: offline, every: {{train: 3}}}}
+  local: {{type: jsonl, path: '{root}/records/{{run}}.jsonl'}}
+"""
+
+
+def test_batch_losses_come_when_they_are_asked_for(tmp_path: Path, data: Path) -> None:
+    """`every: {train: 3}` gives that sink, and no other, the losses of every third update."""
+    trained = train_once(tmp_path / "run", data, config=BATCHES, epochs=2)
+    assert [] == [e for e in trained.events(MetricsLogged) if e.step is not None]
+    run = trained.wandb_run
+    rows = [row for row in run.history if "batch/box_loss" in row]
+    assert [3, 6, 9, 12, 15] == [row["step"] for row in rows]
+    assert "step" == run.metrics["batch/box_loss"]["step_metric"]
+    epochs = [row["epoch"] for row in run.history if "train/box_loss" in row]
+    assert [1, 2] == epochs
+    steps = [row["_step"] for row in run.history]
+    assert sorted(set(steps)) == steps

@@ -1,0 +1,963 @@
+"""The bus: events in, records out, and nothing that hurts the training in between."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import json
+import logging
+import pickle
+import random
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import msgspec
+import pytest
+
+from support import tinytrainer
+from trainbus import (
+    Bus,
+    NoAdapterError,
+    Receipt,
+    Record,
+    Route,
+    RunDefaults,
+    RunInfo,
+    Sink,
+    SinkError,
+    SubscribeError,
+    registry,
+)
+from trainbus.emitter import MARKER, Emitter, MutedEmitter
+from trainbus.events import (
+    AlertRaised,
+    EpochEnded,
+    EpochStarted,
+    Event,
+    MetricsLogged,
+    Resumed,
+    RunEnded,
+    RunStarted,
+    TextLogged,
+    event_name,
+)
+from trainbus.testing import MemorySink, check_grammar
+from trainbus.transforms import TransformSpec
+
+METRICS = MetricsLogged(values={"loss": 1.0}, phase="train")
+
+
+def quiet(receipt: Receipt) -> None:
+    """Take the place of the print at the end of a run."""
+
+
+class Listener:
+    """A bus and the records that one of its subscribers heard."""
+
+    def __init__(self, sinks: dict[str, Any] | None = None, **options: Any) -> None:
+        self.bus = Bus(sinks, on_receipt=quiet, **options)
+        self.records: list[Record] = []
+        self.bus.subscribe(self.records.append)
+
+    @property
+    def names(self) -> list[str]:
+        return [event_name(record.event) for record in self.records]
+
+    def of_run(self, run: str) -> list[Record]:
+        return [record for record in self.records if record.run == run]
+
+
+@pytest.fixture
+def listener() -> Listener:
+    return Listener()
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "trainbus"]
+
+
+# Subscribers
+
+
+def test_a_subscriber_hears_everything(listener: Listener) -> None:
+    """A function is called with every record, in order."""
+    with listener.bus as bus:
+        bus.emit(RunStarted(name="a"))
+        bus.emit(METRICS)
+    assert ["run.started", "metrics.logged", "run.ended"] == listener.names
+    assert [] == check_grammar(listener.records)
+
+
+def test_a_subscriber_hears_the_types_it_asked_for() -> None:
+    """With event types given, only those come."""
+    bus = Bus()
+    heard: list[Record] = []
+    bus.subscribe(heard.append, EpochStarted, EpochEnded)
+    with bus.run() as run:
+        for _ in run.epochs(2):
+            run.log({"loss": 1.0})
+    expected = ["epoch.started", "epoch.ended"] * 2
+    assert expected == [event_name(record.event) for record in heard]
+
+
+def test_a_subscription_can_be_ended() -> None:
+    """After `unsubscribe`, called twice, nothing comes any more."""
+    bus = Bus()
+    heard: list[Record] = []
+    unsubscribe = bus.subscribe(heard.append)
+    bus.emit(METRICS)
+    unsubscribe()
+    unsubscribe()
+    bus.emit(METRICS)
+    assert 2 == len(heard)
+
+
+def test_a_subscriber_can_end_its_subscription_while_it_is_called(listener: Listener) -> None:
+    """A function that unsubscribes itself is not called again, and the others are."""
+    calls: list[Record] = []
+
+    def once(record: Record) -> None:
+        calls.append(record)
+        unsubscribe()
+
+    unsubscribe = listener.bus.subscribe(once)
+    listener.bus.emit(METRICS)
+    assert 1 == len(calls)
+    assert 2 == len(listener.records)
+
+
+def test_subscribers_are_not_forgotten() -> None:
+    """A lambda that nobody else holds stays subscribed."""
+    bus, heard = Bus(), []
+    bus.subscribe(lambda record: heard.append(record.seq))
+    bus.emit(METRICS)
+    assert [1, 2] == heard
+
+
+async def coroutine(record: Record) -> None:
+    """Never run."""
+
+
+class AsyncCall:
+    async def __call__(self, record: Record) -> None:
+        """Never run."""
+
+
+@pytest.mark.parametrize(
+    "receiver",
+    [coroutine, AsyncCall(), functools.partial(coroutine), AsyncCall().__call__],
+    ids=["function", "object", "partial", "method"],
+)
+def test_coroutines_are_refused(receiver: Callable[[Record], object]) -> None:
+    """A coroutine function would never run, and the error says what to pass instead."""
+    with pytest.raises(SubscribeError, match="would never run; pass a plain function"):
+        Bus().subscribe(receiver)
+
+
+def test_what_can_not_be_called_is_refused() -> None:
+    """The error says what was found and expected."""
+    with pytest.raises(SubscribeError, match="expected a function that takes a record, found 3"):
+        Bus().subscribe(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [int, "metrics.logged", Record])
+def test_what_is_no_event_type_is_refused(kind: Any) -> None:
+    """Subscribing to something that never comes is an error at once."""
+    with pytest.raises(SubscribeError, match=r"expected an event of trainbus\.events, found"):
+        Bus().subscribe(print, kind)
+
+
+def test_a_raising_subscriber_is_muted(
+    listener: Listener, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After five failures in a row a subscriber is no longer called; the others hear everything."""
+    calls = []
+
+    def broken(record: Record) -> None:
+        calls.append(record)
+        raise ValueError("broken")
+
+    listener.bus.subscribe(broken)
+    for _ in range(10):
+        listener.bus.emit(METRICS)
+    assert 5 == len(calls)
+    assert 11 == len(listener.records)
+    texts = warnings_of(caplog)
+    assert 5 == len(texts)
+    assert texts[-1].endswith("failed and is muted now")
+    assert "broken" in caplog.text
+
+
+def test_a_subscriber_that_recovers_is_not_muted(listener: Listener) -> None:
+    """Only failures in a row count."""
+    calls = []
+
+    def sometimes(record: Record) -> None:
+        calls.append(record)
+        if record.seq % 5:
+            raise ValueError("broken")
+
+    listener.bus.subscribe(sometimes)
+    for _ in range(19):
+        listener.bus.emit(METRICS)
+    assert 20 == len(calls)
+
+
+# Events that come from subscribers, threads and processes
+
+
+def test_events_of_a_subscriber_come_after_the_one_it_heard() -> None:
+    """Every subscriber hears records in the order of seq, whoever emitted them while they ran."""
+    bus = Bus()
+    heard: tuple[list[int], list[int]] = ([], [])
+
+    def answer(record: Record) -> None:
+        if isinstance(record.event, EpochStarted):
+            bus.emit(TextLogged(key="answer", text="1"))
+            bus.emit(TextLogged(key="answer", text="2"))
+
+    bus.subscribe(lambda record: heard[0].append(record.seq))
+    bus.subscribe(answer)
+    bus.subscribe(lambda record: heard[1].append(record.seq))
+    bus.emit(EpochStarted(epoch=0))
+    bus.emit(METRICS)
+    assert [1, 2, 3, 4, 5] == heard[0] == heard[1]
+
+
+def test_a_subscriber_that_answers_itself_is_stopped(
+    listener: Listener, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An endless echo ends after a few rounds, with one line in the log."""
+    listener.bus.subscribe(lambda record: listener.bus.emit(METRICS), MetricsLogged)
+    listener.bus.emit(METRICS)
+    listener.bus.emit(METRICS)
+    assert ["run.started", *["metrics.logged"] * 6] == listener.names
+    assert ["dropped metrics.logged: emitted by its own subscribers"] == warnings_of(caplog)
+
+
+def test_threads_may_emit_at_once() -> None:
+    """Sixteen threads lose no event, and seq has no gaps for any subscriber or sink."""
+    memory = MemorySink()
+    listener = Listener({"memory": memory})
+    barrier = threading.Barrier(16)
+
+    def emit(thread: int) -> None:
+        barrier.wait(timeout=60)
+        for step in range(100):
+            listener.bus.emit(MetricsLogged(values={str(thread): 1.0}, phase="t", step=step))
+
+    with listener.bus, contextlib.ExitStack() as stack:
+        threads = [threading.Thread(target=emit, args=(n,), daemon=True) for n in range(16)]
+        for thread in threads:
+            thread.start()
+            stack.callback(thread.join, timeout=60)
+    assert 16 * 100 + 2 == len(listener.records)
+    assert listener.records == memory.records
+    assert [] == check_grammar(listener.records)
+    for name in map(str, range(16)):
+        steps = [
+            record.event.step
+            for record in listener.records
+            if isinstance(record.event, MetricsLogged) and name in record.event.values
+        ]
+        assert [*range(100)] == steps
+
+
+def test_a_forked_child_is_silent(tmp_path: Path) -> None:
+    """A child that a data loader forks writes nothing, closes nothing, and does not hang."""
+    script = textwrap.dedent(
+        """
+        import os, sys
+        from trainbus import Bus
+        from trainbus.events import MetricsLogged
+        from trainbus.sinks.jsonl import JsonlOptions, JsonlSink
+        bus = Bus({"file": JsonlSink(JsonlOptions(path="out.jsonl"))})
+        event = MetricsLogged(values={"loss": 1.0}, phase="train")
+        with bus:
+            bus.emit(event)
+            def forked(record):
+                if record.seq == 3:
+                    child = os.fork()
+                    if child == 0:
+                        bus.emit(event)
+                        bus.close()
+                        os._exit(7)
+                    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+            bus.subscribe(forked)
+            bus.emit(event)
+            bus.emit(event)
+        """
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert 0 == done.returncode, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [1, 2, 3, 4, 5] == [line["seq"] for line in lines]
+    assert "run.ended" == lines[-1]["event"]["type"]
+
+
+# Runs
+
+
+def test_two_buses_do_not_mix() -> None:
+    """What is emitted on one bus is not heard on another."""
+    one, two = Listener(), Listener()
+    with one.bus, two.bus:
+        one.bus.emit(RunStarted(name="one"))
+        two.bus.emit(RunStarted(name="two"))
+        one.bus.emit(METRICS)
+    for listener, count in ((one, 3), (two, 2)):
+        assert count == len(listener.records)
+        assert [] == check_grammar(listener.records)
+
+
+def test_two_runs_on_one_bus_do_not_mix() -> None:
+    """Runs that are open at a time have sinks, ids and counts of their own."""
+    sinks: list[MemorySink] = []
+
+    def make() -> MemorySink:
+        sinks.append(MemorySink())
+        return sinks[-1]
+
+    listener = Listener({"memory": make})
+    with listener.bus.run(name="one") as one, listener.bus.run(name="two") as two:
+        ids = [one.id, two.id]
+        for _ in one.epochs(2):
+            one.log({"loss": 1.0})
+            two.log({"loss": 2.0}, epoch=0)
+    for run, sink in zip(ids, sinks, strict=True):
+        assert run is not None
+        records = listener.of_run(run)
+        assert [] == check_grammar(records)
+        assert records == sink.records
+    assert [8, 4] == [len(sink.records) for sink in sinks]
+    assert [4, 8] == [receipt.emitted for receipt in listener.bus.receipts]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (None, "finished", None),
+        (ValueError("bad"), "failed", "ValueError: bad"),
+        (KeyboardInterrupt(), "stopped", "KeyboardInterrupt"),
+        (SystemExit(3), "stopped", "SystemExit"),
+        (GeneratorExit(), "stopped", "GeneratorExit"),
+    ],
+)
+def test_the_block_supplies_the_end(
+    error: BaseException | None, status: str, reason: str | None, listener: Listener
+) -> None:
+    """What leaves the `with` block ends the run, and is the same object outside."""
+    raised: BaseException | None = None
+    try:
+        with listener.bus as bus:
+            bus.emit(METRICS)
+            if error is not None:
+                raise error
+    except BaseException as caught:
+        raised = caught
+    assert error is raised
+    assert [] == check_grammar(listener.records)
+    ended = listener.records[-1].event
+    assert isinstance(ended, RunEnded)
+    assert (status, reason) == (ended.status, ended.reason)
+
+
+def test_an_end_that_was_emitted_is_the_only_one(listener: Listener) -> None:
+    """A run that its trainer ended is not ended again, however the block is left."""
+    with contextlib.suppress(ValueError), listener.bus as bus:
+        bus.emit(METRICS)
+        bus.emit(RunEnded(status="finished", reason="early stopping"))
+        bus.emit(RunEnded(status="failed"))
+        raise ValueError("later")
+    bus.close()
+    assert ["run.started", "metrics.logged", "run.ended"] == listener.names
+    assert RunEnded(status="finished", reason="early stopping") == listener.records[-1].event
+
+
+def test_what_comes_after_the_end_is_dropped(
+    listener: Listener, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Late events are not taken for a new run; the log says so once."""
+    listener.bus.emit(RunStarted())
+    listener.bus.close()
+    listener.bus.emit(METRICS)
+    listener.bus.emit(METRICS)
+    assert ["run.started", "run.ended"] == listener.names
+    assert ["dropped metrics.logged: its run has ended"] == warnings_of(caplog)
+
+
+def test_a_start_after_the_end_is_a_new_run(listener: Listener) -> None:
+    """The same trainer may train again; an end of nothing is nothing."""
+    listener.bus.emit(RunEnded(status="finished"))
+    assert [] == listener.records
+    for _ in range(2):
+        listener.bus.emit(RunStarted())
+        listener.bus.emit(RunEnded(status="finished"))
+    assert 2 == len({record.run for record in listener.records})
+    for record in listener.records:
+        assert [] == check_grammar(listener.of_run(record.run))
+
+
+def test_a_second_start_ends_the_first_run(listener: Listener) -> None:
+    """A trainer that begins anew without an end has stopped the run before."""
+    listener.bus.emit(RunStarted(name="one"))
+    listener.bus.emit(RunStarted(name="two"))
+    listener.bus.close()
+    first, second = dict.fromkeys(record.run for record in listener.records)
+    assert [] == check_grammar(listener.of_run(first)) == check_grammar(listener.of_run(second))
+    ended = listener.of_run(first)[-1].event
+    assert isinstance(ended, RunEnded)
+    assert "stopped" == ended.status
+
+
+def test_the_first_event_starts_a_run(listener: Listener) -> None:
+    """A loop that emits without a start still has one."""
+    listener.bus.emit(EpochStarted(epoch=0))
+    assert ["run.started", "epoch.started"] == listener.names
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        None,
+        1,
+        "metrics.logged",
+        EpochStarted,
+        object(),
+        Record(seq=1, run="r", time=0.0, event=METRICS),
+        MetricsLogged(values=None, phase=object(), epoch="x"),  # type: ignore[arg-type]
+        RunStarted(tags=3, params=[1], resumed="x", goals=None),  # type: ignore[arg-type]
+    ],
+    ids=range(8),
+)
+def test_garbage_does_not_raise(garbage: Any, listener: Listener) -> None:
+    """What is no event, or has nonsense in it, hurts neither training nor the events after it."""
+    with listener.bus as bus:
+        bus.emit(METRICS)
+        bus.emit(garbage)
+        bus.emit(METRICS)
+    assert "run.ended" == listener.names[-1]
+    assert METRICS == listener.records[-2].event
+
+
+def test_a_metric_that_is_no_number_is_named_once(
+    listener: Listener, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other metrics of the event go on; the log names the one that was left out."""
+    for _ in range(3):
+        values: dict[str, Any] = {"loss": 1, "text": "x"}
+        listener.bus.emit(MetricsLogged(values=values, phase="train"))
+    assert METRICS == listener.records[-1].event
+    assert ["left out metric 'text': expected a number"] == warnings_of(caplog)
+
+
+def test_ids_are_unique() -> None:
+    """Trainers seed `random`, and two runs may start within one second."""
+    ids = set()
+    for _ in range(50):
+        random.seed(0)
+        with Bus().run(name="same") as run:
+            ids.add(run.id)
+    assert 50 == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("yolo11n", "yolo11n"),
+        ("a b/../µ", "a_b"),
+        ("///", "run"),
+        (None, "run"),
+        ("x" * 99, "x" * 64),
+    ],
+)
+def test_ids_are_file_names(name: str | None, stem: str) -> None:
+    """An id is the run's name as far as it can be part of a path, its date and six digits."""
+    with Bus().run(name=name) as run:
+        found = re.fullmatch(r"(.*)_(\d{8}_\d{6})_([0-9a-f]{6})", run.id or "")
+    assert found is not None
+    assert stem == found[1]
+
+
+def test_defaults_replace_what_the_adapter_found() -> None:
+    """What the user sets holds for every run, and what is not set stays."""
+    listener = Listener(defaults=RunDefaults(project="mine", tags=["a"]))
+    with listener.bus.run(project="theirs", name="kept"):
+        pass
+    assert RunStarted(project="mine", name="kept", tags=["a"]) == listener.records[0].event
+
+
+# Resuming
+
+
+def train(folder: Path | None, resumed: Resumed | None = None) -> Record:
+    """Return the first record of a training that is saved in a folder."""
+    listener = Listener()
+    with listener.bus as bus:
+        bus.emit(RunStarted(save_dir=str(folder) if folder else None, resumed=resumed))
+    assert [] == check_grammar(listener.records)
+    return listener.records[0]
+
+
+def test_a_resumed_training_finds_its_run(tmp_path: Path) -> None:
+    """The marker in the save directory names the run, and counts its attempts."""
+    folder = tmp_path / "new" / "folder"
+    first = train(folder)
+    assert {"run": first.run, "attempt": 1} == json.loads((folder / MARKER).read_text())
+    second, third = train(folder, Resumed(epoch=2)), train(folder, Resumed())
+    assert {first.run} == {second.run, third.run}
+    assert [1, 2, 3] == [first.attempt, second.attempt, third.attempt]
+
+
+def test_a_training_that_is_not_resumed_is_a_new_run(tmp_path: Path) -> None:
+    """A save directory that is used again is no resume, and the marker follows the new run."""
+    first, second = train(tmp_path), train(tmp_path)
+    assert first.run != second.run
+    assert second.run == train(tmp_path, Resumed()).run
+
+
+def test_a_run_id_of_the_frameworks_wins(tmp_path: Path) -> None:
+    """Where the checkpoint itself names the run, the marker is not needed."""
+    train(tmp_path)
+    found = train(tmp_path, Resumed(run="known"))
+    assert ("known", 2) == (found.run, found.attempt)
+    assert "known" == train(None, Resumed(run="known")).run
+
+
+@pytest.mark.parametrize(
+    "marker",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"run":1}',
+        '{"run":"../x","attempt":1}',
+        '{"run":"r","attempt":"x"}',
+        "\xff",
+    ],
+)
+def test_a_damaged_marker_is_no_run(marker: str, tmp_path: Path) -> None:
+    """What is in the marker is not trusted; the training becomes a new run."""
+    (tmp_path / MARKER).write_text(marker, encoding="latin-1")
+    found = train(tmp_path, Resumed())
+    assert 1 == found.attempt
+    assert found.run.startswith("run_")
+
+
+def test_a_folder_that_can_not_be_marked_is_no_fault(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Training goes on, and the log says what will not work later."""
+    (tmp_path / "file").write_text("")
+    train(tmp_path / "file")
+    (text,) = warnings_of(caplog)
+    assert "a resumed training will not find this run again" in text
+
+
+# Sinks
+
+
+class Failing(Sink):
+    """Raises wherever it is told to."""
+
+    def __init__(self, *where: str, times: int = 10**6, error: BaseException | None = None) -> None:
+        super().__init__()
+        self.fails_in = where
+        self.times = times
+        self.error = error or OSError("disk full")
+        self.calls: list[str] = []
+        self.records: list[Record] = []
+
+    def _call(self, name: str) -> None:
+        self.calls.append(name)
+        if name in self.fails_in and self.times > 0:
+            self.times -= 1
+            raise self.error
+
+    def open(self, run: RunInfo) -> None:
+        self._call("open")
+
+    def write(self, records: Sequence[Record]) -> None:
+        self._call("write")
+        self.records += records
+
+    def flush(self) -> None:
+        self._call("flush")
+
+    def close(self) -> None:
+        self._call("close")
+
+    @property
+    def where(self) -> str | None:
+        self._call("where")
+        return "somewhere"
+
+
+def deliver(*routes: Route, metrics: int = 10) -> tuple[Receipt, list[Record]]:
+    """Return the receipt of a run, and the records that a healthy sink beside the others got."""
+    memory = MemorySink()
+    bus = Bus({**{route.name: route for route in routes}, "memory": memory}, on_receipt=quiet)
+    with bus.run() as run:
+        for step in range(metrics):
+            run.log({"loss": 1.0}, step=step)
+    (receipt,) = bus.receipts
+    assert [] == check_grammar(memory.records)
+    for report in receipt.sinks:
+        assert receipt.emitted == report.taken + report.failed + report.skipped == metrics + 2
+    return receipt, memory.records
+
+
+def route(sink: Sink, **options: Any) -> Route:
+    return Route(name="tested", make=lambda: sink, kind="failing", **options)
+
+
+def test_a_receipt_counts_what_was_taken() -> None:
+    """A sink that works has taken every record, and says where they are."""
+    sink = Failing()
+    receipt, records = deliver(route(sink))
+    report = receipt.sinks[0]
+    assert (12, 0, 0, "somewhere", None) == (
+        report.taken,
+        report.failed,
+        report.skipped,
+        report.where,
+        report.error,
+    )
+    assert records == sink.records
+    assert ["open", *["write"] * 12, "flush", "close", "where"] == sink.calls
+    assert ("finished", 12) == (receipt.status, receipt.emitted)
+
+
+def test_a_receipt_counts_what_was_filtered_out() -> None:
+    """What transforms left out is neither taken nor failed."""
+    spec = TransformSpec(every={"train": 5})
+    report = deliver(route(MemorySink(), transforms=spec))[0].sinks[0]
+    assert (4, 0, 8) == (report.taken, report.failed, report.skipped)
+
+
+def test_a_sink_that_fails_at_times_gets_the_rest(caplog: pytest.LogCaptureFixture) -> None:
+    """Records that a sink raised on are counted, those after them are written."""
+    sink = Failing("write", times=3)
+    report = deliver(route(sink))[0].sinks[0]
+    assert (9, 3, "OSError: disk full") == (report.taken, report.failed, report.error)
+    assert ["sink 'tested' (failing) failed, training goes on: OSError: disk full"] == warnings_of(
+        caplog
+    )
+
+
+def test_a_sink_that_always_fails_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """After five failures in a row a sink is given no more, except the end of the run."""
+    sink = Failing("write", "flush", "close", "where")
+    report = deliver(route(sink))[0].sinks[0]
+    assert (0, 12, 0) == (report.taken, report.failed, report.skipped)
+    assert 6 == sink.calls.count("write")
+    assert "close" in sink.calls
+    first, last = warnings_of(caplog)
+    assert "training goes on" in first
+    assert "failed 5 times in a row and gets no more of this run" in last
+
+
+def test_a_sink_that_can_not_be_opened_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """One line says why; training goes on, and the sink may let go of what it had begun."""
+    sink = Failing("open", error=SinkError("can't\nlog in"))
+    report = deliver(route(sink))[0].sinks[0]
+    assert (0, 12, "can't log in") == (report.taken, report.failed, report.error)
+    assert ["open", "close"] == sink.calls
+    (text,) = warnings_of(caplog)
+    assert text.endswith("can't be opened, training goes on without it: can't log in")
+
+
+def test_a_sink_that_can_not_be_made_is_left_out() -> None:
+    """A constructor that raises is like a sink that can't be opened."""
+
+    def make() -> Sink:
+        raise ValueError("no such option")
+
+    report = deliver(Route(name="tested", make=make, kind="failing"))[0].sinks[0]
+    assert (12, "ValueError: no such option") == (report.failed, report.error)
+
+
+def test_on_error_raise_stops_the_training() -> None:
+    """Where the user wants no training without the sink, the error leaves `emit`, once."""
+    memory = Failing()
+    routes = {"memory": memory, "tested": route(Failing("open"), on_error="raise")}
+    listener = Listener(routes)
+    with pytest.raises(
+        SinkError, match=r"'tested' \(failing\) can't be opened: OSError: disk full"
+    ):
+        listener.bus.emit(RunStarted())
+    listener.bus.emit(METRICS)
+    listener.bus.close()
+    assert [] == listener.records
+    assert ["open", "flush", "close", "where"] == memory.calls
+
+
+@pytest.mark.parametrize("where", ["open", "write", "flush", "close"])
+def test_ctrl_c_in_a_sink_loses_nothing(where: str) -> None:
+    """Ctrl-C passes through, the run has one end, and every record is accounted for."""
+    error = KeyboardInterrupt()
+    memory = MemorySink()
+    listener = Listener({"slow": Failing(where, times=1, error=error), "memory": memory})
+    with pytest.raises(KeyboardInterrupt) as raised, listener.bus.run() as run:
+        run.log({"loss": 1.0})
+    assert error is raised.value
+    listener.bus.close()
+    assert listener.records == memory.records
+    if where == "open":
+        return
+    assert [] == check_grammar(memory.records)
+    (receipt,) = listener.bus.receipts
+    for report in receipt.sinks:
+        assert receipt.emitted == len(memory.records) == report.taken + report.failed
+
+
+@pytest.mark.parametrize("kind", [RunStarted, MetricsLogged, RunEnded])
+def test_ctrl_c_in_a_subscriber_loses_nothing(kind: type[Event]) -> None:
+    """Ctrl-C in a subscriber passes through, and the sinks still get the record and one end."""
+    memory = MemorySink()
+    bus = Bus({"memory": memory}, on_receipt=quiet)
+
+    def interrupted(record: Record) -> None:
+        raise KeyboardInterrupt
+
+    unsubscribe = bus.subscribe(interrupted, kind)
+    with contextlib.suppress(KeyboardInterrupt), bus:
+        bus.emit(METRICS)
+        bus.emit(RunEnded(status="finished"))
+    unsubscribe()
+    bus.close()
+    assert [] == check_grammar(memory.records)
+    assert 1 == len(bus.receipts)
+
+
+def test_a_receipt_is_readable() -> None:
+    """The lines that a person reads have the counts, the error and the place."""
+    sink = Failing("write", times=1)
+    receipt, _ = deliver(route(sink, transforms=TransformSpec(every={"train": 5})))
+    receipt = msgspec.structs.replace(receipt, run="run_1")
+    assert str(receipt) == textwrap.dedent(
+        """\
+        trainbus: run run_1 finished, 12 records
+          tested  failing: 3 taken, 8 filtered out, 1 FAILED
+                  OSError: disk full
+                  somewhere
+          memory  MemorySink: 12 taken"""
+    )
+
+
+def test_receipts_are_printed_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    """By default the receipt is printed where trainers print; a bus without sinks prints none."""
+    with Bus({"memory": MemorySink}).run(name="printed"):
+        pass
+    with Bus().run():
+        pass
+    captured = capsys.readouterr()
+    assert "" == captured.out
+    assert captured.err.startswith("trainbus: run printed_")
+    assert captured.err.endswith("finished, 2 records\n  memory  MemorySink: 2 taken\n")
+
+
+def test_a_receipt_that_can_not_be_shown_is_kept(caplog: pytest.LogCaptureFixture) -> None:
+    """What `on_receipt` raises does not reach training."""
+
+    def broken(receipt: Receipt) -> None:
+        raise OSError("no terminal")
+
+    bus = Bus({"memory": MemorySink()}, on_receipt=broken)
+    with bus.run():
+        pass
+    assert 1 == len(bus.receipts)
+    assert "can't be shown" in caplog.text
+
+
+def test_a_sink_is_opened_with_the_names_it_will_see() -> None:
+    """The start that `open` is given went through the sink's transforms, as the record does."""
+
+    class Opened(MemorySink):
+        def open(self, run: RunInfo) -> None:
+            self.run = run
+
+    sink = Opened()
+    spec = TransformSpec(rename={"metrics/*": "*"})
+    bus = Bus({"opened": route(sink, transforms=spec)}, on_receipt=quiet)
+    bus.emit(RunStarted(name="n", goals={"metrics/acc": "max"}))
+    assert RunStarted(name="n", goals={"acc": "max"}) == sink.run.started == sink.events[0]
+    assert sink.records[0].run == sink.run.id
+    bus.close()
+
+
+# What is hung into a framework
+
+
+@contextlib.contextmanager
+def tiny_adapter() -> Iterator[None]:
+    """Make the tiny framework's adapter known."""
+    with mock.patch.object(registry, "adapter_for", return_value=tinytrainer.attach):
+        yield
+
+
+def test_attach_reports_a_training(tmp_path: Path) -> None:
+    """A trainer that is attached to reports; closing the bus detaches."""
+    listener = Listener()
+    trainer = tinytrainer.Trainer(tmp_path, 2)
+    with tiny_adapter(), listener.bus as bus:
+        detach = bus.attach(trainer)
+        assert detach is bus.attach(trainer)
+        trainer.fit()
+    assert [] == check_grammar(listener.records)
+    assert [] == trainer.callbacks
+    trainer.fit()
+    assert 1 == listener.names.count("run.started")
+
+
+def test_an_exception_ends_the_run_of_a_trainer(tmp_path: Path) -> None:
+    """Where the framework has no hook for failures, the block supplies the end."""
+    listener = Listener()
+    training = tinytrainer.setup(tmp_path, 3)
+    error = ValueError("diverged")
+    training.fail_at(error)
+    raised: BaseException | None = None
+    try:
+        with tiny_adapter(), listener.bus as bus:
+            bus.attach(training.target)
+            training.run()
+    except ValueError as caught:
+        raised = caught
+    assert error is raised
+    assert [] == check_grammar(listener.records)
+    ended = listener.records[-1].event
+    assert isinstance(ended, RunEnded)
+    assert "failed" == ended.status
+
+
+def test_an_object_of_no_known_framework_is_refused() -> None:
+    """The error says what it is, what there are adapters for, and what to do."""
+    with pytest.raises(NoAdapterError, match=r"no adapter for builtins\.int; .*bus\.run"):
+        Bus().attach(3)
+
+
+class Handle(tinytrainer.Callback):
+    """What an adapter hangs into a framework."""
+
+    def __init__(self, emit: Any) -> None:
+        self.emit = emit
+
+
+def handle_of(bus: Bus) -> Handle:
+    """Return a handle as an adapter would make it."""
+    handles: list[Handle] = []
+
+    def adapter(target: object, emit: Any) -> Callable[[], None]:
+        handles.append(Handle(emit))
+        return lambda: None
+
+    with mock.patch.object(registry, "adapter_for", return_value=adapter):
+        bus.attach(handles)
+    return handles[0]
+
+
+@pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy])
+def test_a_copied_handle_reports_to_the_same_run(
+    copier: Callable[[Handle], Handle], listener: Listener
+) -> None:
+    """Frameworks copy their callbacks; copy and original are one trainer."""
+    handle = handle_of(listener.bus)
+    copied = copier(handle)
+    handle.emit(METRICS)
+    copied.emit(METRICS)
+    listener.bus.close()
+    assert 1 == len({record.run for record in listener.records})
+    assert [] == check_grammar(listener.records)
+
+
+_rebuilt: list[Listener] = []
+
+
+def rebuild() -> Bus:
+    """Make the bus of another process."""
+    _rebuilt.append(Listener())
+    return _rebuilt[-1].bus
+
+
+def rebuild_fails() -> Bus:
+    """Find no configuration."""
+    raise FileNotFoundError("trainbus.yaml")
+
+
+def test_a_pickled_handle_makes_a_bus_of_its_own() -> None:
+    """In another process the configuration is read again, and the handle emits there."""
+    listener = Listener(rebuild=rebuild)
+    handle = handle_of(listener.bus)
+    revived = pickle.loads(pickle.dumps(handle))
+    assert isinstance(revived.emit, Emitter)
+    revived.emit(METRICS)
+    assert [] == listener.records
+    assert ["run.started", "metrics.logged"] == _rebuilt[-1].names
+
+
+@pytest.mark.parametrize(
+    ("rebuild", "text"),
+    [
+        (None, "configure them in a file (`trainbus.load`) to have that process log too"),
+        (rebuild_fails, "this process logs nothing: trainbus.yaml"),
+    ],
+)
+def test_a_pickled_handle_without_a_configuration_is_silent(
+    rebuild: Callable[[], Bus] | None, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What can't be made again in another process says so in one line, and takes every call."""
+    handle = handle_of(Listener(rebuild=rebuild).bus)
+    revived = pickle.loads(pickle.dumps(handle))
+    assert isinstance(revived.emit, MutedEmitter)
+    revived.emit(METRICS)
+    assert revived.emit.every("train") is None
+    assert frozenset() == revived.emit.services
+    (found,) = warnings_of(caplog)
+    assert found.endswith(text)
+
+
+def test_a_handle_knows_what_sinks_ask_for() -> None:
+    """An adapter learns which trackers are fed, and in which steps values are wanted."""
+
+    class Tracker(MemorySink):
+        service = "wandb"
+
+    specs = [TransformSpec(every={"train": n}) for n in (50, 20)]
+    routes = {str(i): route(Tracker(), transforms=spec) for i, spec in enumerate(specs)}
+    emit = handle_of(Bus({**routes, "tracker": Tracker(), "other": MemorySink}))
+    assert 20 == emit.emit.every("train")
+    assert emit.emit.every("validation") is None
+    assert frozenset({"wandb"}) == emit.emit.services
+
+
+def test_nothing_is_logged_where_nothing_is_wrong(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A training that goes well leaves no line in the log."""
+    caplog.set_level(logging.DEBUG)
+    listener = Listener({"memory": MemorySink()})
+    with listener.bus.run(save_dir=str(tmp_path)) as run:
+        for _ in run.epochs(3):
+            run.log({"loss": 1.0})
+    assert [] == warnings_of(caplog)
+
+
+def test_a_mistyped_field_drops_its_event_with_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    """A level that the schema doesn't know would be unreadable later: a line says so at once."""
+    sink = MemorySink()
+    with Bus({"memory": sink}) as bus, bus.run() as run:
+        run.alert("a", level="loud")  # type: ignore[arg-type]
+        run.alert("b", level="info")
+    assert ["b"] == [r.event.title for r in sink.records if isinstance(r.event, AlertRaised)]
+    assert "Invalid enum value 'loud'" in caplog.text

@@ -1,0 +1,259 @@
+"""What is built, installed and imported is what the repository holds, under one name everywhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from shutil import copytree, ignore_patterns
+
+import pytest
+
+import trainbus
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # comes with pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+INSTALLED_AS = {"trainbus": "trainbus", "adapters": "trainbus.adapters", "sinks": "trainbus.sinks"}
+BUILT_IN = [
+    (folder, path.stem)
+    for folder in ("adapters", "sinks")
+    for path in sorted((ROOT / folder).glob("[!_]*.py"))
+]
+IMPORT_LIMIT_S = 0.15
+
+
+@dataclass(frozen=True)
+class Built:
+    """What `python -m build` made."""
+
+    sdist: Path
+    wheel: Path
+
+    @property
+    def sdist_names(self) -> set[str]:
+        """The sdist's files, without the folder that holds them all."""
+        with tarfile.open(self.sdist) as archive:
+            return {name.partition("/")[2] for name in archive.getnames()}
+
+    @property
+    def wheel_names(self) -> set[str]:
+        """The wheel's files."""
+        with zipfile.ZipFile(self.wheel) as archive:
+            return set(archive.namelist())
+
+
+def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that has to succeed, in a folder without the repository in reach."""
+    # What `make` hands to its children would make a `make` in here say more.
+    dropped = ("PYTHONPATH", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    kept = {key: value for key, value in os.environ.items() if key not in dropped}
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=kept | environment,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+        check=False,
+    )
+    assert 0 == done.returncode, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The sdist of a copy of the repository, and the wheel that is made from the sdist."""
+    folder = tmp_path_factory.mktemp("build")
+    # A copy: a build leaves its own folders behind, and reads what an earlier one left.
+    leavings = ("build", "dist", "*.egg-info", "__pycache__", "runs", "trainbus-runs")
+    copytree(ROOT, folder / "source", ignore=ignore_patterns(".*", *leavings))
+    # With a setuptools at hand nothing has to be downloaded.
+    isolation = ["--no-isolation"] if setuptools_major() >= 77 else []
+    run(folder, sys.executable, "-m", "build", *isolation, "--outdir", "dist", "source")
+    (sdist,), (wheel,) = (list((folder / "dist").glob(p)) for p in ("*.tar.gz", "*.whl"))
+    return Built(sdist, wheel)
+
+
+def setuptools_major() -> int:
+    """Return the major version of the setuptools that is installed, 0 if there is none."""
+    try:
+        return int(version("setuptools").partition(".")[0])
+    except PackageNotFoundError:
+        return 0
+
+
+@pytest.fixture(scope="module")
+def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the wheel is installed in."""
+    folder = tmp_path_factory.mktemp("installed")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    run(folder, *pip, "--target", str(folder / "site"), str(built.wheel))
+    return folder / "site"
+
+
+def test_every_package_is_listed() -> None:
+    """A folder with an `__init__.py` that nobody lists would be missing from the wheel."""
+    found = [
+        ".".join([INSTALLED_AS[top], *path.parent.relative_to(ROOT / top).parts])
+        for top in INSTALLED_AS
+        for path in (ROOT / top).rglob("__init__.py")
+    ]
+    assert sorted(found) == sorted(PROJECT["tool"]["setuptools"]["packages"])
+
+
+def test_the_wheel_holds_every_module(built: Built) -> None:
+    """Each source file, and the marker of typed packages, is there under its installed name."""
+    expected = {
+        "/".join([*INSTALLED_AS[top].split("."), *path.relative_to(ROOT / top).parts])
+        for top in INSTALLED_AS
+        for path in (ROOT / top).rglob("*")
+        if path.suffix == ".py" or path.name == "py.typed"
+    }
+    assert {
+        "trainbus/adapters/ultralytics.py",
+        "trainbus/sinks/wandb.py",
+        "trainbus/py.typed",
+    } <= expected
+    assert expected == {name for name in built.wheel_names if ".dist-info/" not in name}
+
+
+def test_the_wheel_has_one_top_level_package(built: Built) -> None:
+    """`adapters` and `sinks`, which other projects are called too, are not among them."""
+    tops = {name.partition("/")[0] for name in built.wheel_names}
+    assert {"trainbus", f"trainbus-{trainbus.__version__}.dist-info"} == tops
+
+
+def test_the_wheel_registers_the_entry_points(built: Built) -> None:
+    """Sinks, adapters and the command are those of `pyproject.toml`."""
+    with zipfile.ZipFile(built.wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith("/entry_points.txt"))
+        text = archive.read(name).decode()
+    groups = PROJECT["project"]["entry-points"] | {"console_scripts": PROJECT["project"]["scripts"]}
+    expected = {(group, *item) for group, items in groups.items() for item in items.items()}
+    found = set()
+    for line in filter(None, text.splitlines()):
+        if line.startswith("["):
+            group = line.strip("[]")
+        else:
+            found.add((group, *line.split(" = ")))
+    assert expected == found
+
+
+def test_the_sdist_holds_what_the_tests_need(built: Built) -> None:
+    """Every test, example and configuration file is there, to test a package before it ships."""
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for folder, pattern in (("tests", "*.py"), ("examples", "*.py"), ("config", "*.yaml"))
+        for path in (ROOT / folder).rglob(pattern)
+    }
+    assert {"tests/conftest.py", "examples/plain_loop.py", "config/wandb.yaml"} <= expected
+    assert set() == (expected | {"README.md", "Makefile", "constraints.txt"}) - built.sdist_names
+
+
+def test_plugins_are_imported_by_their_installed_names(installed: Path) -> None:
+    """From the wheel, `trainbus.sinks` is a package, and the folders' own names are none."""
+    code = """
+import importlib, trainbus, trainbus.sinks.jsonl
+print(trainbus.__file__, trainbus.sinks.jsonl.__file__, sep="\\n")
+for name in ("adapters", "sinks"):
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        print(error.name)
+"""
+    done = run(installed.parent, sys.executable, "-c", code, PYTHONPATH=str(installed))
+    files = ["trainbus/__init__.py", "trainbus/sinks/jsonl.py"]
+    assert [*(str(installed / name) for name in files), "adapters", "sinks"] == (
+        done.stdout.splitlines()
+    )
+
+
+def test_the_installed_command_lists_the_built_ins(installed: Path) -> None:
+    """`trainbus plugins` of the wheel loads all of them."""
+    command = str(installed / "bin" / "trainbus")
+    done = run(installed.parent, sys.executable, command, "plugins", PYTHONPATH=str(installed))
+    rows = [[cell.strip() for cell in line.split("│")] for line in done.stdout.splitlines()]
+    loaded = {(row[1], row[2]) for row in rows if len(row) > 5 and "yes" == row[5]}
+    assert {(folder.removesuffix("s"), name) for folder, name in BUILT_IN} <= loaded
+
+
+@pytest.mark.parametrize("folder", ["adapters", "sinks"])
+def test_every_entry_point_is_a_file_of_its_name(folder: str) -> None:
+    """A built-in's name, and that of its module, are its file's name."""
+    points = PROJECT["project"]["entry-points"][f"trainbus.{folder}"]
+    names = sorted(name for place, name in BUILT_IN if place == folder)
+    assert names == sorted(points)
+    assert [f"trainbus.{folder}.{name}" for name in names] == [
+        points[name].partition(":")[0] for name in names
+    ]
+
+
+@pytest.mark.parametrize(("folder", "name"), BUILT_IN)
+def test_every_built_in_has_an_extra_of_its_name(folder: str, name: str) -> None:
+    """`pip install "trainbus[name]"` works for each, also where nothing has to be installed."""
+    assert name in PROJECT["project"]["optional-dependencies"]
+
+
+@pytest.mark.parametrize(("folder", "name"), BUILT_IN)
+def test_every_built_in_has_a_test_file_of_its_name(folder: str, name: str) -> None:
+    """The tests mirror the tree."""
+    assert (ROOT / "tests" / folder / f"test_{name}.py").is_file()
+
+
+def test_importing_is_quick(tmp_path: Path) -> None:
+    """`import trainbus` takes less than 150 ms more than an interpreter with numpy."""
+
+    def seconds(statement: str) -> float:
+        begun = time.perf_counter()
+        run(tmp_path, sys.executable, "-c", statement)
+        return time.perf_counter() - begun
+
+    bare, ours = [], []
+    # The best of several, as a busy machine only ever adds; in turns, so that it adds to both.
+    for pair in range(7):
+        bare.append(seconds("import numpy"))
+        ours.append(seconds("import numpy, trainbus"))
+        if pair >= 2 and min(ours) - min(bare) < IMPORT_LIMIT_S:
+            break
+    assert min(ours) - min(bare) < IMPORT_LIMIT_S
+
+
+def test_make_test_checks_everything() -> None:
+    """`make test` runs the linter, the type checker and the tests."""
+    planned = run(ROOT, "make", "--dry-run", "test").stdout
+    last = [line.split("/bin/")[-1] for line in planned.splitlines()][-4:]
+    assert [
+        "ruff check .",
+        "ruff format --check .",
+        "mypy trainbus adapters sinks tests examples",
+        "python -m pytest",
+    ] == last
+
+
+def test_ci_runs_make_test(tmp_path: Path) -> None:
+    """`.ci/run` can be executed from anywhere, and calls `make test` in the repository."""
+    make = tmp_path / "make"
+    make.write_text('#!/bin/sh\necho "$PWD: make $*"\n')
+    make.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    assert f"{ROOT}: make test\n" == run(tmp_path, str(ROOT / ".ci" / "run"), PATH=path).stdout
+
+
+def test_the_version_is_one() -> None:
+    """The package, its metadata and the newest entry of the changelog agree."""
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.search(r"^## \[?(\d[\w.]*)\]? - \d{4}-\d{2}-\d{2}$", changelog, re.MULTILINE)
+    assert newest is not None
+    assert PROJECT["project"]["version"] == trainbus.__version__ == newest[1]

@@ -1,0 +1,215 @@
+"""The plain loop: a run for trainings without a framework."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trainbus import Bus
+from trainbus.events import (
+    AlertRaised,
+    ArtifactLogged,
+    CheckpointSaved,
+    ConfusionMatrixLogged,
+    CurveLogged,
+    EpochEnded,
+    EpochStarted,
+    ImageLogged,
+    MetricsLogged,
+    RunEnded,
+    RunStarted,
+    TableLogged,
+    TextLogged,
+    event_name,
+)
+from trainbus.testing import MemorySink, check_grammar
+
+
+@pytest.fixture
+def memory() -> MemorySink:
+    return MemorySink()
+
+
+@pytest.fixture
+def bus(memory: MemorySink) -> Bus:
+    return Bus({"memory": memory}, on_receipt=lambda receipt: None)
+
+
+def names(memory: MemorySink) -> list[str]:
+    return [event_name(event) for event in memory.events]
+
+
+def only(memory: MemorySink, kind: type[Any]) -> Any:
+    (event,) = [event for event in memory.events if isinstance(event, kind)]
+    return event
+
+
+def test_a_loop_obeys_the_grammar(bus: Bus, memory: MemorySink) -> None:
+    """A plain loop starts, counts its epochs and ends as every run does."""
+    with bus.run(name="plain", project="p", params={"lr": 0.1}, tags=["demo"]) as run:
+        for epoch in run.epochs(2):
+            run.log({"loss": 1.0 / (epoch + 1)})
+    assert [] == check_grammar(memory.records)
+    started = RunStarted(name="plain", project="p", params={"lr": 0.1}, tags=["demo"])
+    assert started == memory.events[0]
+    each = ["epoch.started", "metrics.logged", "epoch.ended"]
+    assert ["run.started", *each, *each, "run.ended"] == names(memory)
+    assert RunEnded(status="finished") == memory.events[-1]
+
+
+def test_epochs_measure_their_time(bus: Bus, memory: MemorySink) -> None:
+    """An epoch that ran to its end is completed, with its duration."""
+    with bus.run() as run:
+        assert [2, 3] == list(run.epochs(4, start=2))
+    ended = [event for event in memory.events if isinstance(event, EpochEnded)]
+    assert [2, 3] == [event.epoch for event in ended]
+    for event in ended:
+        assert "completed" == event.outcome
+        assert event.duration_s is not None
+        assert 0 <= event.duration_s < 60
+
+
+def test_a_loop_that_is_left_ends_its_epoch(bus: Bus, memory: MemorySink) -> None:
+    """`break` completes the epoch, and what is logged afterwards belongs to none."""
+    with bus.run() as run:
+        for epoch in run.epochs(5):
+            if epoch == 1:
+                break
+        run.log({"loss": 0.5})
+    assert [] == check_grammar(memory.records)
+    assert 2 == names(memory).count("epoch.ended")
+    assert only(memory, MetricsLogged).epoch is None
+
+
+def test_an_epoch_that_raised_is_not_completed(bus: Bus, memory: MemorySink) -> None:
+    """The epoch in which an exception left the loop has no end of its own; the run has."""
+    with pytest.raises(ValueError, match="diverged"), bus.run() as run:  # noqa: PT012
+        for epoch in run.epochs(3):
+            if epoch == 1:
+                raise ValueError("diverged")
+    assert [] == check_grammar(memory.records)
+    ended = [event.epoch for event in memory.events if isinstance(event, EpochEnded)]
+    assert [0] == ended
+    assert "failed" == only(memory, RunEnded).status
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("diverged"), "failed"),
+        (KeyboardInterrupt(), "stopped"),
+        (SystemExit(0), "stopped"),
+    ],
+)
+def test_the_exception_passes_through(
+    error: BaseException, status: str, bus: Bus, memory: MemorySink
+) -> None:
+    """What leaves the block ends the run, and is the same object outside."""
+    with pytest.raises(type(error)) as raised, bus.run():
+        raise error
+    assert error is raised.value
+    ended = only(memory, RunEnded)
+    assert status == ended.status
+    assert type(error).__qualname__ == ended.error.type
+    assert "test_run.py" in ended.error.traceback
+
+
+def test_the_id_is_known_while_the_run_is_open(bus: Bus, memory: MemorySink) -> None:
+    """The run's id is there to be printed or stored, as long as there is a run."""
+    run = bus.run(name="µ/run")
+    assert run.id is None
+    with run:
+        assert memory.records[0].run == run.id
+        assert run.id is not None
+        assert run.id.startswith("run_")
+    assert run.id is None
+
+
+def test_names_get_their_phase(bus: Bus, memory: MemorySink) -> None:
+    """A name without a phase gets the one it was logged for; numbers of all kinds are floats."""
+    with bus.run() as run:
+        run.log({"loss": np.float32(0.5), "lr/pg0": 1}, phase="validation", epoch=3, step=7)
+    expected = MetricsLogged(
+        values={"validation/loss": 0.5, "lr/pg0": 1.0}, phase="validation", epoch=3, step=7
+    )
+    assert expected == only(memory, MetricsLogged)
+
+
+def test_everything_can_be_logged(bus: Bus, memory: MemorySink, tmp_path: Path) -> None:
+    """Each method makes its event, in the epoch that runs."""
+    pixels = np.zeros((2, 3), np.uint8)
+    with bus.run() as run:
+        for _ in run.epochs(1):
+            run.log({"acc": 0.5}, final=True)
+            run.image("array", pixels, caption="c", step=1)
+            run.image("file", tmp_path / "x.png")
+            run.curve("pr", [0, 1], [[1, 0], [1, 1]], classes=["a", "b"], x_label="recall")
+            run.table("t", ["a", "b"], [(1, 2)])
+            run.confusion_matrix("m", [[1, 0], [0, 1]], ["a", "b"])
+            run.text("note", "text")
+            run.checkpoint(tmp_path / "w.pt", kind="best", metrics={"acc": 1}, final=True)
+            run.artifact("data", tmp_path / "d", kind="dataset", aliases=["v1"])
+            run.alert("hot", "91 °C", level="warning")
+    assert [] == check_grammar(memory.records)
+    array, file = (event for event in memory.events if isinstance(event, ImageLogged))
+    assert (None, "c", 0, 1) == (array.path, array.caption, array.epoch, array.step)
+    assert (str(tmp_path / "x.png"), None, 0) == (file.path, file.array, file.epoch)
+    curve = only(memory, CurveLogged)
+    assert ((2,), (2, 2), ["a", "b"], "pr", "recall") == (
+        curve.x.shape,
+        curve.y.shape,
+        curve.classes,
+        curve.title,
+        curve.x_label,
+    )
+    assert TableLogged(key="t", columns=["a", "b"], rows=[[1, 2]], epoch=0) == only(
+        memory, TableLogged
+    )
+    matrix = only(memory, ConfusionMatrixLogged)
+    assert ((2, 2), ["a", "b"], 0) == (matrix.matrix.shape, matrix.classes, matrix.epoch)
+    assert TextLogged(key="note", text="text", epoch=0) == only(memory, TextLogged)
+    assert CheckpointSaved(
+        path=str(tmp_path / "w.pt"), kind="best", epoch=0, metrics={"acc": 1.0}, final=True
+    ) == only(memory, CheckpointSaved)
+    assert ArtifactLogged(
+        name="data", kind="dataset", paths=[str(tmp_path / "d")], aliases=["v1"]
+    ) == only(memory, ArtifactLogged)
+    assert AlertRaised(title="hot", text="91 °C", level="warning") == only(memory, AlertRaised)
+
+
+def test_one_curve_needs_no_class(bus: Bus, memory: MemorySink) -> None:
+    """A single curve is one row named after its key; several get numbers."""
+    with bus.run() as run:
+        run.curve("loss", [0, 1], [3, 2])
+        run.curve("many", [0, 1], np.zeros((3, 2)), title="")
+    one, many = (event for event in memory.events if isinstance(event, CurveLogged))
+    assert (["loss"], (1, 2), "loss") == (one.classes, one.y.shape, one.title)
+    assert (["0", "1", "2"], "") == (many.classes, many.title)
+
+
+def test_sinks_and_subscribers_that_fail_do_not_stop_a_loop(memory: MemorySink) -> None:
+    """Whatever listens may fail: the loop goes on, and who works gets everything."""
+
+    def broken(*_: object) -> Any:
+        raise OSError("broken")
+
+    bus = Bus({"broken": broken, "memory": memory}, on_receipt=broken)
+    bus.subscribe(broken)
+    with bus.run() as run:
+        for _ in run.epochs(10):
+            run.log({"loss": 1.0})
+    assert [] == check_grammar(memory.records)
+    assert 32 == len(memory.records)
+
+
+def test_a_run_object_serves_one_run_after_another(bus: Bus, memory: MemorySink) -> None:
+    """Two blocks are two runs with two ids."""
+    for _ in range(2):
+        with bus.run(name="again") as run:
+            run.log({"loss": 1.0}, epoch=0)
+    assert 2 == len({record.run for record in memory.records})
+    epochs = [event for event in memory.events if isinstance(event, EpochStarted)]
+    assert [] == epochs
