@@ -27,7 +27,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/ready
-	$(BIN)/mypy trainbus adapters sinks tests examples
+	$(BIN)/mypy trainbus adapters sinks tests examples benchmarks
 
 unit: $(VENV)/ready
 	$(BIN)/python -m pytest

@@ -17,6 +17,7 @@ from pathlib import Path
 from traceback import format_exception
 from typing import Any
 
+from trainbus.errors import AttachError
 from trainbus.events import (
     Best,
     CheckpointSaved,
@@ -59,7 +60,15 @@ def attach(target: Any, emit: Emit) -> Detach:
 
     Returns:
         A function that takes the hooks out again.
+
+    Raises:
+        AttachError: the object is neither.
     """
+    if not hasattr(target, "callbacks") or not hasattr(target, "add_callback"):
+        raise AttachError(
+            f"expected a YOLO model or a trainer, found {type(target).__qualname__}; "
+            "attach what you call `train()` on"
+        )
     hooks = _Hooks(emit)
     names = [name for name in vars(_Hooks) if name.startswith("on_") or name == "teardown"]
     for name in names:

@@ -212,9 +212,9 @@ def test_the_walk_sees_every_kind_of_import(tmp_path: Path) -> None:
 
 
 PUBLIC = """
-Adapter Bus ConfigError Detach Emit Event MissingPackageError NoAdapterError Options PluginError
-Receipt Record Route Run RunDefaults RunInfo Sink SinkError SinkReport SubscribeError TrainbusError
-UnknownPluginError load
+Adapter AttachError Bus ConfigError Detach Emit Event MissingPackageError NoAdapterError Options
+PluginError Receipt Record Route Run RunDefaults RunInfo Sink SinkError SinkReport SubscribeError
+TrainbusError UnknownPluginError load
 """
 PUBLIC_TESTING = """
 AdapterConformance MemorySink SinkConformance Training check_grammar sample_records

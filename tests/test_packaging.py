@@ -237,7 +237,7 @@ def test_make_test_checks_everything() -> None:
     assert [
         "ruff check .",
         "ruff format --check .",
-        "mypy trainbus adapters sinks tests examples",
+        "mypy trainbus adapters sinks tests examples benchmarks",
         "python -m pytest",
     ] == last
 

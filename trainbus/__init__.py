@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from trainbus.bus import Bus, RunDefaults
 from trainbus.delivery import Receipt, Route, SinkReport
 from trainbus.errors import (
+    AttachError,
     ConfigError,
     MissingPackageError,
     NoAdapterError,
@@ -28,6 +29,7 @@ __version__ = _version("trainbus")
 
 __all__ = [
     "Adapter",
+    "AttachError",
     "Bus",
     "ConfigError",
     "Detach",

@@ -95,6 +95,7 @@ class Bus:
 
         Raises:
             NoAdapterError: no installed adapter knows the object's framework.
+            AttachError: the object is not one that its framework trains with.
         """
         known = self._attached.get(id(target))
         if known is not None:

@@ -118,6 +118,7 @@ class Item(msgspec.Struct, kw_only=True):
 
 def check_value(item: Item, wanted: Any) -> None:
     """Note what doesn't fit a type, part by part where both have parts."""
+    parts: list[tuple[Item, Any]] = []
     for arm in _arms(wanted):
         origin, args = get_origin(arm) or arm, get_args(arm)
         if not isinstance(origin, type):
@@ -125,18 +126,21 @@ def check_value(item: Item, wanted: Any) -> None:
         if isinstance(item.value, dict) and issubclass(origin, msgspec.Struct):
             return check_fields(item, origin)
         if isinstance(item.value, dict) and issubclass(origin, Mapping) and args:
+            parts = [(child, args[1]) for child in item.value.values()]
             for key, child in item.value.items():
                 if not _converts(key, args[0]):
                     expected = _expected(inspect.type_info(args[0]))
                     text = f"found {quoted(key)} as a key, expected {expected}"
                     child.refuse(text, path=item.path)
-                check_value(child, args[1])
         # A tuple of parts that each have a type of their own is checked as a whole.
         is_uniform = len(args) == 1 or args[1:] == (...,)
         if isinstance(item.value, list) and issubclass(origin, Sequence | Set) and is_uniform:
-            for child in item.value:
-                check_value(child, args[0])
-    if not item.is_sound or _converts(item.plain(), wanted):
+            parts = [(child, args[0]) for child in item.value]
+    for child, part in parts:
+        check_value(child, part)
+    if item.broken or not all(child.is_sound for child, _ in parts):
+        return None
+    if _converts(item.plain(), wanted):
         return None
     if item.raw is not None and _converts(item.raw, wanted):
         item.value = item.raw

@@ -33,7 +33,11 @@ class PluginError(TrainbusError):
     """An installed plugin could not be loaded, or is not what its entry point promises."""
 
 
-class NoAdapterError(TrainbusError):
+class AttachError(TrainbusError):
+    """`attach` was given an object that its framework does not train with."""
+
+
+class NoAdapterError(AttachError):
     """`attach` was given an object of a framework that no installed adapter knows."""
 
     def __init__(self, target: object, known: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import shapes
+import trainbus
 from support.train import FAST, weights_hash
 from support.trained import CONFIG, Trained, train_once
 from trainbus.events import (
@@ -72,6 +73,18 @@ def set_up(model_file: str, folder: Path, arguments: dict[str, Any]) -> Training
         fail_at=fail_at,
         resume=lambda: set_up(str(weights / "last.pt"), folder, {"resume": True}),
     )
+
+
+def test_only_what_trains_can_be_attached() -> None:
+    """The network inside a YOLO has no callbacks: the error says what to attach."""
+    from support import torchvision_cpu
+
+    torchvision_cpu.install()
+    from ultralytics import YOLO
+
+    bus = trainbus.Bus()
+    with pytest.raises(trainbus.AttachError, match="expected a YOLO model or a trainer, found Det"):
+        bus.attach(YOLO("yolo11n.yaml").model)
 
 
 # Tasks and versions -------------------------------------------------------------------------------

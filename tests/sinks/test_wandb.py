@@ -28,8 +28,10 @@ from trainbus.events import (
 )
 from trainbus.testing import SinkConformance
 
-# wandb warns of its own and of pydantic's deprecations.
-pytestmark = pytest.mark.filterwarnings("default")
+# wandb warns of its own and of pydantic's deprecations, and leaves folders to the collector.
+pytestmark = pytest.mark.filterwarnings(
+    "default", "ignore:Implicitly cleaning up <TemporaryDirectory:ResourceWarning"
+)
 
 UNREPEATABLE = {"_timestamp", "_runtime", "_wandb"}
 
