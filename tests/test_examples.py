@@ -84,7 +84,9 @@ def run(folder: Path, *command: str) -> Example:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Example:
     """What `make demo` runs."""
-    return run(tmp_path_factory.mktemp("demo"), str(SHIM), "examples/ultralytics_wandb.py")
+    folder = tmp_path_factory.mktemp("demo")
+    train.save_below(folder)
+    return run(folder, str(SHIM), "examples/ultralytics_wandb.py")
 
 
 def test_plain_loop_runs(tmp_path: Path) -> None:

@@ -398,8 +398,45 @@ def test_f10_a_resumed_training_goes_on_in_its_run(tmp_path: Path, data: Path) -
         check_one_run(theirs)
 
 
+BUILTIN_IDS = """
+import time, types
+from pathlib import Path
+from support import torchvision_cpu
+torchvision_cpu.install()
+from ultralytics.utils.callbacks import wb
+class Known(Exception):
+    pass
+ids = []
+def init(id, **rest):
+    ids.append(id)
+    raise Known
+wb.wb = types.SimpleNamespace(run=None, init=init)
+args = types.SimpleNamespace(name="train", project=None, resume=False)
+trainer = types.SimpleNamespace(args=args, save_dir=Path("."), add_callback=lambda *_: None)
+while time.time() % 1 > 0.5:
+    pass
+for _ in range(2):
+    try:
+        wb.on_pretrain_routine_end(trainer)
+    except Known:
+        pass
+print(*ids)
+"""
+
+
 def test_f11_trainings_of_one_second_have_ids_of_their_own(tmp_path: Path) -> None:
     """Runs that start in the same second, with the same seed and name, never share an id."""
+    (tmp_path / "ids.py").write_text(BUILTIN_IDS)
+    process = subprocess.run(
+        [sys.executable, "ids.py"],
+        cwd=tmp_path,
+        env=training.hermetic(tmp_path) | {"WANDB_MODE": "disabled"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    first, second = process.stdout.split()[-2:]
+    assert first == second, "the callback tells them apart"
     ids = set()
     for _ in range(50):
         random.seed(0)

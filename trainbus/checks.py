@@ -124,7 +124,8 @@ def check_value(item: Item, wanted: Any) -> None:
         if not isinstance(origin, type):
             continue
         if isinstance(item.value, dict) and issubclass(origin, msgspec.Struct):
-            return check_fields(item, origin)
+            check_fields(item, origin)
+            return
         if isinstance(item.value, dict) and issubclass(origin, Mapping) and args:
             parts = [(child, args[1]) for child in item.value.values()]
             for key, child in item.value.items():
@@ -138,15 +139,14 @@ def check_value(item: Item, wanted: Any) -> None:
             parts = [(child, args[0]) for child in item.value]
     for child, part in parts:
         check_value(child, part)
-    if item.broken or not all(child.is_sound for child, _ in parts):
-        return None
-    if _converts(item.plain(), wanted):
-        return None
+    is_noted = item.broken or not all(child.is_sound for child, _ in parts)
+    if is_noted or _converts(item.plain(), wanted):
+        return
     if item.raw is not None and _converts(item.raw, wanted):
         item.value = item.raw
-        return None
+        return
     expected = _expected(inspect.type_info(wanted))
-    return item.refuse(f"found {item.found()}, expected {expected}{_hint(item, wanted, expected)}")
+    item.refuse(f"found {item.found()}, expected {expected}{_hint(item, wanted, expected)}")
 
 
 def check_fields(item: Item, *structs: type[Any], is_open: bool = False) -> None:
@@ -157,12 +157,12 @@ def check_fields(item: Item, *structs: type[Any], is_open: bool = False) -> None
         if key in fields:
             check_value(child, fields[key].type)
         elif not is_open:
-            wanted = f"one of {', '.join(known)}" if len(known) > 1 else repr(known[0])
-            child.refuse(f"found an unknown key, expected {wanted}{did_you_mean(key, known)}")
+            expected = f"one of {', '.join(known)}{did_you_mean(key, known)}"
+            child.refuse(f"found an unknown key, expected {expected}")
     for key, field in fields.items():
         if field.required and key not in item.keys:
-            wanted = _expected(inspect.type_info(field.type))
-            item.refuse(f"found nothing, expected {wanted}", path=joined(item.path, key))
+            expected = _expected(inspect.type_info(field.type))
+            item.refuse(f"found nothing, expected {expected}", path=joined(item.path, key))
 
 
 def printable(text: str) -> str:

@@ -2,7 +2,7 @@
 
 Guarantees: nothing is opened or started; all faults are reported, not only the first, each with its
 file, line, key path, what was found and expected; no report shows the value of an environment
-variable or of a key named like a secret. Nothing else in trainbus reads the environment.
+variable or of a key named like a secret. It is the only reader of the environment in the core.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _route(name: str, sink: Item) -> Route | None:
     keys = sink_keys(registry.plugins(registry.SINKS))
     check_fields(sink, keys, is_open=True)
     _check_renames(sink)
-    cls = _class(sink)
+    cls = _class_of(sink)
     if cls is None:
         return None
     check_fields(sink, keys, cls.Options)
@@ -94,7 +94,7 @@ def _route(name: str, sink: Item) -> Route | None:
     )
 
 
-def _class(sink: Item) -> type[Sink] | None:
+def _class_of(sink: Item) -> type[Sink] | None:
     item = sink.keys.get("type")
     if item is None:
         for key, child in sink.keys.items():

@@ -106,6 +106,23 @@ def hermetic(root: Path, *, version: str | None = None) -> dict[str, str]:
     }
 
 
+def save_below(root: Path) -> None:
+    """Make trainings that are run with `hermetic(root)` and name no absolute place save below root.
+
+    Ultralytics would save below the git repository that its package lies in, if there is one.
+    """
+    script = root / "save_below.py"
+    script.write_text(
+        f"from ultralytics import settings\nsettings.update(runs_dir={str(root / 'runs')!r})\n"
+    )
+    subprocess.run(
+        [sys.executable, str(HERE / "torchvision_cpu.py"), str(script)],
+        env=hermetic(root),
+        check=True,
+        capture_output=True,
+    )
+
+
 def old_ultralytics(version: str) -> Path:
     """Return the folder in the virtual environment where `make` puts an older Ultralytics."""
     return Path(sys.prefix) / "ultralytics" / version
