@@ -41,7 +41,8 @@ def evaluation(validator: Any, epoch: int | None) -> Iterator[Event]:
         yield _per_class(validator, parts, names, epoch)
     matrix = getattr(getattr(validator, "confusion_matrix", None), "matrix", None)
     if matrix is not None and np.any(matrix):
-        classes = [str(name) for name in (names or validator.names).values()]
+        known = getattr(validator.confusion_matrix, "names", None) or names or validator.names
+        classes = [str(n) for n in (known.values() if isinstance(known, Mapping) else known)]
         # Ultralytics counts predicted × true, and adds a row and column for no object at all.
         yield ConfusionMatrixLogged(
             key="confusion_matrix/counts",
@@ -57,6 +58,12 @@ def number(value: Any) -> float | None:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
         return None
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the values that are numbers, as floats."""
+    found = {name: number(value) for name, value in values.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _classes(part: Any, rows: NDArray[np.float64], names: Mapping[int, str]) -> list[str] | None:

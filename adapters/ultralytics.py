@@ -12,12 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, wraps
+from inspect import getsource
 from pathlib import Path
 from traceback import format_exception
 from typing import Any
 
-from trainbus.errors import AttachError
+from trainbus.errors import AttachError, SinkError
 from trainbus.events import (
     Best,
     CheckpointSaved,
@@ -34,7 +35,7 @@ from trainbus.events import (
 )
 from trainbus.interfaces import Detach, Emit
 
-from ._ultralytics_evaluation import evaluation, number
+from ._ultralytics_evaluation import evaluation, number, numbers
 
 logger = logging.getLogger("trainbus.adapters.ultralytics")
 
@@ -47,6 +48,11 @@ _OWN_LOGGERS = {
     "dvclive": "dvc",
 }
 """Import name of a tracker → module of Ultralytics' own callbacks for it."""
+
+_GOALS: dict[str, Any] = {
+    **{f"metrics/{name}*": "max" for name in ("precision", "recall", "mAP", "accuracy")},
+    "val/*": "min",
+}
 
 _PLOT_DEADLINE_S = 10.0
 
@@ -64,7 +70,7 @@ def attach(target: Any, emit: Emit) -> Detach:
     Raises:
         AttachError: the object is neither.
     """
-    if not hasattr(target, "callbacks") or not hasattr(target, "add_callback"):
+    if not all(hasattr(target, name) for name in ("callbacks", "add_callback", "train")):
         raise AttachError(
             f"expected a YOLO model or a trainer, found {type(target).__qualname__}; "
             "attach what you call `train()` on"
@@ -73,22 +79,45 @@ def attach(target: Any, emit: Emit) -> Detach:
     names = [name for name in vars(_Hooks) if name.startswith("on_") or name == "teardown"]
     for name in names:
         target.callbacks[name].append(getattr(hooks, name))
-    if hasattr(target, "save_dir"):
-        hooks.silence_own_loggers(target)
+    if hasattr(target, "save_dir"):  # a trainer, whose set-up has begun when it was made
+        hooks.begin(target)
     # Most versions tell a callback nothing of an exception, so the entry call is watched.
-    entry = target.train
-    target.train = partial(hooks.watch, entry)
+    before = vars(target).get("train")
+    watched = partial(hooks.watch, target, target.train)
+    target.train = watched
 
     def detach() -> None:
         hooks.active = False
         for name in names:
             hook = getattr(hooks, name)
-            if hook in target.callbacks[name]:
-                target.callbacks[name].remove(hook)
-        if isinstance(vars(target).get("train"), partial):
+            target.callbacks[name] = [c for c in target.callbacks[name] if c != hook]
+        if vars(target).get("train") is watched:
             del target.train
+            if before is not None:
+                target.train = before
 
     return detach
+
+
+def _guarded(hook: Callable[[_Hooks, Any], None]) -> Callable[[_Hooks, Any], None]:
+    """Keep what goes wrong in a hook of ours away from the training, and say it once."""
+
+    @wraps(hook)
+    def guarded(self: _Hooks, source: Any) -> None:
+        try:
+            hook(self, source)
+        except SinkError:  # the user wants no training without that sink
+            raise
+        except Exception as error:
+            name = hook.__name__
+            if name not in self.failed:
+                self.failed.add(name)
+                logger.warning(
+                    "%s of this %s can't be read, its events are missing: %s: %s",
+                    *(name, type(source).__qualname__, type(error).__name__, error),
+                )
+
+    return guarded
 
 
 class _Hooks:
@@ -97,15 +126,20 @@ class _Hooks:
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
         self.active = True
+        self.failed: set[str] = set()
         self._reset(None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the training out: multi-GPU runs pickle the callbacks into each child process."""
-        return {"_emit": self._emit, "active": self.active}
+        return {"_emit": self._emit, "active": self.active, "failed": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._reset(None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hooks:
+        """A copied model reports as the original does, and falls silent with it."""
+        return self
 
     def _reset(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -118,26 +152,42 @@ class _Hooks:
         self._step = 0
         self._known: dict[str, Any] = {}
         self._plots: dict[str, float] = {}
+        self._saved: dict[str, dict[str, float]] = {}
 
-    def watch(self, entry: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def watch(self, target: Any, entry: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call the training, and end the run as failed or stopped where an exception leaves it."""
         try:
-            return entry(*args, **kwargs)
-        except BaseException as error:
-            self._fail(error)
+            result = entry(*args, **kwargs)
+        except SinkError:
             raise
+        except BaseException as error:
+            try:
+                self._fail(error)
+            except SinkError as second:  # the user's own error is the one to see
+                logger.warning("%s", second)
+            raise
+        if self._listens():
+            _warn_of_deaf_children(getattr(target, "trainer", target))
+        return result
 
+    def begin(self, trainer: Any) -> None:
+        """Take a trainer whose set-up has begun for the one that is heard."""
+        self._reset(trainer)
+        self.silence_own_loggers(trainer)
+
+    @_guarded
     def on_pretrain_routine_start(self, trainer: Any) -> None:
         if self._listens():
-            self._reset(trainer)
-            self.silence_own_loggers(trainer)
+            self.begin(trainer)
 
+    @_guarded
     def on_pretrain_routine_end(self, trainer: Any) -> None:
         if self._listens():
             if self._trainer is not trainer:
                 self._reset(trainer)
             self._start(trainer)
 
+    @_guarded
     def on_train_epoch_start(self, trainer: Any) -> None:
         if not self._listens():
             return
@@ -149,6 +199,7 @@ class _Hooks:
         self._validated = self._train_epoch_over = False
         self._emit(EpochStarted(epoch=trainer.epoch))
 
+    @_guarded
     def on_train_batch_end(self, trainer: Any) -> None:
         every = self._emit.every("train") if self._listens() else None
         if every is None:
@@ -160,6 +211,7 @@ class _Hooks:
         values = trainer.label_loss_items(trainer.loss_items, prefix="batch")
         self._log(values, phase="train", epoch=trainer.epoch, step=step, on_request=True)
 
+    @_guarded
     def on_train_epoch_end(self, trainer: Any) -> None:
         if not self._listens():
             return
@@ -168,20 +220,27 @@ class _Hooks:
         self._log({**losses, **trainer.lr}, phase="train", epoch=trainer.epoch)
         self._log_plots(trainer)
 
+    @_guarded
     def on_val_end(self, validator: Any) -> None:
         self._validated = True
 
+    @_guarded
     def on_model_save(self, trainer: Any) -> None:
         if not self._listens():
             return
+        is_best = trainer.best_fitness == trainer.fitness
+        for kind in ("last", "periodic", "best") if is_best else ("last", "periodic"):
+            # After training, `trainer.metrics` are those of the final evaluation.
+            self._saved[kind] = numbers(trainer.metrics)
         self._save(trainer, "last", trainer.last)
-        if trainer.best_fitness == trainer.fitness:
+        if is_best:
             self._best_epoch = trainer.epoch
             self._save(trainer, "best", trainer.best)
         periodic = Path(trainer.wdir) / f"epoch{trainer.epoch}.pt"
         if trainer.save_period > 0 and trainer.epoch % trainer.save_period == 0:
             self._save(trainer, "periodic", periodic)
 
+    @_guarded
     def on_fit_epoch_end(self, trainer: Any) -> None:
         if not self._listens():
             return
@@ -196,6 +255,7 @@ class _Hooks:
             self._log(trainer.metrics, phase="validation", epoch=self._epoch)
         self._end_epoch("completed")
 
+    @_guarded
     def on_train_end(self, trainer: Any) -> None:
         if not self._listens():
             return
@@ -208,6 +268,7 @@ class _Hooks:
                 self._save(trainer, kind, path, final=True)
         self._finished = True
 
+    @_guarded
     def teardown(self, trainer: Any) -> None:
         if not self._listens() or not self._started:
             return
@@ -254,11 +315,16 @@ class _Hooks:
                 framework_version=__version__,
                 save_dir=str(trainer.save_dir),
                 world_size=max(int(getattr(trainer, "world_size", 0) or 0), 1),
-                resumed=Resumed(epoch=start_epoch, step=self._step) if resumed else None,
-                goals={"metrics/*": "max", "val/*": "min"},
+                resumed=self._resumed(args["resume"], start_epoch) if resumed else None,
+                goals=_GOALS,
             )
         )
         self._started = True
+
+    def _resumed(self, checkpoint: Any, epoch: int) -> Resumed:
+        # Where the folder was moved, the trainer makes the old one anew, and it is empty.
+        folder = Path(str(checkpoint)).absolute().parent.parent
+        return Resumed(epoch=epoch, step=self._step, save_dir=str(folder))
 
     def _fail(self, error: BaseException) -> None:
         if not self._listens() or self._trainer is None:
@@ -299,8 +365,7 @@ class _Hooks:
             self._emit(ParamsUpdated(params=changed))
 
     def _log(self, values: Mapping[str, Any], **fields: Any) -> None:
-        numbers = {k: number(v) for k, v in values.items()}
-        kept = {k: v for k, v in numbers.items() if v is not None}
+        kept = numbers(values)
         if kept:
             self._emit(MetricsLogged(values=kept, **fields))
 
@@ -343,14 +408,13 @@ class _Hooks:
         epoch = self._last_epoch if final else trainer.epoch
         if final and kind == "best":
             fitness, epoch = trainer.best_fitness, self._best_epoch
-        numbers = {k: number(v) for k, v in trainer.metrics.items()}
         self._emit(
             CheckpointSaved(
                 path=str(path),
                 kind=kind,
                 epoch=epoch,
                 step=_steps(trainer),
-                metrics={k: v for k, v in numbers.items() if v is not None},
+                metrics=self._saved.get(kind, {}),
                 metadata={"fitness": number(fitness), "args": dict(vars(trainer.args))},
                 final=final,
             )
@@ -363,14 +427,29 @@ def _steps(trainer: Any) -> int:
 
 
 def _why_ended(trainer: Any, last_epoch: int | None) -> str | None:
-    if trainer.args.time:
-        return f"time limit of {trainer.args.time} h"
-    if last_epoch is None or last_epoch + 1 >= trainer.epochs:
-        return None
     stopper = trainer.stopper
+    if last_epoch is None:
+        return None
     if last_epoch + 1 - stopper.best_epoch >= stopper.patience:
         return f"early stop: no better fitness in {stopper.patience} epochs"
+    if trainer.args.time:
+        return f"time limit of {trainer.args.time} h"
+    if last_epoch + 1 >= trainer.epochs:
+        return None
     return "stopped by a callback"
+
+
+def _warn_of_deaf_children(trainer: Any) -> None:
+    """Say so where a multi-GPU training ran in processes that were given no callbacks."""
+    from ultralytics.utils import dist
+
+    world_size = int(getattr(trainer, "world_size", 0) or 0)
+    is_parent = world_size > 1 and "LOCAL_RANK" not in os.environ
+    if is_parent and "callbacks" not in getsource(dist.generate_ddp_file):
+        logger.warning(
+            "nothing was logged: this Ultralytics gives its multi-GPU processes no callbacks; "
+            "update it (8.4.190 does), or train on one GPU"
+        )
 
 
 def _await_plots() -> None:

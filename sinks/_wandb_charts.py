@@ -1,4 +1,4 @@
-"""Builds the charts of the `wandb` sink: curves, confusion matrices, histograms.
+"""Builds what the `wandb` sink shows: curves, confusion matrices, pictures, tables, histograms.
 
 W&B shows the first 10,000 rows of a chart's table and drops the rest without a word; what is built
 here fits that limit, and says what it had to leave out.
@@ -7,6 +7,7 @@ here fits that limit, and says what it had to leave out.
 from __future__ import annotations
 
 import csv
+import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,14 @@ import numpy as np
 import wandb
 from numpy.typing import NDArray
 
-from trainbus.events import ConfusionMatrixLogged, CurveLogged, HistogramLogged
+from trainbus.events import (
+    ConfusionMatrixLogged,
+    CurveLogged,
+    HistogramLogged,
+    ImageLogged,
+    TableLogged,
+    TextLogged,
+)
 
 ROW_LIMIT = 10_000
 _BIN_LIMIT = 512
@@ -23,16 +31,20 @@ _BIN_LIMIT = 512
 Floats = NDArray[np.float64]
 
 
-def curve_chart(event: CurveLogged, *, points: int, per_class: bool) -> tuple[Any, int]:
-    """Return the chart of a curve, and how many points of each class it shows.
+def points_shown(event: CurveLogged, points: int, *, per_class: bool) -> int:
+    """Return how many points a class there is room for, of the `points` that are asked for."""
+    curves = 1 + len(event.classes) if per_class else 1
+    return min(points, max(ROW_LIMIT // curves, 2))
 
-    Every curve is interpolated at `points` evenly spaced positions from x[0] to x[-1], or at as
-    many as leave room for all classes; the mean over the classes comes first.
+
+def curve(event: CurveLogged, points: int, *, per_class: bool) -> Any:
+    """Return the chart of a curve: the mean over the classes first, then each class.
+
+    Every curve is interpolated at `points` evenly spaced positions from x[0] to x[-1].
     """
     x, y = curve_arrays(event)
     names = ["mean", *event.classes] if per_class else ["mean"]
-    shown = min(points, max(ROW_LIMIT // len(names), 2))
-    at = np.linspace(x[0], x[-1], shown).round(5)
+    at = np.linspace(x[0], x[-1], points).round(5)
     curves = interpolate(at, x, y.mean(axis=0, keepdims=True)).round(3)
     if per_class:
         curves = np.vstack([curves, interpolate(at, x, y)])
@@ -41,13 +53,13 @@ def curve_chart(event: CurveLogged, *, points: int, per_class: bool) -> tuple[An
         for name, row in zip(names, curves.round(3).tolist(), strict=True)
         for value, position in zip(row, at.round(3).tolist(), strict=True)
     ]
-    table = _table(["class", "y", "x"], [str, float, float], rows)
+    data = _table(["class", "y", "x"], [str, float, float], rows)
     title = event.title or event.key
     if not per_class:
-        return wandb.plot.line(table, "x", "y", title=title), shown
-    chart = wandb.plot_table(
+        return wandb.plot.line(data, "x", "y", title=title)
+    return wandb.plot_table(
         "wandb/area-under-curve/v0",
-        table,
+        data,
         fields={"x": "x", "y": "y", "class": "class"},
         string_fields={
             "title": title,
@@ -55,7 +67,6 @@ def curve_chart(event: CurveLogged, *, points: int, per_class: bool) -> tuple[An
             "y-axis-title": event.y_label,
         },
     )
-    return chart, shown
 
 
 def curve_arrays(event: CurveLogged) -> tuple[Floats, Floats]:
@@ -72,25 +83,48 @@ def write_curve(event: CurveLogged, path: Path) -> None:
         writer.writerows(np.vstack([x, y.mean(axis=0), y]).T.tolist())
 
 
-def confusion_chart(event: ConfusionMatrixLogged) -> tuple[Any, int]:
-    """Return the chart of a confusion matrix, and how many of its cells it shows: the largest."""
+def confusion_matrix(event: ConfusionMatrixLogged) -> Any:
+    """Return the chart of a confusion matrix: of its cells the largest, where not all fit."""
     matrix = np.asarray(event.matrix, dtype=float)
     flat = np.arange(matrix.size)
     if matrix.size > ROW_LIMIT:
         flat = np.sort(np.argsort(-matrix, axis=None, kind="stable")[:ROW_LIMIT])
     actual, predicted = np.unravel_index(flat, matrix.shape)
+    names = [*event.classes, *map(str, range(len(event.classes), len(matrix)))]
     columns = ["Actual", "Predicted", "nPredictions"]
     rows = [
-        [event.classes[i], event.classes[j], value]
+        [names[i], names[j], value]
         for i, j, value in zip(actual, predicted, matrix.ravel()[flat].tolist(), strict=True)
     ]
-    chart = wandb.plot_table(
+    return wandb.plot_table(
         "wandb/confusion_matrix/v1",
         _table(columns, [str, str, float], rows),
         fields={name: name for name in columns},
         string_fields={"title": event.key},
     )
-    return chart, len(rows)
+
+
+def image(event: ImageLogged) -> Any:
+    """Return a picture; floats are taken as 0…1, which wandb itself does not do."""
+    if event.array is None:
+        if event.path is None or not Path(event.path).is_file():
+            raise FileNotFoundError(f"no file at {event.path}")
+        return wandb.Image(event.path, caption=event.caption)
+    pixels = np.asarray(event.array)
+    if pixels.dtype.kind in "fb":
+        shares = np.clip(np.nan_to_num(pixels.astype(np.float64)), 0, 1)
+        pixels = (shares * 255).round().astype(np.uint8)
+    return wandb.Image(pixels, caption=event.caption)
+
+
+def table(event: TableLogged) -> Any:
+    """Return a table, whose columns may hold values of any types."""
+    return wandb.Table(columns=list(event.columns), data=event.rows, allow_mixed_types=True)
+
+
+def text(event: TextLogged) -> Any:
+    """Return a text as it stands."""
+    return wandb.Html(f"<pre>{html.escape(event.text)}</pre>", inject=False)
 
 
 def histogram(event: HistogramLogged) -> Any:

@@ -63,6 +63,10 @@ class WandbOptions(Options, frozen=True, kw_only=True):
     ] = "per_class"
     curve_points: Annotated[int, Meta(ge=2, le=10_000, description="Points of each curve")] = 100
     log_images: bool = True
+    init_timeout_secs: Annotated[
+        float,
+        Meta(gt=0, description="How long the start of the run may take"),
+    ] = 30.0
 
 
 def project_name(name: str) -> str:

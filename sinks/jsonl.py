@@ -45,7 +45,7 @@ class JsonlSink(Sink):
         Raises:
             SinkError: the file can't be written.
         """
-        path = Path(self.options.path.replace("{run}", run.id)).absolute()
+        path = Path(self.options.path.replace("{run}", run.id)).expanduser().absolute()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._last = _last_position(path, run.id)

@@ -7,13 +7,15 @@ that was open before is used and left open; a run opened here is closed with the
 
 from __future__ import annotations
 
-import html
 import logging
 import math
+import os
+import shlex
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,14 +65,7 @@ class WandbSink(Sink):
     def __init__(self, options: WandbOptions | None = None) -> None:
         super().__init__(options)
         self._run: WandbRun | None = None
-        self._owned = False
         self._where: str | None = None
-        self._last = (0, 0)
-        self._epoch = 0
-        self._goals: dict[str, str] = {}
-        self._axes: dict[str, str] = {}
-        self._checkpoints: dict[str, CheckpointSaved] = {}
-        self._curves: WandbArtifact | None = None
 
     def open(self, run: RunInfo) -> None:
         """Start the W&B run, go on in the one that is resumed, or use the one that is active.
@@ -83,32 +78,25 @@ class WandbSink(Sink):
             import wandb
         except ImportError as error:
             raise MissingPackageError("wandb", extra="wandb") from error
+        self._last = (0, 0)
+        self.lost = 0
+        self._goals = dict(run.started.goals)
+        self._axes: dict[str, str] = {}
+        self._checkpoints: dict[str, CheckpointSaved] = {}
+        self._curves: WandbArtifact | None = None
+        self._epoch: int | None = None
+        self._row: dict[str, Any] = {}
+        self._row_epoch: int | None = None
+        self._row_media: set[str] = set()
         active = wandb.run
-        started, options = run.started, self.options
-        self._goals = dict(started.goals)
-        if active is not None and active not in _OURS:
-            self._run, self._owned = active, False
-            active.config.setdefaults(started.params)  # type: ignore[no-untyped-call]
+        self._owned = active is None or active in _OURS
+        if active is not None and not self._owned:
+            self._run = active
+            self._say_ignored()
+            active.config.setdefaults(run.started.params)  # type: ignore[no-untyped-call]
         else:
-            folder = options.dir or started.save_dir
             try:
-                if folder is not None:
-                    Path(folder).mkdir(parents=True, exist_ok=True)
-                self._run = wandb.init(
-                    project=options.project or project_name(started.project or "trainbus"),
-                    entity=options.entity,
-                    name=options.name or run_name(started.name),
-                    group=options.group or started.group,
-                    job_type=options.job_type or started.job_type,
-                    tags=[tag[:64] for tag in options.tags or started.tags if tag] or None,
-                    notes=options.notes or started.notes,
-                    config=started.params,
-                    id=options.id or run_id(run.id),
-                    resume=options.resume or ("allow" if run.resumed else None),
-                    dir=folder,
-                    mode=options.mode,
-                    reinit="default" if active is None else "create_new",
-                )
+                self._run = self._start(run)
             except (wandb.Error, OSError) as error:
                 advice = (
                     "run `wandb login`, set WANDB_API_KEY, or set `mode: offline`"
@@ -116,11 +104,42 @@ class WandbSink(Sink):
                     else "check `dir`, the network and the account, or set `mode: offline`"
                 )
                 raise SinkError(f"W&B can't start the run ({error}); {advice}") from error
-            self._owned = True
             _OURS.add(self._run)
         self._run.define_metric("epoch", hidden=True)
-        offline = self._run.settings.mode != "online"
-        self._where = f"wandb sync {Path(self._run.dir).parent}" if offline else self._run.url
+        mode = self._run.settings.mode
+        if mode == "offline":
+            self._where = f"wandb sync {shlex.quote(str(Path(self._run.dir).parent))}"
+        else:
+            self._where = None if mode == "disabled" else self._run.url
+
+    def _start(self, run: RunInfo) -> WandbRun:
+        import wandb
+
+        started, options = run.started, self.options
+        folder = options.dir or started.save_dir
+        if folder is not None:
+            folder = str(Path(folder).expanduser())
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        wanted = options.id or run_id(run.id)
+        # A second W&B sink on the same bus has a run of its own.
+        taken = sum(other.id.startswith(wanted) for other in _OURS)
+        project = options.project or (started.project and project_name(started.project))
+        return wandb.init(
+            project=project or None,
+            entity=options.entity,
+            name=options.name or run_name(started.name),
+            group=options.group or started.group,
+            job_type=options.job_type or started.job_type,
+            tags=[tag[:64] for tag in options.tags or started.tags if tag] or None,
+            notes=options.notes or started.notes,
+            config=started.params,
+            id=f"{wanted}-{taken + 1}" if taken else wanted,
+            resume=options.resume or ("allow" if run.resumed else None),
+            dir=folder,
+            mode=options.mode,
+            reinit="default" if wandb.run is None else "create_new",
+            settings=wandb.Settings(init_timeout=options.init_timeout_secs),
+        )
 
     def write(self, records: Sequence[Record]) -> None:
         """Log the records that are new.
@@ -145,69 +164,89 @@ class WandbSink(Sink):
         return self._where
 
     def _take(self, run: WandbRun, event: object) -> None:
-        import wandb
-
         from . import _wandb_charts as charts
 
         match event:
             case MetricsLogged(final=True):
                 run.summary.update({f"final/{k}": v for k, v in event.values.items()})
             case MetricsLogged(step=None):
-                self._define(run, event.values, "epoch")
                 self._log(run, event.values, event.epoch)
             case MetricsLogged():
                 self._log_step(run, event)
             case ParamsUpdated():
                 run.config.update(event.params, allow_val_change=True)  # type: ignore[no-untyped-call]
             case ModelDescribed():
-                self._log(run, _model_values(event), self._epoch)
+                self._log(run, _model_values(event), None)
             case EpochStarted():
                 self._epoch = event.epoch
             case EpochEnded(outcome="completed"):
-                self._log(run, {"epoch": event.epoch + 1}, event.epoch, commit=True)
+                if self._row_epoch != event.epoch:
+                    self._commit(run)
+                self._row_epoch = event.epoch
+                self._commit(run)
+            case EpochEnded():
+                self._row.clear()  # the epoch comes again, with other values
             case ImageLogged() if self.options.log_images:
-                self._log_image(run, event)
+                self._show(run, event.key, event.epoch, partial(charts.image, event))
             case CurveLogged():
                 self._log_curve(run, event)
             case ConfusionMatrixLogged():
                 self._log_confusion_matrix(run, event)
             case TableLogged():
-                table = wandb.Table(
-                    columns=list(event.columns), data=event.rows, allow_mixed_types=True
-                )
-                if len(event.rows) > charts.ROW_LIMIT:
-                    self._say_cut(event.key, len(event.rows), charts.ROW_LIMIT, "rows")
-                self._log(run, {event.key: table}, event.epoch)
+                self._say_cut(event.key, len(event.rows), charts.ROW_LIMIT, "rows")
+                self._show(run, event.key, event.epoch, partial(charts.table, event))
             case HistogramLogged():
-                self._log(run, {event.key: charts.histogram(event)}, event.epoch)
+                self._show(run, event.key, event.epoch, partial(charts.histogram, event))
             case TextLogged():
-                page = wandb.Html(f"<pre>{html.escape(event.text)}</pre>", inject=False)
-                self._log(run, {event.key: page}, event.epoch)
+                self._show(run, event.key, event.epoch, partial(charts.text, event))
             case CheckpointSaved():
                 self._take_checkpoint(run, event)
             case ArtifactLogged():
-                artifact = wandb.Artifact(
-                    artifact_name(event.name), event.kind, metadata=_metadata(event.metadata)
-                )
-                _add_files(artifact, event.paths)
-                run.log_artifact(artifact, aliases=event.aliases or None)
+                name = artifact_name(event.name)
+                self._log_files(run, name, event.kind, event.paths, event.aliases, event.metadata)
             case AlertRaised():
                 level = {"info": "INFO", "warning": "WARN", "error": "ERROR"}[event.level]
                 run.alert(event.title, event.text or event.title, level=level)
             case RunEnded():
                 self._end(run, event)
 
-    def _log(
-        self,
-        run: WandbRun,
-        values: Mapping[str, Any],
-        epoch: int | None,
-        *,
-        commit: bool = False,
-    ) -> None:
+    def _log(self, run: WandbRun, values: Mapping[str, Any], epoch: int | None) -> None:
+        """Put numbers into the row of their epoch, which is sent when it is complete."""
         at = self._epoch if epoch is None else epoch
-        # W&B drops what is logged behind its step, which pictures of a finished epoch would be.
-        run.log(dict(values), step=max(at + 1, run.step), commit=commit)
+        if at is None:  # a training without epochs
+            run.log(dict(values), commit=True)
+            return
+        self._define(run, values, "epoch")
+        if at != self._row_epoch or values.keys() & self._row.keys():
+            self._commit(run)
+        self._row_epoch = at
+        self._row |= values
+
+    def _show(self, run: WandbRun, key: str, epoch: int | None, build: Callable[[], Any]) -> None:
+        """Log a picture, chart or table into the row of its epoch at once: its file may change."""
+        try:
+            value = build()
+        except (OSError, TypeError, ValueError) as error:
+            self.lost += 1
+            logger.warning("%r can't be shown in W&B: %s", key, error)
+            return
+        at = self._epoch if epoch is None else epoch
+        if at is None:
+            run.log({key: value}, commit=True)
+            return
+        if at != self._row_epoch or key in self._row_media:
+            self._commit(run)
+        self._row_epoch = at
+        self._row_media.add(key)
+        run.log({key: value}, step=max(at + 1, run.step), commit=False)
+
+    def _commit(self, run: WandbRun) -> None:
+        """Send the row of an epoch; W&B drops what is logged behind its step."""
+        at, row, media = self._row_epoch, self._row, self._row_media
+        self._row_epoch, self._row, self._row_media = None, {}, set()
+        if at is not None and (row or media or self._epoch == at):
+            values = row if media and not row else {**row, "epoch": at + 1}
+            run.log(values, step=max(at + 1, run.step), commit=True)
 
     def _log_step(self, run: WandbRun, event: MetricsLogged) -> None:
         values: dict[str, Any] = {
@@ -232,16 +271,6 @@ class WandbSink(Sink):
                         name.replace(".", "\\."), step_metric=axis, step_sync=True, summary=summary
                     )
 
-    def _log_image(self, run: WandbRun, event: ImageLogged) -> None:
-        import wandb
-
-        if event.path is not None and not Path(event.path).is_file():
-            logger.warning("picture %r is gone: no file at %s", event.key, event.path)
-            return
-        source = event.path if event.array is None else event.array
-        image = wandb.Image(source, caption=event.caption)
-        self._log(run, {event.key: image}, event.epoch)
-
     def _log_curve(self, run: WandbRun, event: CurveLogged) -> None:
         import wandb
 
@@ -250,9 +279,10 @@ class WandbSink(Sink):
         x, y = charts.curve_arrays(event)
         if not x.size or not y.size:
             return
-        points = self.options.curve_points
-        chart, shown = charts.curve_chart(
-            event, points=points, per_class=self.options.curves == "per_class"
+        points, per_class = self.options.curve_points, self.options.curves == "per_class"
+        shown = charts.points_shown(event, points, per_class=per_class)
+        self._show(
+            run, event.key, event.epoch, partial(charts.curve, event, shown, per_class=per_class)
         )
         if shown < points:
             if self._curves is None:
@@ -264,63 +294,93 @@ class WandbSink(Sink):
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "curve.csv"
                 charts.write_curve(event, path)
-                self._curves.add_file(str(path), name=f"{artifact_name(event.key)}.csv")
-        self._log(run, {event.key: chart}, event.epoch)
+                name = f"{artifact_name(event.key)}.csv"
+                self._curves.add_file(str(path), name=name, overwrite=True)
 
     def _log_confusion_matrix(self, run: WandbRun, event: ConfusionMatrixLogged) -> None:
         from . import _wandb_charts as charts
 
-        chart, shown = charts.confusion_chart(event)
-        if shown < event.matrix.size:
-            self._say_cut(event.key, event.matrix.size, shown, "cells, the largest")
-        self._log(run, {event.key: chart}, event.epoch)
+        limit, rest = charts.ROW_LIMIT, ", the largest"
+        self._say_cut(event.key, event.matrix.size, limit, "cells", rest)
+        self._show(run, event.key, event.epoch, partial(charts.confusion_matrix, event))
 
     def _take_checkpoint(self, run: WandbRun, event: CheckpointSaved) -> None:
         wanted = self.options.save_checkpoints
         if wanted == "all" and event.kind == "periodic":
-            self._log_checkpoint(run, event, [f"epoch-{_counted(event.epoch)}"])
-        elif wanted in ("all", event.kind):
+            self._log_checkpoint(run, event, f"epoch-{_counted(event.epoch)}")
+        elif event.kind != "periodic":
             # The trainer overwrites these files: what they hold at the end is what counts.
             self._checkpoints[event.kind] = event
 
-    def _log_checkpoint(self, run: WandbRun, event: CheckpointSaved, aliases: list[str]) -> None:
+    def _log_checkpoint(self, run: WandbRun, event: CheckpointSaved, alias: str) -> None:
+        epoch = _counted(event.epoch)
+        metadata = {"epoch": epoch, "metrics": event.metrics, **event.metadata}
+        name = artifact_name(f"run_{run.id}_model")
+        self._log_files(run, name, "model", [event.path], [alias], metadata)
+
+    def _log_files(
+        self,
+        run: WandbRun,
+        name: str,
+        kind: str,
+        paths: Sequence[str],
+        aliases: Sequence[str],
+        metadata: Mapping[str, Any],
+    ) -> None:
         import wandb
 
-        if not Path(event.path).is_file():
-            logger.warning("checkpoint is gone: no file at %s", event.path)
-            return
-        metadata = {"epoch": _counted(event.epoch), "metrics": event.metrics, **event.metadata}
-        artifact = wandb.Artifact(
-            artifact_name(f"run_{run.id}_model"), "model", metadata=_metadata(metadata)
-        )
-        _add_files(artifact, [event.path])
-        run.log_artifact(artifact, aliases=aliases)
+        try:
+            artifact = wandb.Artifact(name, kind, metadata=_metadata(metadata))
+            _add_files(artifact, paths)
+            run.log_artifact(artifact, aliases=list(aliases) or None)
+        except (wandb.Error, OSError, TypeError, ValueError) as error:
+            self.lost += 1
+            logger.warning("artifact %r can't be kept in W&B: %s", name, error)
 
     def _end(self, run: WandbRun, event: RunEnded) -> None:
-        for kind in ("last", "best"):
-            if kind in self._checkpoints:
-                self._log_checkpoint(run, self._checkpoints.pop(kind), [kind])
-        if self._curves is not None:
-            run.log_artifact(self._curves)
-        if event.best is not None:
-            run.summary.update({f"best/{event.best.metric}": event.best.value})
-            if event.best.epoch is not None:
-                run.summary.update({"best/epoch": _counted(event.best.epoch)})
-        if event.reason:
-            run.summary.update({"ended": event.reason})
-        self._finish(event.status)
+        try:
+            self._commit(run)
+            if event.best is not None:
+                run.summary.update({f"best/{event.best.metric}": event.best.value})
+                if event.best.epoch is not None:
+                    run.summary.update({"best/epoch": _counted(event.best.epoch)})
+            if event.reason:
+                run.summary.update({"ended": event.reason})
+            for kind in self._wanted_checkpoints():
+                self._log_checkpoint(run, self._checkpoints[kind], kind)
+            if self._curves is not None:
+                run.log_artifact(self._curves)
+        finally:
+            self._finish(event.status)
+
+    def _wanted_checkpoints(self) -> list[str]:
+        """Return the kinds to keep: `last` also where a training names none its best."""
+        wanted = self.options.save_checkpoints
+        kinds = {"all": ["last", "best"], "none": []}.get(wanted, [wanted])
+        found = [kind for kind in kinds if kind in self._checkpoints]
+        return found or [kind for kind in self._checkpoints if wanted == "best"]
 
     def _finish(self, status: str) -> None:
         run, self._run = self._run, None
         if run is None:
             return
         if self._owned:
+            _OURS.discard(run)
             run.finish(exit_code=_EXIT_CODES[status])
         else:
             run.log({}, commit=True)  # what was logged last must not wait for the user's next row
 
     def _say_cut(self, key: str, found: int, shown: int, what: str, rest: str = "") -> None:
-        logger.warning("%r: W&B can show %d of its %d %s%s", key, shown, found, what, rest)
+        if found > shown:
+            logger.warning("%r: W&B can show %d of its %d %s%s", key, shown, found, what, rest)
+
+    def _say_ignored(self) -> None:
+        names = ("project", "entity", "name", "group", "job_type", "tags", "notes", "id", "dir")
+        given = [name for name in names if getattr(self.options, name) is not None]
+        if given:
+            logger.warning(
+                "a W&B run is active and is used as it is; not set: %s", ", ".join(given)
+            )
 
 
 def _counted(epoch: int | None) -> int | None:
@@ -355,10 +415,18 @@ def _metadata(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _add_files(artifact: WandbArtifact, paths: Sequence[str]) -> None:
-    for path in map(Path, paths):
-        if path.is_dir():
-            artifact.add_dir(str(path), name=path.name)
-        elif path.is_file():
-            artifact.add_file(str(path))
-        else:
+    files = [file for file in (Path(path).absolute() for path in paths) if file.exists()]
+    for path in paths:
+        if not Path(path).exists():
             logger.warning("artifact %r: no file at %s", artifact.name, path)
+    if paths and not files:
+        raise FileNotFoundError("none of its files is there")
+    names = [file.name for file in files]
+    if len(set(names)) < len(names):  # then their folders tell them apart
+        common = os.path.commonpath([file.parent for file in files])
+        names = [str(file.relative_to(common)) for file in files]
+    for file, name in zip(files, names, strict=True):
+        if file.is_dir():
+            artifact.add_dir(str(file), name=name)
+        else:
+            artifact.add_file(str(file), name=name)

@@ -124,8 +124,16 @@ class Bus:
             project: what it belongs to.
             params: its configuration.
             started: further fields of `RunStarted`, such as `tags`, `task` or `save_dir`.
+
+        Raises:
+            TypeError: a field has a value of another type, or there is no such field.
         """
         event = RunStarted(name=name, project=project, params=dict(params or {}), **started)
+        fields = msgspec.structs.replace(event, params={})
+        try:
+            msgspec.convert(msgspec.to_builtins(fields, enc_hook=repr), RunStarted)
+        except msgspec.ValidationError as error:
+            raise TypeError(f"bus.run: {error}") from error
         return Run(self._emitter(), event)
 
     def subscribe(

@@ -42,6 +42,8 @@ class SinkReport(msgspec.Struct, frozen=True, kw_only=True):
     taken: int = 0
     failed: int = 0
     skipped: int = 0
+    lost: int = 0
+    """Of what was taken: records that the tracker has no way to show, such as a broken picture."""
     where: str | None = None
     error: str | None = None
 
@@ -53,15 +55,21 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     status: str
     emitted: int
     sinks: list[SinkReport]
+    dropped: int = 0
+    """What was emitted and is no event of the schema."""
 
     def __str__(self) -> str:
         """Return the receipt as the lines that a person reads at the end of a training."""
         lines = [f"trainbus: run {self.run} {self.status}, {self.emitted} records"]
+        if self.dropped:
+            lines[0] += f", {self.dropped} DROPPED as no events"
         width = max((len(s.name) for s in self.sinks), default=0)
         for sink in self.sinks:
             counts = f"{sink.taken} taken"
             if sink.skipped:
                 counts += f", {sink.skipped} filtered out"
+            if sink.lost:
+                counts += f", {sink.lost} of them can't be shown there"
             if sink.failed:
                 counts += f", {sink.failed} FAILED"
             lines.append(f"  {sink.name:<{width}}  {sink.kind}: {counts}")
@@ -83,6 +91,7 @@ class Delivery:
         """
         self._run = run
         self._emitted = 0
+        self.dropped = 0
         self._status = "open"
         self._lines = [_Line(route, run) for route in routes]
         for index, line in enumerate(self._lines):
@@ -116,6 +125,7 @@ class Delivery:
             status=self._status,
             emitted=self._emitted,
             sinks=[line.close() for line in self._lines],
+            dropped=self.dropped,
         )
 
 
@@ -127,6 +137,7 @@ class _Line:
         self._run = run
         self._sink: Sink | None = None
         self._where: str | None = None
+        self._lost = 0
         self._transform = Transform(route.transforms)
         self._taken = self._failed = self._skipped = self._in_a_row = 0
         self._error: str | None = None
@@ -188,6 +199,7 @@ class _Line:
             taken=self._taken,
             failed=self._failed,
             skipped=self._skipped,
+            lost=self._lost,
             where=self._where,
             error=self._error,
         )
@@ -202,7 +214,7 @@ class _Line:
         self._in_a_row = 0
 
     def _find(self, sink: Sink) -> None:
-        self._where = sink.where
+        self._where, self._lost = sink.where, sink.lost
 
     def _guarded(self, call: Callable[..., None], *args: Any) -> bool:
         """Return whether a call of the sink went well."""

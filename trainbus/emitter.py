@@ -89,7 +89,9 @@ class Emitter:
             SinkError: a sink with `on_error: raise` can't be opened.
         """
         if os.getpid() != self._pid:
-            return  # a forked child shares the parent's files and must not write to them
+            # A forked child shares the parent's files and must not write to them.
+            self._warn("fork", "a forked process logs nothing: its parent has the run")
+            return
         with self._lock:
             if self._nesting >= _MAX_NESTING:
                 self._warn("nested", f"dropped {event_name(event)}: emitted by its own subscribers")
@@ -130,7 +132,10 @@ class Emitter:
             if isinstance(event, _CHECKED):
                 event = msgspec.convert(msgspec.to_builtins(event), type(event))
         except Exception as error:
-            self._warn("type", f"dropped what is no event of the schema: {error}")
+            what = f"dropped a {type(event).__qualname__} that is no event of the schema: {error}"
+            self._warn(what, what)
+            if self._delivery is not None:
+                self._delivery.dropped += 1
             return
         for name in refused:
             self._warn(f"metric {name}", f"left out metric {name!r}: expected a number")
@@ -253,9 +258,14 @@ def _identify(event: RunStarted) -> tuple[str, int]:
     """Return the run's id, and which of its attempts this is, counted from 1."""
     if event.resumed is not None:
         marked, attempt = _marked(event.save_dir)
+        if marked is None:
+            marked, attempt = _marked(event.resumed.save_dir)
         known = event.resumed.run or marked
         if known:
             return known, attempt + 1 if known == marked else 2
+        logger.warning(
+            "a resumed training begins a new run: found no %s in %s", MARKER, event.save_dir
+        )
     stem = re.sub(r"[^A-Za-z0-9._-]+", "_", event.name or "run").strip("._-")[:64] or "run"
     # `random` is seeded by trainers, and two trainings can start within one second.
     return f"{stem}_{time.strftime('%Y%m%d_%H%M%S')}_{secrets.token_hex(3)}", 1

@@ -38,6 +38,8 @@ class Resumed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     run: str | None = None
     epoch: int | None = None
     step: int | None = None
+    save_dir: str | None = None
+    """Where the earlier training saved, if that is not where the resumed one does."""
 
 
 class Best(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -324,14 +326,19 @@ def decode(line: bytes | str) -> Record:
     Raises:
         msgspec.DecodeError: the line is no JSON, or not a record.
     """
-    envelope = _ENVELOPE.decode(line)
-    name = _TAG.decode(envelope.event).type
-    decoder = _DECODERS.get(name)
-    event: Event | UnknownEvent = (
-        decoder.decode(envelope.event)
-        if decoder
-        else UnknownEvent(name, msgspec.json.decode(envelope.event))
-    )
+    try:
+        envelope = _ENVELOPE.decode(line)
+        name = _TAG.decode(envelope.event).type
+        decoder = _DECODERS.get(name)
+        event: Event | UnknownEvent = (
+            decoder.decode(envelope.event)
+            if decoder
+            else UnknownEvent(name, msgspec.json.decode(envelope.event))
+        )
+    except (ValueError, KeyError, TypeError) as error:  # no UTF-8, or an array that is none
+        if isinstance(error, msgspec.DecodeError):
+            raise
+        raise msgspec.DecodeError(f"found no record: {error}") from error
     return Record(
         seq=envelope.seq,
         run=envelope.run,

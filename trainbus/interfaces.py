@@ -54,6 +54,9 @@ class Sink(ABC):
     service: ClassVar[str | None] = None
     """Import name of the tracker, so that a framework's own logger for it can be switched off."""
 
+    lost: int = 0
+    """Records of this run that were taken but can't be shown; `open` sets it back to 0."""
+
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
 

@@ -38,12 +38,13 @@ class Run:
     def __init__(self, emit: Emitter, started: RunStarted) -> None:
         self._emitter = emit
         self._started = started
+        self._unsaid: RunStarted | None = started
         self._epoch: int | None = None
         self._left: EpochEnded | None = None
 
     def __enter__(self) -> Run:
-        self._left = None
-        self._emit(self._started)
+        self._unsaid, self._left = self._started, None
+        self._emit()
         return self
 
     def __exit__(
@@ -231,8 +232,10 @@ class Run:
         self._emit(AlertRaised(title=title, text=text, level=level))
 
     def _emit(self, *events: Event) -> None:
+        # A run that is used without `with` starts with what is first said of it.
+        started, self._unsaid = self._unsaid, None
         left, self._left = self._left, None
-        for event in (left, *events):
+        for event in (started, left, *events):
             if event is not None:
                 self._emitter(event)
 
