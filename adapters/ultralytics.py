@@ -82,7 +82,7 @@ def attach(target: Any, emit: Emit) -> Detach:
     if hasattr(target, "save_dir"):  # a trainer, whose set-up has begun when it was made
         hooks.begin(target)
     # Most versions tell a callback nothing of an exception, so the entry call is watched.
-    before = vars(target).get("train")
+    hooks.before = vars(target).get("train")
     watched = partial(hooks.watch, target, target.train)
     target.train = watched
 
@@ -93,10 +93,21 @@ def attach(target: Any, emit: Emit) -> Detach:
             target.callbacks[name] = [c for c in target.callbacks[name] if c != hook]
         if vars(target).get("train") is watched:
             del target.train
+            before = _underneath(hooks.before)
             if before is not None:
                 target.train = before
 
     return detach
+
+
+def _underneath(train: Any) -> Any:
+    """Return what a model's own `train` was before hooks watched it that are detached by now."""
+    while isinstance(train, partial):
+        hooks = getattr(train.func, "__self__", None)
+        if not isinstance(hooks, _Hooks) or hooks.active:
+            break
+        train = hooks.before
+    return train
 
 
 def _guarded(hook: Callable[[_Hooks, Any], None]) -> Callable[[_Hooks, Any], None]:
@@ -127,11 +138,12 @@ class _Hooks:
         self._emit = emit
         self.active = True
         self.failed: set[str] = set()
+        self.before: Any = None
         self._reset(None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the training out: multi-GPU runs pickle the callbacks into each child process."""
-        return {"_emit": self._emit, "active": self.active, "failed": set()}
+        return {"_emit": self._emit, "active": self.active, "failed": set(), "before": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

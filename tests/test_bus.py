@@ -961,3 +961,49 @@ def test_a_mistyped_field_drops_its_event_with_a_line(caplog: pytest.LogCaptureF
         run.alert("b", level="info")
     assert ["b"] == [r.event.title for r in sink.records if isinstance(r.event, AlertRaised)]
     assert "Invalid enum value 'loud'" in caplog.text
+
+
+def test_a_resumed_training_without_its_marker_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where no marker is found a new run begins, and a line says where it was looked for."""
+    with Bus() as bus:
+        bus.emit(RunStarted(save_dir=str(tmp_path), resumed=Resumed(epoch=2)))
+    assert f"begins a new run: found no {MARKER} in {tmp_path}" in caplog.text
+
+
+def test_a_marker_is_found_where_the_earlier_training_saved(tmp_path: Path) -> None:
+    """A resumed training that saves elsewhere finds its run through the old folder."""
+    ids = []
+    for save_dir, resumed in (("a", None), ("b", Resumed(epoch=1, save_dir=str(tmp_path / "a")))):
+        sink = MemorySink()
+        with Bus({"memory": sink}) as bus:
+            bus.emit(RunStarted(save_dir=str(tmp_path / save_dir), resumed=resumed))
+        ids.append((sink.records[0].run, sink.records[0].attempt))
+    (first, one), (second, two) = ids
+    assert (first, 1, 2) == (second, one, two)
+
+
+def test_what_is_dropped_is_in_the_receipt() -> None:
+    """Events that the schema doesn't know are counted, and each fault is told."""
+    with Bus({"memory": MemorySink()}) as bus, bus.run() as run:
+        run.alert("a", level="loud")  # type: ignore[arg-type]
+        run.checkpoint("m.pt", kind="Best")  # type: ignore[arg-type]
+    assert 2 == bus.receipts[0].dropped
+    assert "2 DROPPED as no events" in str(bus.receipts[0])
+
+
+def test_a_run_of_wrong_types_is_refused_before_it_begins() -> None:
+    """`bus.run` says at once which of its fields is of another type."""
+    with pytest.raises(TypeError, match=r"bus\.run: Expected `str \| null`, got `int`"):
+        Bus().run(name=7)  # type: ignore[arg-type]
+
+
+def test_a_run_without_with_starts_as_itself() -> None:
+    """Used without `with`, a run has its name and params all the same."""
+    sink = MemorySink()
+    with Bus({"memory": sink}) as bus:
+        bus.run(name="mine", params={"lr": 1}).log({"loss": 1})
+    started = sink.records[0].event
+    assert isinstance(started, RunStarted)
+    assert ("mine", {"lr": 1}) == (started.name, started.params)

@@ -292,6 +292,15 @@ class ServesOneRun(FileSink):
         super().open(run)
 
 
+class CountsOn(FileSink):
+    last = (0, 0)
+
+    def is_new(self, record: Record) -> bool:
+        is_new = record.position > self.last
+        self.last = max(self.last, record.position)
+        return is_new
+
+
 @pytest.mark.parametrize(
     ("kind", "check", "error"),
     [
@@ -319,6 +328,7 @@ class ServesOneRun(FileSink):
         (ShowsSecrets, "test_shows_no_secret", AssertionError),
         (LogsSecrets, "test_shows_no_secret", AssertionError),
         (ServesOneRun, "test_works_through_a_bus", AssertionError),
+        (CountsOn, "test_keeps_nothing_from_the_run_before", AssertionError),
     ],
 )
 def test_broken_sink_is_caught(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import pytest
 
 import shapes
 import trainbus
-from support.train import FAST, weights_hash
+from support.train import FAST, HERE, hermetic, weights_hash
 from support.trained import CONFIG, Trained, train_once
 from trainbus.events import (
     CheckpointSaved,
@@ -77,14 +80,9 @@ def set_up(model_file: str, folder: Path, arguments: dict[str, Any]) -> Training
 
 def test_only_what_trains_can_be_attached() -> None:
     """The network inside a YOLO has no callbacks: the error says what to attach."""
-    from support import torchvision_cpu
-
-    torchvision_cpu.install()
-    from ultralytics import YOLO
-
     bus = trainbus.Bus()
     with pytest.raises(trainbus.AttachError, match="expected a YOLO model or a trainer, found Det"):
-        bus.attach(YOLO("yolo11n.yaml").model)
+        bus.attach(yolo().model)
 
 
 # Tasks and versions -------------------------------------------------------------------------------
@@ -312,3 +310,134 @@ def test_batch_losses_come_when_they_are_asked_for(tmp_path: Path, data: Path) -
     assert [1, 2] == epochs
     steps = [row["_step"] for row in run.history]
     assert sorted(set(steps)) == steps
+
+
+def test_a_hook_that_fails_costs_only_its_events(tmp_path: Path, data: Path) -> None:
+    """What can't be read of a trainer is told once, and training and the rest go on."""
+    before = """
+from ultralytics.utils import torch_utils
+def fail(trainer):
+    raise RuntimeError("no info")
+torch_utils.model_info_for_loggers = fail
+"""
+    trained = train_local(tmp_path, data, before=before)
+    assert [] == trained.events(ModelDescribed)
+    assert "finished" == trained.events(RunEnded)[0].status
+    assert 1 == trained.process.stderr.count("can't be read, its events are missing")
+    assert "RuntimeError: no info" in trained.process.stderr
+
+
+def test_each_checkpoint_has_its_own_metrics(ours: Trained) -> None:
+    """The final `last` has the metrics of the last epoch, the final `best` those of its own."""
+    logged = {e.epoch: e.values for e in ours.events(MetricsLogged) if e.phase == "validation"}
+    for event in ours.events(CheckpointSaved):
+        assert event.metrics == {k: logged[event.epoch][k] for k in event.metrics}
+        assert "metrics/mAP50(B)" in event.metrics
+
+
+def test_a_moved_training_finds_its_run(tmp_path: Path, data: Path) -> None:
+    """Resumed from a folder that was moved, a training goes on in the same run."""
+    after = """
+import shutil
+from ultralytics import YOLO
+shutil.move(root / "runs" / "train", root / "moved")
+model = YOLO(root / "moved" / "weights" / "last.pt")
+bus.attach(model)
+model.train(resume=True)
+"""
+    before = """
+def interrupt(trainer):
+    if trainer.epoch == 1:
+        raise KeyboardInterrupt
+model.add_callback("on_train_epoch_start", interrupt)
+"""
+    trained = train_local(tmp_path, data, before=before, after=after, catch=True, epochs=3)
+    assert 1 == len({record.run for record in trained.records})
+    assert {1, 2} == {record.attempt for record in trained.records}
+
+
+REQUIRED = """
+sinks:
+  tracking: {{type: wandb, mode: offline}}
+  required: {{type: jsonl, path: /dev/null/no, on_error: raise}}
+"""
+
+
+def test_a_required_sink_stops_the_training_once(tmp_path: Path, data: Path) -> None:
+    """`on_error: raise` ends the training at its start, and leaves one W&B run behind."""
+    trained = train_once(tmp_path / "run", data, config=REQUIRED, check=False)
+    assert 0 != trained.process.returncode
+    assert "SinkError: sink 'required' (jsonl) can't be opened" in trained.process.stderr
+    assert "During handling" not in trained.process.stderr
+    assert 1 == len(trained.wandb_runs)
+
+
+def test_an_ultralytics_that_hands_on_no_callbacks_is_told_of(tmp_path: Path) -> None:
+    """After a multi-GPU training in older versions a line says that nothing was logged."""
+    script = tmp_path / "deaf.py"
+    script.write_text(
+        "from types import SimpleNamespace as Trainer\n"
+        "from trainbus.adapters.ultralytics import _warn_of_deaf_children\n"
+        "for size in (1, 2):\n    _warn_of_deaf_children(Trainer(world_size=size))\n"
+    )
+    said = {}
+    for version in (None, "8.4.90"):
+        process = subprocess.run(
+            [sys.executable, str(HERE / "torchvision_cpu.py"), str(script)],
+            env=hermetic(tmp_path, version=version),
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        said[version] = process.stderr.count("gives its multi-GPU processes no callbacks")
+    assert {None: 0, "8.4.90": 1} == said
+
+
+def yolo() -> Any:
+    """Return a YOLO that is not trained."""
+    from support import torchvision_cpu
+
+    torchvision_cpu.install()
+    from ultralytics import YOLO
+
+    return YOLO("yolo11n.yaml")
+
+
+def test_detaching_one_bus_leaves_the_other() -> None:
+    """Two buses on one model come off in any order, and a `train` of the user's comes back."""
+    model, buses = yolo(), [trainbus.Bus(), trainbus.Bus()]
+
+    def mine(**arguments: Any) -> None:
+        """Stand for a training of the user's own."""
+
+    model.train = mine
+    first, second = (bus.attach(model) for bus in buses)
+    watched = vars(model)["train"]
+    first()
+    assert watched is vars(model)["train"]
+    second()
+    assert mine is vars(model)["train"]
+
+
+def test_what_is_no_model_is_left_as_it_was() -> None:
+    """An object with callbacks and no `train` is refused before anything is hung into it."""
+    from support import torchvision_cpu
+
+    torchvision_cpu.install()
+    from ultralytics.models.yolo.detect import DetectionPredictor
+
+    predictor = DetectionPredictor()
+    before = {name: list(hooks) for name, hooks in predictor.callbacks.items()}
+    with pytest.raises(trainbus.AttachError, match="found DetectionPredictor"):
+        trainbus.Bus().attach(predictor)
+    assert before == {name: list(hooks) for name, hooks in predictor.callbacks.items()}
+
+
+def test_a_copied_model_falls_silent_with_the_original() -> None:
+    """After `detach`, the hooks in a deep copy of the model say nothing either."""
+    model = yolo()
+    detach = trainbus.Bus().attach(model)
+    copied = copy.deepcopy(model)
+    detach()
+    hooks = [c.__self__ for c in copied.callbacks["on_train_end"] if hasattr(c, "__self__")]
+    assert [False] == [each.active for each in hooks]

@@ -191,3 +191,30 @@ def test_a_resumed_training_is_in_the_file_as_a_whole(tmp_path: Path) -> None:
             bus.emit(TextLogged(key="attempt", text=str(attempt)))
     expected = [(attempt, seq) for attempt in (1, 2, 3) for seq in (1, 2, 3)]
     assert expected == positions(path)
+
+
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`~` is the home folder, as everywhere."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sink = JsonlSink(JsonlOptions(path="~/records.jsonl"))
+    sink.open(RunInfo(id="r", started=RunStarted()))
+    sink.close()
+    assert str(tmp_path / "records.jsonl") == sink.where
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"seq":1,"run":"\xff","time":1,"event":{"type":"epoch.started","epoch":0}}',
+        b'{"seq":1,"run":"r","time":1,"event":{"type":"histogram.logged","key":"h",'
+        b'"counts":{},"edges":{}}}',
+    ],
+)
+def test_odd_lines_in_the_file_are_passed_over(tmp_path: Path, line: bytes) -> None:
+    """Lines that are no records do not keep the sink from going on in the file."""
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(line + b"\n")
+    sink = JsonlSink(JsonlOptions(path=str(path)))
+    sink.open(RunInfo(id="r", started=RunStarted()))
+    sink.close()
+    assert line + b"\n" == path.read_bytes()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,16 @@ import trainbus
 from support import wandb_file
 from support.wandb_file import WandbRun
 from trainbus.events import (
+    Best,
+    CheckpointSaved,
     ConfusionMatrixLogged,
     CurveLogged,
+    EpochEnded,
+    EpochStarted,
     Event,
     HistogramLogged,
     MetricsLogged,
+    RunEnded,
     RunStarted,
 )
 from trainbus.testing import SinkConformance
@@ -310,3 +316,217 @@ def test_a_run_that_is_never_ended_is_closed_as_failed(tmp_path: Path) -> None:
     sink.close()
     (path,) = wandb_file.find_runs(tmp_path)
     assert 1 == wandb_file.read_finished(path).exit_code
+
+
+# Rows ---------------------------------------------------------------------------------------------
+
+
+def run_rows(folder: Path, log_it: Callable[[trainbus.Run], None], **options: Any) -> WandbRun:
+    """Log by hand through a run, and return what W&B's file holds."""
+    sink = WandbSink(WandbOptions(**{"mode": "offline", "dir": str(folder), **options}))
+    with trainbus.Bus({"w": sink}, on_receipt=lambda r: None) as bus, bus.run() as run:
+        log_it(run)
+    (path,) = wandb_file.find_runs(folder)
+    return wandb_file.read_finished(path)
+
+
+def test_a_run_without_epochs_keeps_every_row(tmp_path: Path) -> None:
+    """Where no epochs are counted, each call of `log` is a row of its own."""
+
+    def log_it(run: trainbus.Run) -> None:
+        for i in range(5):
+            run.log({"loss": i})
+            run.text("note", str(i))
+
+    history = run_rows(tmp_path, log_it).history
+    assert [0, 1, 2, 3, 4] == [row["train/loss"] for row in history if "train/loss" in row]
+    assert 5 == sum("note" in row for row in history)
+    assert not any("epoch" in row for row in history)
+
+
+def test_epochs_that_are_only_named_have_rows_of_their_own(tmp_path: Path) -> None:
+    """`log(…, epoch=i)` without `epochs` gives a row for each epoch, at its place on the x axis."""
+
+    def log_it(run: trainbus.Run) -> None:
+        for i in range(3):
+            run.log({"loss": i}, epoch=i)
+            run.log({"accuracy": i}, phase="validation", epoch=i)
+
+    rows = run_rows(tmp_path, log_it).history
+    assert [(1, 0, 0), (2, 1, 1), (3, 2, 2)] == [
+        (row["epoch"], row["train/loss"], row["validation/accuracy"]) for row in rows
+    ]
+
+
+def test_a_name_logged_again_in_an_epoch_loses_nothing(tmp_path: Path) -> None:
+    """Values of the same name in one epoch are rows at the same place on the x axis."""
+
+    def log_it(run: trainbus.Run) -> None:
+        for _ in run.epochs(1):
+            for i in range(3):
+                run.log({"loss": i})
+
+    rows = run_rows(tmp_path, log_it).history
+    assert [(1, 0), (1, 1), (1, 2)] == [(row["epoch"], row["train/loss"]) for row in rows]
+
+
+def test_the_losses_of_an_epoch_that_fails_are_at_that_epoch(tmp_path: Path) -> None:
+    """What was logged in the epoch that raised is not taken for the epoch before."""
+    sink = WandbSink(WandbOptions(mode="offline", dir=str(tmp_path)))
+    bus = trainbus.Bus({"w": sink}, on_receipt=lambda r: None)
+
+    def train() -> None:
+        with bus, bus.run() as run:
+            for i in run.epochs(3):
+                run.log({"loss": i})
+                if i == 1:
+                    raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        train()
+    (path,) = wandb_file.find_runs(tmp_path)
+    rows = wandb_file.read_finished(path).history
+    assert [(1, 0), (2, 1)] == [(row["epoch"], row["train/loss"]) for row in rows]
+
+
+def test_an_epoch_that_is_redone_replaces_its_numbers(tmp_path: Path) -> None:
+    """Losses of an attempt that was given up are not logged; step values do not take them along."""
+    run = log(
+        tmp_path,
+        EpochStarted(epoch=0),
+        epoch(0, loss=9.0),
+        EpochEnded(epoch=0, outcome="recovered"),
+        EpochStarted(epoch=0),
+        MetricsLogged(values={"batch": 1.0}, phase="train", epoch=0, step=1),
+        epoch(0, loss=1.0),
+        EpochEnded(epoch=0, outcome="completed"),
+    )
+    assert [1] == [row["loss"] for row in run.history if "loss" in row]
+
+
+# What can't be shown ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bool"])
+def test_pictures_of_shares_are_as_bright_as_they_say(tmp_path: Path, dtype: str) -> None:
+    """Floats in 0…1 and booleans fill the range of brightness."""
+    from PIL import Image
+
+    pixels = np.array([[0.0, 1.0], [1.0, 0.0]], dtype=dtype)
+    run = run_rows(tmp_path, lambda run: run.image("picture", pixels))
+    (value,) = [row["picture"] for row in run.history if "picture" in row]
+    with Image.open(wandb_file.media_path(run, value)) as picture:
+        assert [[0, 255], [255, 0]] == np.asarray(picture.convert("L")).tolist()
+
+
+def test_broken_pictures_cost_only_themselves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pictures that W&B can't show are counted and told of; what comes after them arrives."""
+    sink = WandbSink(WandbOptions(mode="offline", dir=str(tmp_path)))
+    bus = trainbus.Bus({"w": sink}, on_receipt=lambda r: None)
+    with bus, bus.run() as run:
+        for i in range(7):
+            run.image(f"bad {i}", np.zeros((3, 64, 64, 7), dtype=np.uint8))
+        run.image("gone", tmp_path / "none.png")
+        run.log({"loss": 1})
+    (path,) = wandb_file.find_runs(tmp_path)
+    assert 1 == wandb_file.read_finished(path).history[-1]["train/loss"]
+    (report,) = bus.receipts[0].sinks
+    assert (8, 0) == (report.lost, report.failed)
+    assert "8 of them can't be shown there" in str(bus.receipts[0])
+    assert "'gone' can't be shown in W&B: no file at" in caplog.text
+
+
+def test_an_artifact_that_fails_does_not_fail_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full at the end costs the artifact; the run keeps its status and summary."""
+
+    def no_space(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(wandb.Artifact, "add_file", no_space)
+    (tmp_path / "best.pt").write_text("weights")
+    ended = RunEnded(status="finished", best=Best(metric="fitness", value=0.5, epoch=0))
+    saved = CheckpointSaved(path=str(tmp_path / "best.pt"), kind="best", epoch=0)
+    run = log(tmp_path, saved, ended)
+    assert (0, 0.5) == (run.exit_code, run.summary["best/fitness"])
+
+
+def test_files_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    """Files of one name keep the folders that differ."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.pt").write_text(name)
+    paths = [tmp_path / name / "model.pt" for name in "ab"]
+    run = run_rows(tmp_path, lambda run: run.artifact("both", *paths))
+    (artifact,) = [a for a in run.artifacts if a.name == "both"]
+    assert {"a/model.pt", "b/model.pt"} == set(artifact.files)
+
+
+def test_a_large_curve_of_each_epoch_arrives(tmp_path: Path) -> None:
+    """A curve of more classes than there is room for can be logged again."""
+    x = np.linspace(0, 1, 10)
+    names = [f"c{i}" for i in range(200)]
+
+    def log_it(run: trainbus.Run) -> None:
+        for _ in run.epochs(2):
+            run.curve("curves/a", x, np.ones((200, 10)), classes=names)
+
+    run = run_rows(tmp_path, log_it)
+    assert 2 == sum("curves/a_table" in row for row in run.history)
+
+
+def test_the_last_checkpoint_is_kept_where_none_is_best(tmp_path: Path) -> None:
+    """`save_checkpoints: best` keeps the last one of a training that names none its best."""
+    (tmp_path / "m.pt").write_text("weights")
+    run = run_rows(tmp_path, lambda run: run.checkpoint(tmp_path / "m.pt"))
+    (artifact,) = [a for a in run.artifacts if a.type == "model"]
+    assert "last" in artifact.aliases
+
+
+# Places -------------------------------------------------------------------------------------------
+
+
+def test_two_sinks_of_one_bus_are_two_runs(tmp_path: Path) -> None:
+    """Two W&B sinks, as for two projects, both get everything."""
+
+    def sink(project: str) -> WandbSink:
+        return WandbSink(WandbOptions(mode="offline", dir=str(tmp_path), project=project))
+
+    bus = trainbus.Bus({"a": sink("a"), "b": sink("b")}, on_receipt=lambda r: None)
+    with bus, bus.run() as run:
+        run.log({"loss": 1})
+    runs = list(map(wandb_file.read_finished, wandb_file.find_runs(tmp_path)))
+    assert {"a", "b"} == {run.project for run in runs}
+    assert [1, 1] == [run.history[0]["train/loss"] for run in runs]
+    assert {0} == {report.failed for report in bus.receipts[0].sinks}
+
+
+def test_where_is_a_command_that_can_be_pasted(tmp_path: Path) -> None:
+    """Spaces are quoted, and a disabled run is nowhere."""
+    places = []
+    for mode in ("offline", "disabled"):
+        sink = WandbSink(WandbOptions(mode=mode, dir=str(tmp_path / "my runs")))
+        with trainbus.Bus({"w": sink}, on_receipt=lambda r: None) as bus, bus.run():
+            pass
+        places.append(bus.receipts[0].sinks[0].where)
+    offline, disabled = places
+    assert disabled is None
+    assert offline is not None
+    _, _, folder = shlex.split(offline)
+    assert [Path(folder)] == [p.parent for p in wandb_file.find_runs(tmp_path)]
+
+
+def test_what_an_active_run_ignores_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Options that can't be set on a run of the user's are named."""
+    mine = wandb.init(mode="offline", dir=str(tmp_path))
+    run = trainbus.RunInfo(id="r", started=RunStarted())
+    sink = WandbSink(WandbOptions(project="other", tags=["a"]))
+    sink.open(run)
+    sink.close()
+    assert "a W&B run is active and is used as it is; not set: project, tags" in caplog.text
+    mine.finish()

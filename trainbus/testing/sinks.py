@@ -188,6 +188,21 @@ class SinkConformance(ABC):
             for part in ("firstpart", "secondpart"):
                 assert part in repr(both), f"the metric {part!r} is missing from what is stored"
 
+    def test_keeps_nothing_from_the_run_before(self, tmp_path: Path) -> None:
+        """A sink that is opened again, for another run, stores of it what a new sink stores."""
+        first = self._records()
+        second = [msgspec.structs.replace(r, run=f"{r.run}-2") for r in self._records()]
+        for batch in (first, second):
+            self._deliver(tmp_path / "apart", [batch])
+        apart = self._read(tmp_path / "apart")
+        sink = self.make(_made(tmp_path / "together"))
+        for batch in (first, second):
+            sink.open(samples.run_info(batch))
+            sink.write(batch)
+            sink.flush()
+            sink.close()
+        assert apart == self._read(tmp_path / "together")
+
     def test_imports_nothing_heavy_until_opened(self, tmp_path: Path) -> None:
         """Importing and constructing the sink imports none of what only `open` needs."""
         sink = self.make(_made(tmp_path / "store"))
