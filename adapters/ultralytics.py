@@ -120,7 +120,7 @@ def _guarded(hook: Callable[[_Hooks, Any], None]) -> Callable[[_Hooks, Any], Non
         except SinkError:  # the user wants no training without that sink
             raise
         except Exception as error:
-            name = hook.__name__
+            name = hook.__name__.lstrip("_")
             if name not in self.failed:
                 self.failed.add(name)
                 logger.warning(
@@ -179,6 +179,8 @@ class _Hooks:
                 logger.warning("%s", second)
             raise
         if self._listens():
+            if self._started:  # a hook of ours failed at the end, or the trainer has no teardown
+                self._end(RunEnded(status="finished"))
             _warn_of_deaf_children(getattr(target, "trainer", target))
         return result
 
@@ -263,22 +265,23 @@ class _Hooks:
         self._log_plots(trainer)
         if self._epoch == 0:
             self._describe(trainer)
-        if self._validated:  # else the metrics are those of an earlier epoch
-            self._log(trainer.metrics, phase="validation", epoch=self._epoch)
-        self._end_epoch("completed")
+        try:
+            if self._validated:  # else the metrics are those of an earlier epoch
+                self._log(trainer.metrics, phase="validation", epoch=self._epoch)
+        finally:
+            self._end_epoch("completed")
 
     @_guarded
     def on_train_end(self, trainer: Any) -> None:
         if not self._listens():
             return
+        self._finished = True
         _await_plots()
         self._log_plots(trainer)
-        for event in evaluation(trainer.validator, self._last_epoch):
-            self._emit(event)
+        self._evaluate(trainer)
         for kind, path in (("last", trainer.last), ("best", trainer.best)):
             if Path(path).exists():
                 self._save(trainer, kind, path, final=True)
-        self._finished = True
 
     @_guarded
     def teardown(self, trainer: Any) -> None:
@@ -381,6 +384,12 @@ class _Hooks:
         if kept:
             self._emit(MetricsLogged(values=kept, **fields))
 
+    @_guarded
+    def _evaluate(self, trainer: Any) -> None:
+        for event in evaluation(trainer.validator, self._last_epoch):
+            self._emit(event)
+
+    @_guarded
     def _log_plots(self, trainer: Any) -> None:
         validator = getattr(trainer, "validator", None)
         for plots in (trainer.plots, getattr(validator, "plots", None) or {}):
@@ -390,6 +399,7 @@ class _Hooks:
                     epoch = self._last_epoch if self._epoch is None else self._epoch
                     self._emit(ImageLogged(key=Path(path).stem, path=str(path), epoch=epoch))
 
+    @_guarded
     def _describe(self, trainer: Any) -> None:
         from ultralytics.utils.torch_utils import model_info_for_loggers
 

@@ -312,19 +312,34 @@ def test_batch_losses_come_when_they_are_asked_for(tmp_path: Path, data: Path) -
     assert sorted(set(steps)) == steps
 
 
-def test_a_hook_that_fails_costs_only_its_events(tmp_path: Path, data: Path) -> None:
-    """What can't be read of a trainer is told once, and training and the rest go on."""
-    before = """
+BROKEN_PARTS = """
 from ultralytics.utils import torch_utils
 def fail(trainer):
     raise RuntimeError("no info")
 torch_utils.model_info_for_loggers = fail
+
+class NoMetrics:
+    def __getattr__(self, name):
+        raise RuntimeError("no metrics")
+def blind(trainer):
+    trainer.validator.metrics = NoMetrics()
+model.callbacks["on_train_end"].insert(0, blind)
 """
-    trained = train_local(tmp_path, data, before=before)
-    assert [] == trained.events(ModelDescribed)
+
+
+def test_what_fails_in_a_hook_costs_only_its_events(tmp_path: Path, data: Path) -> None:
+    """What can't be read of a trainer is told once; training and everything else go on."""
+    trained = train_local(tmp_path, data, before=BROKEN_PARTS)
+    assert [] == trained.events(ModelDescribed) == trained.events(CurveLogged)
+    assert [(0, "completed"), (1, "completed")] == outcomes(trained)
+    validated = [e.epoch for e in trained.events(MetricsLogged) if e.phase == "validation"]
+    assert [0, 1, None] == validated
     assert "finished" == trained.events(RunEnded)[0].status
-    assert 1 == trained.process.stderr.count("can't be read, its events are missing")
-    assert "RuntimeError: no info" in trained.process.stderr
+    assert 2 == sum(e.final for e in trained.events(CheckpointSaved))
+    said = trained.process.stderr
+    assert 2 == said.count("can't be read, its events are missing")
+    assert "describe of this DetectionTrainer" in said
+    assert "RuntimeError: no info" in said
 
 
 def test_each_checkpoint_has_its_own_metrics(ours: Trained) -> None:
