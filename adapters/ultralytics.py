@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from inspect import getsource
 from pathlib import Path
-from traceback import format_exception
 from typing import Any
 
 from trainbus.errors import AttachError, SinkError
@@ -24,7 +23,6 @@ from trainbus.events import (
     CheckpointSaved,
     EpochEnded,
     EpochStarted,
-    Failure,
     ImageLogged,
     MetricsLogged,
     ModelDescribed,
@@ -32,6 +30,7 @@ from trainbus.events import (
     Resumed,
     RunEnded,
     RunStarted,
+    ended_by,
 )
 from trainbus.interfaces import Detach, Emit
 
@@ -180,7 +179,7 @@ class _Hooks:
             raise
         if self._listens():
             if self._started:  # a hook of ours failed at the end, or the trainer has no teardown
-                self._end(RunEnded(status="finished"))
+                self._finish()
             _warn_of_deaf_children(getattr(target, "trainer", target))
         return result
 
@@ -291,7 +290,7 @@ class _Hooks:
         if error is not None and error is not self._outer_error:
             self._fail(error)
         elif self._finished:
-            self._end(RunEnded(status="finished", reason=_why_ended(trainer, self._last_epoch)))
+            self._finish(_why_ended(trainer, self._last_epoch))
 
     def silence_own_loggers(self, trainer: Any) -> None:
         """Take Ultralytics' own callbacks for the trackers of this bus out of this trainer."""
@@ -346,22 +345,18 @@ class _Hooks:
             return
         if not self._started:
             self._start(self._trainer)
-        failure = Failure(
-            type=type(error).__qualname__,
-            message=str(error),
-            traceback="".join(format_exception(error)),
-        )
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            self._end(RunEnded(status="stopped", reason=failure.type, error=failure))
-        else:
-            reason = f"{failure.type}: {failure.message}"
-            self._end(RunEnded(status="failed", reason=reason, error=failure))
+        self._end(ended_by(error, best=self._best()))
+
+    def _finish(self, reason: str | None = None) -> None:
+        self._end(RunEnded(status="finished", reason=reason, best=self._best()))
+
+    def _best(self) -> Best | None:
+        fitness = number(getattr(self._trainer, "best_fitness", None))
+        if fitness is None:
+            return None
+        return Best(metric="fitness", value=fitness, epoch=self._best_epoch)
 
     def _end(self, event: RunEnded) -> None:
-        fitness = number(getattr(self._trainer, "best_fitness", None))
-        if fitness is not None and event.best is None:
-            best = Best(metric="fitness", value=fitness, epoch=self._best_epoch)
-            event = RunEnded(status=event.status, reason=event.reason, error=event.error, best=best)
         self._reset(None)
         self._emit(event)
 

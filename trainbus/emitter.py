@@ -14,7 +14,6 @@ import secrets
 import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -29,10 +28,10 @@ from trainbus.events import (
     CheckpointSaved,
     EpochEnded,
     Event,
-    Failure,
     Record,
     RunEnded,
     RunStarted,
+    ended_by,
     event_name,
 )
 from trainbus.interfaces import RunInfo
@@ -112,7 +111,7 @@ class Emitter:
     def end(self, error: BaseException | None = None) -> None:
         """End the run that is open, if one is: as failed or stopped by `error`, else finished."""
         if self._run is not None:
-            self(ending(error))
+            self(ended_by(error))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Emitter:
         """Frameworks copy their callbacks; the copy reports to the same run."""
@@ -238,20 +237,6 @@ def reopen(rebuild: Callable[[], Bus] | None) -> Emitter | MutedEmitter:
     except Exception as error:  # a configuration fault must not end a training that runs elsewhere
         logger.warning("this process logs nothing: %s", error)
         return MutedEmitter()
-
-
-def ending(error: BaseException | None) -> RunEnded:
-    """Return a run's end: finished without an exception, stopped by Ctrl-C or exit, else failed."""
-    if error is None:
-        return RunEnded(status="finished")
-    failure = Failure(
-        type=type(error).__qualname__,
-        message=str(error),
-        traceback="".join(traceback.format_exception(error)),
-    )
-    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
-        return RunEnded(status="stopped", reason=failure.type, error=failure)
-    return RunEnded(status="failed", reason=f"{failure.type}: {failure.message}", error=failure)
 
 
 def _identify(event: RunStarted) -> tuple[str, int]:

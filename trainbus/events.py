@@ -14,6 +14,7 @@ Conventions:
 from __future__ import annotations
 
 import math
+import traceback
 from typing import Any, Literal, TypeAlias, get_origin
 
 import msgspec
@@ -232,6 +233,21 @@ class RunEnded(_Base, frozen=True, kw_only=True, tag="run.ended"):
     reason: str | None = None
     error: Failure | None = None
     best: Best | None = None
+
+
+def ended_by(error: BaseException | None, *, best: Best | None = None) -> RunEnded:
+    """Return a run's end: finished without an exception, stopped by Ctrl-C or exit, else failed."""
+    if error is None:
+        return RunEnded(status="finished", best=best)
+    failure = Failure(
+        type=type(error).__qualname__,
+        message=str(error),
+        traceback="".join(traceback.format_exception(error)),
+    )
+    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+        return RunEnded(status="stopped", reason=failure.type, error=failure, best=best)
+    reason = f"{failure.type}: {failure.message}"
+    return RunEnded(status="failed", reason=reason, error=failure, best=best)
 
 
 class UnknownEvent:

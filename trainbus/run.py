@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trainbus.emitter import Emitter, ending
+from trainbus.emitter import Emitter
 from trainbus.events import (
     AlertRaised,
     ArtifactLogged,
@@ -25,6 +25,7 @@ from trainbus.events import (
     RunStarted,
     TableLogged,
     TextLogged,
+    ended_by,
 )
 
 
@@ -55,7 +56,7 @@ class Run:
     ) -> None:
         if error is not None:
             self._left = None
-        self._emit(ending(error))
+        self._emit(ended_by(error))
 
     @property
     def id(self) -> str | None:
