@@ -298,7 +298,7 @@ with bus.run(params={"epochs": 5}) as run:
 """
 
 
-def test_a_real_terminal_is_left_as_it_was() -> None:
+def test_a_real_terminal_is_left_as_it_was(tmp_path: Path) -> None:
     """A training that fails on a real terminal leaves whole lines and a visible cursor."""
     main, side = pty.openpty()
     process = subprocess.Popen(
@@ -307,6 +307,7 @@ def test_a_real_terminal_is_left_as_it_was() -> None:
         stdout=subprocess.DEVNULL,
         stderr=side,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
+        cwd=tmp_path,
     )
     os.close(side)
     parts: list[bytes] = []
