@@ -174,13 +174,10 @@ class _Hooks:
         except BaseException as error:
             try:
                 self._fail(error)
-            except SinkError as second:  # the user's own error is the one to see
-                logger.warning("%s", second)
+            except Exception as second:  # the user's own error is the one to see
+                logger.warning("the end of this run can't be reported: %s", second)
             raise
-        if self._listens():
-            if self._started:  # a hook of ours failed at the end, or the trainer has no teardown
-                self._finish()
-            _warn_of_deaf_children(getattr(target, "trainer", target))
+        self._conclude(target)
         return result
 
     def begin(self, trainer: Any) -> None:
@@ -378,6 +375,14 @@ class _Hooks:
         kept = numbers(values)
         if kept:
             self._emit(MetricsLogged(values=kept, **fields))
+
+    @_guarded
+    def _conclude(self, target: Any) -> None:
+        if not self._listens():
+            return
+        if self._started:  # a hook of ours failed at the end, or the trainer has no teardown
+            self._finish()
+        _warn_of_deaf_children(getattr(target, "trainer", target))
 
     @_guarded
     def _evaluate(self, trainer: Any) -> None:

@@ -342,6 +342,22 @@ def test_what_fails_in_a_hook_costs_only_its_events(tmp_path: Path, data: Path) 
     assert "RuntimeError: no info" in said
 
 
+def test_what_fails_after_training_does_not_reach_the_user(tmp_path: Path, data: Path) -> None:
+    """A trainer that is left in a state that can't be read has trained all the same."""
+    before = "model.add_callback('on_train_end', lambda t: setattr(t, 'world_size', 'two'))"
+    trained = train_local(tmp_path, data, before=before, epochs=1)
+    assert "finished" == trained.events(RunEnded)[0].status
+    assert "conclude of this YOLO can't be read" in trained.process.stderr
+
+
+def test_the_users_error_is_not_hidden_by_one_of_ours(tmp_path: Path) -> None:
+    """A training that fails, of which no start can be told either, raises what it raised."""
+    before = "model.add_callback('on_pretrain_routine_start', lambda t: delattr(t, 'epochs'))"
+    trained = train_local(tmp_path, tmp_path / "none.yaml", before=before, catch=True)
+    assert trained.result["error"].startswith("RuntimeError(")
+    assert "the end of this run can't be reported" in trained.process.stderr
+
+
 def test_each_checkpoint_has_its_own_metrics(ours: Trained) -> None:
     """The final `last` has the metrics of the last epoch, the final `best` those of its own."""
     logged = {e.epoch: e.values for e in ours.events(MetricsLogged) if e.phase == "validation"}
