@@ -49,6 +49,8 @@ class ConsoleSink(Sink):
     Options = ConsoleOptions
     options: ConsoleOptions
 
+    reads_files = False
+
     _console: Console | None = None
 
     def open(self, run: RunInfo) -> None:
@@ -86,6 +88,11 @@ class ConsoleSink(Sink):
         if self._console is not None:
             self._clear(self._console)
         self._console = None
+
+    @property
+    def in_process(self) -> bool:
+        """Always: another process has no terminal."""
+        return True
 
     def _take(self, record: Record, console: Console) -> None:
         match record.event:

@@ -31,6 +31,7 @@ class JsonlSink(Sink):
     """Appends each record to a file as one line of JSON."""
 
     Options = JsonlOptions
+    reads_files = False
     options: JsonlOptions
 
     def __init__(self, options: JsonlOptions | None = None) -> None:

@@ -11,7 +11,10 @@ import logging
 import math
 import os
 import shlex
+import sys
 import tempfile
+import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -48,8 +51,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("trainbus.sinks.wandb")
 
+_ATTEMPT = "trainbus-attempt.txt"
+"""File in an offline run's folder that says which attempt of the run it holds."""
+
 _EXIT_CODES = {"finished": 0, "failed": 1, "stopped": 255}
 """255 is what wandb itself reports for Ctrl-C."""
+
+_STARTING = threading.Lock()
+"""Two runs that start at once would each take itself for the only one."""
 
 _OURS: weakref.WeakSet[WandbRun] = weakref.WeakSet()
 """Runs opened here, told apart only so that a second training does not log into the first one's."""
@@ -60,6 +69,7 @@ class WandbSink(Sink):
 
     Options = WandbOptions
     service = "wandb"
+    volatile = True
     options: WandbOptions
 
     def __init__(self, options: WandbOptions | None = None) -> None:
@@ -78,16 +88,19 @@ class WandbSink(Sink):
             import wandb
         except ImportError as error:
             raise MissingPackageError("wandb", extra="wandb") from error
-        self._last = (0, 0)
+        self._last = self._last_upload = self._logged = self._position = (0, 0)
         self.lost = 0
         self._goals = dict(run.started.goals)
         self._axes: dict[str, str] = {}
         self._checkpoints: dict[str, CheckpointSaved] = {}
         self._curves: WandbArtifact | None = None
         self._epoch: int | None = None
+        self._open_epoch: int | None = None
         self._row: dict[str, Any] = {}
         self._row_epoch: int | None = None
         self._row_media: set[str] = set()
+        self._row_names: set[str] = set()
+        self._time = time.time()  # of the record, as it may be much later when it comes
         active = wandb.run
         self._owned = active is None or active in _OURS
         if active is not None and not self._owned:
@@ -96,15 +109,20 @@ class WandbSink(Sink):
             active.config.setdefaults(run.started.params)  # type: ignore[no-untyped-call]
         else:
             try:
-                self._run = self._start(run)
+                with _STARTING:
+                    self._run = self._start(run)
+                    _OURS.add(self._run)
             except (wandb.Error, OSError) as error:
                 advice = (
                     "run `wandb login`, set WANDB_API_KEY, or set `mode: offline`"
                     if "API key" in str(error)
                     else "check `dir`, the network and the account, or set `mode: offline`"
                 )
-                raise SinkError(f"W&B can't start the run ({error}); {advice}") from error
-            _OURS.add(self._run)
+                text = f"W&B can't start the run ({error}); {advice}"
+                retry = isinstance(error, wandb.errors.CommError) and "API key" not in str(error)
+                raise SinkError(text, retry=retry) from error
+            if run.again:
+                self._last = _stored(self._run)
         self._run.define_metric("epoch", hidden=True)
         mode = self._run.settings.mode
         if mode == "offline":
@@ -121,10 +139,14 @@ class WandbSink(Sink):
             folder = str(Path(folder).expanduser())
             Path(folder).mkdir(parents=True, exist_ok=True)
         wanted = options.id or run_id(run.id)
+        settings: dict[str, Any] = {"init_timeout": options.init_timeout_secs}
+        if run.pid is not None:  # this is not the training process, whose service ends with it
+            os.environ.pop("WANDB_SERVICE", None)
+            settings["x_stats_pid"] = run.pid
         # A second W&B sink on the same bus has a run of its own.
         taken = sum(other.id.startswith(wanted) for other in _OURS)
         project = options.project or (started.project and project_name(started.project))
-        return wandb.init(
+        found = wandb.init(
             project=project or None,
             entity=options.entity,
             name=options.name or run_name(started.name),
@@ -134,12 +156,15 @@ class WandbSink(Sink):
             notes=options.notes or started.notes,
             config=started.params,
             id=f"{wanted}-{taken + 1}" if taken else wanted,
-            resume=options.resume or ("allow" if run.resumed else None),
+            resume=options.resume or ("allow" if run.resumed or run.again else None),
             dir=folder,
             mode=options.mode,
             reinit="default" if wandb.run is None else "create_new",
-            settings=wandb.Settings(init_timeout=options.init_timeout_secs),
+            settings=wandb.Settings(**settings),
         )
+        if found.settings.mode == "offline":
+            _set_aside(found, run)
+        return found
 
     def write(self, records: Sequence[Record]) -> None:
         """Log the records that are new.
@@ -151,12 +176,47 @@ class WandbSink(Sink):
             if record.position > self._last:
                 if self._run is None:
                     raise SinkError("no run is open; call open(run) first")
+                self._time, self._position = record.time, record.position
                 self._take(self._run, record.event)
                 self._last = record.position
+                if not self._row and not self._row_media:
+                    self._logged = record.position
+        if self._run is not None:
+            self._note(self._run, self._logged)
+
+    def upload(self, records: Sequence[Record]) -> None:
+        """Take checkpoints and artifacts, which may be large, beside the rows.
+
+        Raises:
+            SinkError: nothing was opened.
+        """
+        for record in records:
+            if record.position > self._last_upload:
+                if self._run is None:
+                    raise SinkError("no run is open; call open(run) first")
+                self._take(self._run, record.event)
+                self._last_upload = record.position
+
+    def keeps(self, event: CheckpointSaved | ArtifactLogged) -> bool:
+        """Return whether the files of an event become an artifact."""
+        wanted = self.options.save_checkpoints
+        if isinstance(event, ArtifactLogged):
+            return True
+        return wanted == "all" or (wanted != "none" and event.kind != "periodic")
+
+    @property
+    def in_process(self) -> bool:
+        """Whether a run of the user's is open in this process, which is used then."""
+        active = getattr(sys.modules.get("wandb"), "run", None)
+        return active is not None and active not in _OURS
 
     def close(self) -> None:
         """Close a run that was opened here, as failed unless its end was written."""
-        self._finish("failed")
+        try:
+            if self._run is not None:
+                self._commit(self._run)
+        finally:
+            self._finish("failed")
 
     @property
     def where(self) -> str | None:
@@ -178,8 +238,9 @@ class WandbSink(Sink):
             case ModelDescribed():
                 self._log(run, _model_values(event), None)
             case EpochStarted():
-                self._epoch = event.epoch
+                self._epoch = self._open_epoch = event.epoch
             case EpochEnded(outcome="completed"):
+                self._open_epoch = None
                 if self._row_epoch != event.epoch:
                     self._commit(run)
                 self._row_epoch = event.epoch
@@ -214,7 +275,7 @@ class WandbSink(Sink):
         """Put numbers into the row of their epoch, which is sent when it is complete."""
         at = self._epoch if epoch is None else epoch
         if at is None:  # a training without epochs
-            run.log(dict(values), commit=True)
+            run.log({**values, "_timestamp": self._time}, commit=True)
             return
         self._define(run, values, "epoch")
         if at != self._row_epoch or values.keys() & self._row.keys():
@@ -246,6 +307,8 @@ class WandbSink(Sink):
         self._row_epoch, self._row, self._row_media = None, {}, set()
         if at is not None and (row or media or self._epoch == at):
             values = row if media and not row else {**row, "epoch": at + 1}
+            self._row_names = set(row) or self._row_names
+            values = {**values, "_timestamp": self._time}
             run.log(values, step=max(at + 1, run.step), commit=True)
 
     def _log_step(self, run: WandbRun, event: MetricsLogged) -> None:
@@ -254,7 +317,7 @@ class WandbSink(Sink):
             for k, v in event.values.items()
         }
         self._define(run, values, "step")
-        values["step"] = event.step
+        values |= {"step": event.step, "_timestamp": self._time}
         if event.epoch is not None:
             values["epoch"] = event.epoch + 1
         run.log(values, commit=True)
@@ -339,6 +402,10 @@ class WandbSink(Sink):
 
     def _end(self, run: WandbRun, event: RunEnded) -> None:
         try:
+            if event.status != "finished" and self._is_partial():
+                # A resumed training redoes the epoch, which would then be there twice.
+                run.summary.update(self._row)
+                self._row, self._row_epoch = {}, None
             self._commit(run)
             if event.best is not None:
                 run.summary.update({f"best/{event.best.metric}": event.best.value})
@@ -350,8 +417,18 @@ class WandbSink(Sink):
                 self._log_checkpoint(run, self._checkpoints[kind], kind)
             if self._curves is not None:
                 run.log_artifact(self._curves)
+            self._note(run, self._position)
         finally:
             self._finish(event.status)
+
+    def _note(self, run: WandbRun, position: tuple[int, int]) -> None:
+        """Keep in W&B itself how far the run is there, for a process that has to go on with it."""
+        if self._owned and position > (0, 0):
+            run.summary.update({"trainbus/attempt": position[0], "trainbus/seq": position[1]})
+
+    def _is_partial(self) -> bool:
+        """Return whether the row is of an epoch that was cut short, as its numbers tell."""
+        return self._open_epoch == self._row_epoch and self._row.keys() < self._row_names
 
     def _wanted_checkpoints(self) -> list[str]:
         """Return the kinds to keep: `last` also where a training names none its best."""
@@ -381,6 +458,30 @@ class WandbSink(Sink):
             logger.warning(
                 "a W&B run is active and is used as it is; not set: %s", ", ".join(given)
             )
+
+
+def _stored(run: WandbRun) -> tuple[int, int]:
+    """Return the position of the last record that a run which goes on has, as its summary tells."""
+    try:
+        summary: Any = run.summary
+        return int(summary["trainbus/attempt"]), int(summary["trainbus/seq"])
+    except (KeyError, TypeError, ValueError):
+        return 0, 0
+
+
+def _set_aside(run: WandbRun, info: RunInfo) -> None:
+    """Keep `wandb sync --sync-all` from a part of this attempt that is stored anew, and whole.
+
+    What a process took that was killed may be on disk in part, and it can't be asked which part.
+    """
+    folder = Path(run.dir).parent
+    (folder / _ATTEMPT).write_text(f"{info.attempt}\n", encoding="utf-8")
+    if not info.again or info.after:
+        return
+    for other in folder.parent.glob(f"offline-run-*-{run.id}"):
+        note = other / _ATTEMPT
+        if other != folder and note.exists() and note.read_text() == f"{info.attempt}\n":
+            other.rename(other.with_name(f"incomplete-{other.name}"))
 
 
 def _counted(epoch: int | None) -> int | None:

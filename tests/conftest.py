@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ import pytest
 
 import shapes
 from support.trained import Trained, train_once
+from trainbus import JournalSpec, bus
 
 # Read when the packages are imported, so they are set before any test can; nothing is written home.
 SETTINGS = tempfile.mkdtemp(prefix="trainbus-")
@@ -25,6 +27,14 @@ os.environ |= {
     "WANDB_SILENT": "true",
     **{f"WANDB_{kind}_DIR": f"{SETTINGS}/{kind}" for kind in ("CACHE", "CONFIG", "DATA")},
 }
+
+
+@pytest.fixture(autouse=True)
+def journals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the journals of this test, where it names none."""
+    folder = tmp_path / "trainbus-runs"
+    monkeypatch.setattr(bus, "JournalSpec", functools.partial(JournalSpec, dir=str(folder)))
+    return folder
 
 
 @pytest.fixture(scope="session")

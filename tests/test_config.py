@@ -206,13 +206,20 @@ sinks:
 === unknown key at the top
 sink:
   a: {type: jsonl}
---> :1: sink: found an unknown key, expected one of run, sinks, version, did you mean 'sinks'?
+--> :1: sink: found an unknown key, expected one of flush_secs, isolation, journal, run, sinks, version, did you mean 'sinks'?
 --> :1: sinks: found nothing, expected a mapping of one name or more to sinks
 
 === journal
-journal: {dir: x}
-sinks: {a: {type: jsonl}}
---> :1: journal: found an unknown key, expected one of run, sinks, version
+journal: {dirr: x, max_bytes: 5, redact: x}
+isolation: proces
+flush_secs: -1
+sinks: {a: {type: jsonl, isolation: forked}}
+--> :1: journal.dirr: found an unknown key, expected one of dir, max_bytes, redact, did you mean 'dir'?
+--> :1: journal.max_bytes: found the number 5, expected a whole number (at least 1048576)
+--> :1: journal.redact: found 'x', expected a list of texts
+--> :2: isolation: found 'proces', expected one of 'auto', 'inline', 'process', 'thread', did you mean 'process'?
+--> :3: flush_secs: found the number -1, expected a number (at least 0)
+--> :4: sinks.a.isolation: found 'forked', expected one of 'auto', 'inline', 'process', 'thread', did you mean 'thread'?
 
 === version
 version: 2
@@ -340,7 +347,7 @@ sinks:
     type: demo
     project: x
     tgas: [a]
---> :5: sinks.a.tgas: found an unknown key, expected one of api_key, every, exclude, include, labels, mode, on_error, port, project, rate, rename, server, tags, type, verbose, did you mean 'tags'?
+--> :5: sinks.a.tgas: found an unknown key, expected one of api_key, every, exclude, include, isolation, labels, mode, on_error, port, project, rate, rename, server, tags, type, verbose, did you mean 'tags'?
 
 === enum
 sinks:
@@ -530,7 +537,7 @@ sinks:
 --> :1: version: found the number 3, expected 1
 --> :2: run.nmae: found an unknown key, expected one of group, job_type, name, notes, project, tags, did you mean 'name'?
 --> :4: sinks.a.every.train: found 'x', expected a whole number (at least 1)
---> :4: sinks.a.pth: found an unknown key, expected one of every, exclude, include, on_error, path, rename, type, did you mean 'path'?
+--> :4: sinks.a.pth: found an unknown key, expected one of every, exclude, include, isolation, on_error, path, rename, type, did you mean 'path'?
 --> :5: sinks.b.port: found 'x', expected a whole number (at least 1, at most 65535)
 --> :5: sinks.b.rate: found 'y', expected a number
 --> :5: sinks.b.project: found nothing, expected a demo project name: small letters and -
@@ -714,7 +721,8 @@ def test_good_file() -> None:
 
 def test_common_keys_are_all_transforms() -> None:
     """Every transform is a key of every sink, so that none is missing in the file."""
-    assert {*TransformSpec.__struct_fields__, "type", "on_error"} == set(SINK_KEYS)
+    own = {"type", "on_error", "isolation"}
+    assert {*TransformSpec.__struct_fields__, *own} == set(SINK_KEYS)
 
 
 def test_empty_run_section() -> None:
@@ -744,9 +752,9 @@ def test_several_merges() -> None:
           c: {<<: [*a, *b]}
     """
     assert [
-        "4: sinks.b.pth: found an unknown key, expected one of every, exclude, include, on_error, "
+        "4: sinks.b.pth: found an unknown key, expected one of every, exclude, include, isolation, on_error, "
         "path, rename, type, did you mean 'path'?",
-        "4: sinks.c.pth: found an unknown key, expected one of every, exclude, include, on_error, "
+        "4: sinks.c.pth: found an unknown key, expected one of every, exclude, include, isolation, on_error, "
         "path, rename, type, did you mean 'path'?",
     ] == problems(text)
     bus = config.loads(text.replace(", pth: 1", ""))
@@ -990,7 +998,8 @@ def test_any_bytes_are_checked(tmp_path_factory: pytest.TempPathFactory, data: b
 def test_schema_describes_every_sink_that_loads() -> None:
     """The schema has the sinks that load, with their own and the common keys, and no others."""
     schema = json_schema()
-    assert {"version", "run", "sinks"} == set(schema["properties"])
+    keys = {"version", "run", "isolation", "flush_secs", "journal", "sinks"}
+    assert keys == set(schema["properties"])
     assert (["sinks"], False) == (schema["required"], schema["additionalProperties"])
     sink = schema["properties"]["sinks"]["additionalProperties"]
     assert ["demo", "jsonl"] == sink["properties"]["type"]["anyOf"][0]["enum"]
@@ -1052,7 +1061,7 @@ def test_schema_lets_variables_stand_for_scalars() -> None:
         ('sinks: {"a\\n": {type: jsonl}}', False),
         ("version: 2\nsinks: {a: {type: jsonl}}", False),
         ("run: {nmae: x}\nsinks: {a: {type: jsonl}}", False),
-        ("journal: {}\nsinks: {a: {type: jsonl}}", False),
+        ("jurnal: {}\nsinks: {a: {type: jsonl}}", False),
     ],
 )
 def test_schema_agrees_with_the_loader(

@@ -224,7 +224,7 @@ def test_f5_a_sink_that_always_raises_does_not_end_training(tmp_path: Path, data
     """A sink that raises at every call costs its own records, and nothing else."""
     trained = train_once(tmp_path / "ours", data, config=None, before=RAISING_SINK, check=False)
     check_training_completes(trained)
-    assert "FAILED" in trained.process.stderr
+    assert "REFUSED" in trained.process.stderr
 
 
 # F6 -----------------------------------------------------------------------------------------------

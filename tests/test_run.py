@@ -122,9 +122,10 @@ def test_the_id_is_known_while_the_run_is_open(bus: Bus, memory: MemorySink) -> 
     run = bus.run(name="µ/run")
     assert run.id is None
     with run:
-        assert memory.records[0].run == run.id
-        assert run.id is not None
-        assert run.id.startswith("run_")
+        found = run.id
+        assert found is not None
+        assert found.startswith("run_")
+    assert memory.records[0].run == found
     assert run.id is None
 
 

@@ -6,10 +6,11 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
 from trainbus.bus import Bus, RunDefaults
-from trainbus.delivery import Receipt, Route, SinkReport
+from trainbus.delivery import Route
 from trainbus.errors import (
     AttachError,
     ConfigError,
+    JournalError,
     MissingPackageError,
     NoAdapterError,
     PluginError,
@@ -20,6 +21,8 @@ from trainbus.errors import (
 )
 from trainbus.events import Event, Record
 from trainbus.interfaces import Adapter, Detach, Emit, Options, RunInfo, Sink
+from trainbus.journal import JournalSpec
+from trainbus.receipt import Receipt, SinkReport
 from trainbus.run import Run
 
 if TYPE_CHECKING:
@@ -35,6 +38,8 @@ __all__ = [
     "Detach",
     "Emit",
     "Event",
+    "JournalError",
+    "JournalSpec",
     "MissingPackageError",
     "NoAdapterError",
     "Options",

@@ -6,10 +6,13 @@ run.
 
 from __future__ import annotations
 
+import getpass
 import inspect
 import logging
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, TypeAlias
 
@@ -18,12 +21,23 @@ from blinker import Namespace
 from msgspec import Meta
 
 from trainbus import registry
-from trainbus.delivery import Delivery, Receipt, Route
+from trainbus.delivery import Isolation, Route
 from trainbus.emitter import Emitter, print_receipt
-from trainbus.errors import SubscribeError
-from trainbus.events import Event, Record, RunStarted, event_name
-from trainbus.interfaces import Detach, Sink
+from trainbus.errors import JournalError, SubscribeError
+from trainbus.events import (
+    ArtifactLogged,
+    CheckpointSaved,
+    Event,
+    Record,
+    RunStarted,
+    event_name,
+)
+from trainbus.interfaces import Detach, RunInfo, Sink
+from trainbus.journal import Journal, JournalSpec, NoJournal
+from trainbus.receipt import Receipt
 from trainbus.run import Run
+from trainbus.runfolder import RunFolder
+from trainbus.workers import Delivery
 
 logger = logging.getLogger("trainbus")
 
@@ -57,6 +71,10 @@ class Bus:
         defaults: what the user sets for every run.
         on_receipt: called with the receipt of every run that ends; by default it is printed.
         rebuild: makes an equal bus in another process; `trainbus.load` supplies it.
+        isolation: where sinks run; `auto` is a process for configured sinks, a thread for objects.
+        journal: where the journals of the runs are written, and what they may hold.
+        flush_secs: how long the end of a run waits for the sinks.
+        config: file that the bus was made from, for the command that sends the rest.
     """
 
     def __init__(
@@ -66,11 +84,20 @@ class Bus:
         defaults: RunDefaults | None = None,
         on_receipt: Callable[[Receipt], None] = print_receipt,
         rebuild: Callable[[], Bus] | None = None,
+        isolation: Isolation = "auto",
+        journal: JournalSpec | None = None,
+        flush_secs: float = 60.0,
+        config: str | None = None,
     ) -> None:
         self.routes = tuple(_route(name, source) for name, source in (sinks or {}).items())
         self.defaults = defaults or RunDefaults()
         self.rebuild = rebuild
         self.receipts: list[Receipt] = []
+        self.journal = journal or JournalSpec()
+        self.secret_keys = frozenset(self.journal.redact)
+        self._isolation = isolation
+        self._flush_secs = flush_secs
+        self._config = config
         self._on_receipt = on_receipt
         self._signals = Namespace()
         self._emitters: list[Emitter] = []
@@ -195,21 +222,59 @@ class Bus:
 
     def dispatch(self, record: Record) -> None:
         """Send a record to the subscribers; called by emitters."""
+        if not self._signals:
+            return
         for name in (event_name(record.event), "*"):
-            signal = self._signals.signal(name)
-            if signal.receivers:
+            signal = self._signals.get(name)
+            if signal is not None and signal.receivers:
                 signal.send(record)
 
-    def close_run(self, delivery: Delivery) -> None:
+    def open_journal(self, run: str, attempt: int) -> Journal | NoJournal:
+        """Create the journal of an attempt, where one can be written; called by emitters."""
+        wanted = Path(self.journal.dir)
+        spare = Path(tempfile.gettempdir()) / f"trainbus-runs-{getpass.getuser()}"
+        try:
+            folder = RunFolder.create([wanted, spare], run)
+            if folder.path.parent != wanted.expanduser().absolute():
+                logger.warning("%s can't be written, the journal is in %s", wanted, folder.path)
+            return Journal(folder, attempt, max_bytes=self.journal.max_bytes, keeps=self._keeper())
+        except JournalError as error:
+            logger.warning("training goes on, but this run is not logged: %s", error)
+            return NoJournal(run, attempt)
+
+    def open_delivery(self, run: RunInfo, journal: Journal | NoJournal) -> Delivery:
+        """Start what takes a run's records to the sinks; called by emitters."""
+        return Delivery(
+            self.routes,
+            run,
+            journal,
+            isolation=self._isolation,
+            flush_secs=self._flush_secs,
+            config=self._config,
+        )
+
+    def close_run(self, delivery: Delivery, status: str) -> None:
         """Close the sinks of a run that has ended; called by emitters."""
-        receipt = delivery.close()
+        receipt = delivery.close(status)
         self.receipts.append(receipt)
-        if receipt.sinks:
+        if self.routes:
             try:
                 self._on_receipt(receipt)
             except Exception:
                 logger.warning("the receipt of run %s can't be shown", receipt.run, exc_info=True)
         delivery.raise_interrupt()
+
+    def _keeper(self) -> Callable[[CheckpointSaved | ArtifactLogged], bool]:
+        """Return what says whether a sink sends the files of an event."""
+        samples = [route.sample() for route in self.routes]
+
+        def keeps(event: CheckpointSaved | ArtifactLogged) -> bool:
+            try:
+                return any(sample is None or sample.keeps(event) for sample in samples)
+            except Exception:
+                return True
+
+        return keeps
 
     def _emitter(self) -> Emitter:
         emitter = Emitter(self)
@@ -249,7 +314,11 @@ def _route(name: str, source: SinkSource) -> Route:
         return source
     if isinstance(source, Sink):
         return Route(
-            name=name, make=lambda: source, kind=type(source).__name__, service=source.service
+            name=name,
+            make=lambda: source,
+            kind=type(source).__name__,
+            service=source.service,
+            sink=source,
         )
     kind = getattr(source, "__name__", type(source).__name__)
     return Route(name=name, make=source, kind=kind, service=getattr(source, "service", None))

@@ -1,24 +1,34 @@
-"""The `trainbus` command: looks at configuration files and plugins, and starts nothing.
+"""The `trainbus` command: checks configuration, and shows, checks and sends what is on disk.
 
-Exit codes: 0 when all is well, 2 when a file or the command line has a fault. Faults go to stderr,
-one plain line each, as editors and scripts read them; nothing a user writes leads to a traceback.
+Exit codes: 0 when all is well, 1 when records are damaged or could not be sent, 2 when a file or
+the command line has a fault. Faults go to stderr, one plain line each, as editors and scripts read
+them; nothing a user writes leads to a traceback.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import shlex
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import trainbus
 from trainbus import config, events, registry
 from trainbus.checks import printable
-from trainbus.errors import ConfigError
+from trainbus.errors import ConfigError, JournalError, TrainbusError
+from trainbus.runfolder import RunFolder
 from trainbus.schema import json_schema
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 _WIDTH_WITHOUT_TERMINAL = 200
 
@@ -95,6 +105,112 @@ def plugins() -> None:
 
 
 @app.command()
+def replay(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Directory of a run.")],
+    file: Annotated[str, typer.Option("--config", "-c", help="YAML file with the sinks.")],
+    first: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="SEQ",
+            help="Send from this record on, also what was sent before; ATTEMPT:SEQ where a run "
+            "has several attempts.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")
+    ] = False,
+    files_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--files-from",
+            metavar="DIR",
+            help="Folder outside of the run's directory whose files may be sent too.",
+        ),
+    ] = None,
+) -> None:
+    """Send a run to the sinks of a configuration file, as far as they have not got it."""
+    from trainbus import replay as replays
+
+    with _faults():
+        routes = config.load(file).routes
+        run = RunFolder.existing(folder)
+        after = _position(first, run)
+        if dry_run:
+            for plan in replays.plan(run, routes, after=after):
+                count = "1 record" if plan.missing == 1 else f"{plan.missing} records"
+                typer.echo(printable(f"{plan.sink} ({plan.kind}): {count} would be sent"))
+            return
+        with _progress() as tell:
+            receipt, files = replays.replay(
+                run,
+                routes,
+                after=after,
+                trusted=files_from or [],
+                tell=lambda at: tell(f"to {at.sink}", at.done, at.total),
+            )
+    typer.echo(str(receipt))
+    for fault in files.damaged:
+        typer.echo(printable(fault), err=True)
+    if refused := sorted(set(files.refused)):
+        folders = " ".join(
+            f"--files-from {shlex.quote(p)}" for p in sorted({os.path.dirname(r) for r in refused})
+        )
+        typer.echo(
+            printable(
+                f"{len(refused)} files outside of the run's directory were not sent, such as "
+                f"{refused[0]}; if you trust where this journal comes from, add {folders}"
+            ),
+            err=True,
+        )
+    if any(sink.pending or sink.dead for sink in receipt.sinks) or files.damaged:
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Directory of a run.")],
+) -> None:
+    """Check that every record and every blob of a run is there and whole."""
+    from trainbus import replay as replays
+
+    with _faults():
+        run = RunFolder.existing(folder)
+        total = sum(path.stat().st_size for path in run.path.glob("r*.jsonl"))
+        with _progress() as tell:
+            findings = replays.verify(run, lambda done: tell("checked", done, total))
+    for finding in findings:
+        counts = [f"{finding.records} records"]
+        for number, word in (
+            (finding.damaged, "damaged"),
+            (finding.missing, "missing"),
+            (finding.torn, "bytes of a torn line"),
+        ):
+            counts += [f"{number} {word}"] if number else []
+        typer.echo(printable(f"{finding.file}: {', '.join(counts)}, {finding.state}"))
+        for fault in finding.faults:
+            typer.echo(printable(f"  {fault}"), err=True)
+    if not all(finding.is_sound for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Directory of a run.")],
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")
+    ] = False,
+) -> None:
+    """Show a run: parameters, epochs, checkpoints, and how far each sink is."""
+    from trainbus import show as shows
+
+    with _faults():
+        run = RunFolder.existing(folder)
+        width = None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL
+        shows.show(run, follow=follow, width=width)
+
+
+@app.command()
 def schema(
     of_events: Annotated[
         bool, typer.Option("--events", help="Print that of a record instead of the file's.")
@@ -103,6 +219,52 @@ def schema(
     """Print the JSON Schema of the configuration file, for editors."""
     found = events.json_schema() if of_events else json_schema()
     typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+
+
+@contextmanager
+def _faults() -> Iterator[None]:
+    """Turn what is wrong with files into lines and exit code 2."""
+    try:
+        yield
+    except ConfigError as error:
+        for problem in error.problems:
+            typer.echo(problem, err=True)
+        raise typer.Exit(2) from error
+    except (TrainbusError, OSError) as error:
+        typer.echo(printable(str(error)), err=True)
+        raise typer.Exit(2) from error
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar on a terminal while something takes long."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(printable(what), total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield tell
+
+
+def _position(text: str | None, run: RunFolder) -> tuple[int, int] | None:
+    """Return the position before the first record that is asked for."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(?:(\d{1,6}):)?(\d{1,15})", text)
+    attempts = run.attempts()
+    if match is None or int(match[2]) < 1:
+        raise JournalError(f"--from: found {text!r}, expected SEQ or ATTEMPT:SEQ, from 1")
+    attempt = int(match[1] or attempts[0])
+    if attempt not in attempts:
+        known = ", ".join(map(str, attempts))
+        raise JournalError(f"--from: found attempt {attempt}, expected one of {known}")
+    return attempt, int(match[2]) - 1
 
 
 def _loaded(point: EntryPoint) -> tuple[str, str]:

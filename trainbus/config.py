@@ -51,9 +51,14 @@ def loads(text: str, *, name: str = "<config>") -> Bus:
     routes = {key: _route(key, item) for key, item in sinks.items()}
     if faults := problems.lines():
         raise ConfigError(faults)
+    file = msgspec.convert(root.plain(), File)
     return Bus(
         {key: route for key, route in routes.items() if route},
-        defaults=msgspec.convert(root.plain(), File).run,
+        defaults=file.run,
+        isolation=file.isolation,
+        journal=file.journal,
+        flush_secs=file.flush_secs,
+        config=name,
         # Other processes get the text alone: variables in it may be secrets, and are theirs too.
         rebuild=functools.partial(loads, text, name=name),
     )
@@ -91,6 +96,8 @@ def _route(name: str, sink: Item) -> Route | None:
         service=cls.service,
         transforms=msgspec.convert(common, TransformSpec),
         on_error=given.get("on_error", "warn"),
+        options=msgspec.to_builtins(options),
+        isolation=given.get("isolation"),
     )
 
 

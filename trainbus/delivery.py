@@ -1,30 +1,50 @@
-"""Takes the records of one run to its sinks, and accounts for every one of them.
+"""Takes the records of one run from its journal to one sink, and accounts for every one of them.
 
-Sinks run inline here: they are called inside `emit`, each guarded, so that one that fails neither
-stops training nor keeps a record from the others.
+The same worker runs in a sidecar process, in a thread, inside `emit`, and as `trainbus replay`. Its
+cursor is saved after the sink has taken a batch, so that a record comes at least once after a crash
+and exactly once otherwise.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
-from trainbus.errors import SinkError, TrainbusError
-from trainbus.events import Record, RunEnded, UnknownEvent
+from trainbus.blobs import blob_name
+from trainbus.errors import JournalError
+from trainbus.events import ArtifactLogged, CheckpointSaved, Record, RunEnded, RunStarted, encode
 from trainbus.interfaces import RunInfo, Sink
+from trainbus.lanes import Item, Lane, line
+from trainbus.reading import Entry, Files, RunReader, first_entry
+from trainbus.receipt import SinkReport
+from trainbus.runfolder import RunFolder, open_lock, try_lock, write_atomically
 from trainbus.transforms import Transform, TransformSpec
 
 logger = logging.getLogger("trainbus")
 
-_FAILURES_TO_OPEN = 5
+Isolation: TypeAlias = Literal["auto", "process", "thread", "inline"]
+
+POLL_S = 0.1
+_BATCH = 500
+_SAVE_S = 1.0
+_TAKEN = "another process delivers to this sink"
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
-    """One sink as configured: how to make it, and what is done to records on the way to it."""
+    """One sink as configured: how to make it, and what is done to records on the way to it.
+
+    `options` are those of a registered sink, named by `kind`, which another process can make again;
+    None for a sink that is an object of this process.
+    """
 
     name: str
     make: Callable[[], Sink]
@@ -32,211 +52,434 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     service: str | None = None
     transforms: TransformSpec = TransformSpec()
     on_error: Literal["warn", "raise"] = "warn"
+    options: dict[str, Any] | None = None
+    sink: Sink | None = None
+    isolation: Isolation | None = None
+
+    def sample(self) -> Sink | None:
+        """Return a sink that is not opened, to ask what it is like; None where that can't be."""
+        if self.options is None:
+            return self.sink
+        try:
+            return self.make()
+        except Exception:  # the worker says what is wrong with it
+            return None
+
+    @property
+    def key(self) -> str:
+        """Name of the cursor: another kind or other options are another place to deliver to."""
+        about = msgspec.json.encode([self.kind, self.options], order="sorted")
+        return f"{blob_name(self.name)[:80]}-{hashlib.sha256(about).hexdigest()[:8]}"
 
 
-class SinkReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of one run's records in one sink: taken + failed + skipped = emitted."""
+class Cursor(msgspec.Struct, kw_only=True):
+    """How far a sink is, and what it made of the records of that attempt."""
 
-    name: str
-    kind: str
+    attempt: int = 0
+    seq: int = 0
+    offset: int = 0
     taken: int = 0
-    failed: int = 0
     skipped: int = 0
+    dead: int = 0
     lost: int = 0
-    """Of what was taken: records that the tracker has no way to show, such as a broken picture."""
+    closed: bool = True
+    """Whether the sink was closed after the last record it took."""
+    uploads: list[int] = []
+    """Seqs up to `seq` whose upload was not over."""
     where: str | None = None
-    error: str | None = None
 
 
-class Receipt(msgspec.Struct, frozen=True, kw_only=True):
-    """What each sink got of one run."""
+class SinkWorker:
+    """The way of one run's records to one sink; `step` is called by one thread at a time."""
 
-    run: str
-    status: str
-    emitted: int
-    sinks: list[SinkReport]
-    dropped: int = 0
-    """What was emitted and is no event of the schema."""
+    def __init__(
+        self,
+        route: Route,
+        folder: RunFolder,
+        files: Files,
+        *,
+        attempt: int,
+        after: tuple[int, int] | None = None,
+        is_replay: bool = False,
+        in_background: bool = True,
+        pid: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Prepare; nothing is opened before the first step that finds a record.
 
-    def __str__(self) -> str:
-        """Return the receipt as the lines that a person reads at the end of a training."""
-        lines = [f"trainbus: run {self.run} {self.status}, {self.emitted} records"]
-        if self.dropped:
-            lines[0] += f", {self.dropped} DROPPED as no events"
-        width = max((len(s.name) for s in self.sinks), default=0)
-        for sink in self.sinks:
-            counts = f"{sink.taken} taken"
-            if sink.skipped:
-                counts += f", {sink.skipped} filtered out"
-            if sink.lost:
-                counts += f", {sink.lost} of them can't be shown there"
-            if sink.failed:
-                counts += f", {sink.failed} FAILED"
-            lines.append(f"  {sink.name:<{width}}  {sink.kind}: {counts}")
-            if sink.error:
-                lines.append(f"  {'':<{width}}  {sink.error}")
-            if sink.where:
-                lines.append(f"  {'':<{width}}  {sink.where}")
-        return "\n".join(lines)
-
-
-class Delivery:
-    """The way of one run's records to all its sinks."""
-
-    def __init__(self, routes: Sequence[Route], run: RunInfo) -> None:
-        """Open each sink for the run.
-
-        Raises:
-            SinkError: a sink with `on_error: raise` could not be opened.
+        Args:
+            route: the sink.
+            folder: the run's directory.
+            files: which files records may name.
+            attempt: the last attempt that is delivered, and the one that the report is about.
+            after: deliver what comes after this (attempt, seq), whatever the cursor says.
+            is_replay: a sink without a cursor gets the whole run, else this attempt alone.
+            in_background: whether uploads may have a thread of their own.
+            pid: the training process, where that is another one.
+            clock: seconds, for retries.
         """
-        self._run = run
-        self._emitted = 0
-        self.dropped = 0
-        self._status = "open"
-        self._lines = [_Line(route, run) for route in routes]
-        for index, line in enumerate(self._lines):
-            try:
-                line.open()
-            except BaseException:
-                for opened in self._lines[:index]:
-                    opened.close()
-                raise
-
-    def put(self, record: Record) -> None:
-        """Take one record to every sink, even if Ctrl-C comes in one of them."""
-        self._emitted += 1
-        if isinstance(record.event, RunEnded):
-            self._status = record.event.status
-        for line in self._lines:
-            line.put(record)
-        self.raise_interrupt()
-
-    def raise_interrupt(self) -> None:
-        """Raise the Ctrl-C that came in a sink, if one did; every sink has had its turn by then."""
-        for line in self._lines:
-            interrupt, line.interrupt = line.interrupt, None
-            if interrupt is not None:
-                raise interrupt
-
-    def close(self) -> Receipt:
-        """Flush and close every sink, and return what became of the run's records."""
-        return Receipt(
-            run=self._run.id,
-            status=self._status,
-            emitted=self._emitted,
-            sinks=[line.close() for line in self._lines],
-            dropped=self.dropped,
-        )
-
-
-class _Line:
-    """One sink of one run: guarded calls, counts, and an end of calls after repeated failure."""
-
-    def __init__(self, route: Route, run: RunInfo) -> None:
-        self._route = route
-        self._run = run
+        self.route = route
+        self.done = False
+        """Whether the sink has the attempt's end and was closed."""
+        self.opened: bool | None = None
+        """Whether the sink could be opened; None while it was not tried."""
+        self._folder = folder
+        self._files = files
+        self._attempt = attempt
+        self._given_after = after
+        self._is_replay = is_replay
+        self._pid = pid
+        self._clock = clock
         self._sink: Sink | None = None
-        self._where: str | None = None
-        self._lost = 0
         self._transform = Transform(route.transforms)
-        self._taken = self._failed = self._skipped = self._in_a_row = 0
-        self._error: str | None = None
-        self.interrupt: BaseException | None = None
+        self._cursor = Cursor()
+        self._reader: RunReader | None = None
+        self._staged: deque[Entry] = deque()
+        self._extra: list[bytes] = []
+        self._known_attempt = 0
+        self._lock_fd: int | None = None
+        self._saved_at = clock()
+        self._unsaved = 0
+        self._mutex = threading.Lock()
+        make = _LaneMaker(self, clock)
+        self.main = make(self._taken)
+        self._uploads = make(self._uploaded) if in_background else None
+        self._uploader: threading.Thread | None = None
+        self._stop = threading.Event()
 
-    def open(self) -> None:
-        sink: Sink | None = None
+    @property
+    def interrupt(self) -> KeyboardInterrupt | None:
+        """The Ctrl-C that came in the sink, if one did; asking forgets it."""
+        found, self.main.interrupt = self.main.interrupt, None
+        return found
+
+    def add(self, lines: Sequence[bytes]) -> None:
+        """Take lines that the disk had no room for to be the last ones of the journal."""
+        self._extra = list(lines)
+        if self._reader is not None:
+            self._reader.add(self._extra)
+
+    def step(self) -> float:
+        """Make one call of the sink; return the seconds to wait before the next step."""
+        if self.done or self.main.stopped:
+            return POLL_S
+        if wait := self.main.wait():
+            return min(wait, POLL_S)
         try:
-            sink = self._route.make()
-            started = self._transform(Record(seq=0, run="", time=0.0, event=self._run.started))
-            if started is not None and not isinstance(started.event, UnknownEvent):
-                run = msgspec.structs.replace(self._run, started=started.event)
-            sink.open(run)
-        except BaseException as error:
-            if sink is not None:
-                with suppress(Exception):
-                    sink.close()
-            if not isinstance(error, Exception):
-                raise
-            self._error = _line(error)
-            if self._route.on_error == "raise":
-                name, kind = self._route.name, self._route.kind
-                raise SinkError(
-                    f"sink {name!r} ({kind}) can't be opened: {_line(error)}"
-                ) from error
-            logger.warning(
-                "sink %r (%s) can't be opened, training goes on without it: %s",
-                self._route.name,
-                self._route.kind,
-                _line(error),
-            )
-        else:
-            self._sink = sink
+            if self._reader is None and not self._begin():
+                return POLL_S
+            if not self.main.todo and not self._staged and not self._read():
+                self._save(POLL_S)
+                return POLL_S
+            if self._sink is None and not self._open():
+                return POLL_S
+            self._dispatch()
+            if not self.main.todo:  # uploads are under way
+                return 0.0 if self._staged and not self._is_held_up() else POLL_S
+            self.main.push(self._open_sink().write)
+        except (OSError, JournalError) as error:  # of the journal, not of the sink
+            self.main.error = f"the journal can't be read: {line(error)}"
+            self.main.stopped = True
+        return 0.0
 
-    def put(self, record: Record) -> None:
-        is_open = self._in_a_row < _FAILURES_TO_OPEN or isinstance(record.event, RunEnded)
-        if self._sink is None or not is_open:
-            self._failed += 1
-        elif not self._guarded(self._write, self._sink, record):
-            self._failed += 1
-            self._in_a_row += 1
-            if self._in_a_row == _FAILURES_TO_OPEN:
-                logger.warning(
-                    "sink %r (%s) failed %d times in a row and gets no more of this run",
-                    self._route.name,
-                    self._route.kind,
-                    _FAILURES_TO_OPEN,
-                )
+    def finish(self) -> None:
+        """Try again at once what failed, and from here on wait for nothing but the network."""
+        for lane in (self.main, self._uploads):
+            if lane is not None:
+                lane.finish()
 
-    def close(self) -> SinkReport:
-        if self._sink is not None:
-            self._guarded(self._sink.flush)
-            self._guarded(self._sink.close)
-            self._guarded(self._find, self._sink)
-            self._sink = None
+    @property
+    def count(self) -> int:
+        """How many records of the attempt that it is at the sink is done with."""
+        return self._cursor.taken + self._cursor.skipped + self._cursor.dead
+
+    def is_idle(self) -> bool:
+        """Return whether nothing waits, neither to be sent nor to be tried again."""
+        lanes = [lane for lane in (self.main, self._uploads) if lane is not None]
+        waits = self._staged or self._reader is None or any(lane.todo for lane in lanes)
+        return not waits and not any(lane.wait() for lane in lanes)
+
+    def missing(self) -> int:
+        """Return how many records the sink has not got, without touching anything."""
+        cursor = self._where_to_begin(_read_cursor(self._folder.cursor(self.route.key)))
+        reader = self._read_from(cursor)
+        found = len(cursor.uploads)
+        while entries := reader.read(_BATCH):
+            found += sum(entry.record.position > (cursor.attempt, cursor.seq) for entry in entries)
+        reader.close()
+        return found
+
+    def hung_for(self) -> float:
+        """Return the seconds that a call of the sink has taken so far."""
+        since = [lane.busy_since for lane in (self.main, self._uploads) if lane is not None]
+        return max((self._clock() - s for s in since if s is not None), default=0.0)
+
+    def close(self) -> None:
+        """Close the sink, save the cursor and let go of everything; no step may be under way."""
+        self._stop.set()
+        if self._uploader is not None:
+            self._uploader.join(POLL_S * 10)
+        self._leave()
+        if self._reader is not None:
+            self._reader.close()
+        fd, self._lock_fd = self._lock_fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def report(self, emitted: int) -> SinkReport:
+        """Return what became of the attempt's records; may be called while a step hangs."""
+        cursor = self._cursor
+        counts = (cursor.taken, cursor.skipped, cursor.dead)
+        taken, skipped, dead = counts if cursor.attempt == self._attempt else (0, 0, 0)
+        with suppress(Exception):
+            if self._sink is not None and not self.hung_for():
+                cursor.lost, cursor.where = self._sink.lost, self._sink.where
+        pending = max(emitted - taken - skipped - dead, 0)
+        hung = self.hung_for()
+        errors = [
+            self.main.error if pending or dead or self.opened is False else None,
+            self._uploads.error if self._uploads and (dead or pending) else None,
+            f"hangs since {hung:.0f} s" if hung > 1 else None,
+        ]
         return SinkReport(
-            name=self._route.name,
-            kind=self._route.kind,
-            taken=self._taken,
-            failed=self._failed,
-            skipped=self._skipped,
-            lost=self._lost,
-            where=self._where,
-            error=self._error,
+            name=self.route.name,
+            kind=self.route.kind,
+            taken=taken,
+            skipped=skipped,
+            dead=dead,
+            pending=pending,
+            lost=cursor.lost,
+            where=cursor.where,
+            error=next((e for e in errors if e), None),
         )
 
-    def _write(self, sink: Sink, record: Record) -> None:
-        wanted = self._transform(record)
-        if wanted is None:
-            self._skipped += 1
-            return
-        sink.write([wanted])
-        self._taken += 1
-        self._in_a_row = 0
+    def _begin(self) -> bool:
+        """Find out where to go on; False while another process delivers to this sink."""
+        path = self._folder.cursor(self.route.key)
+        if self._lock_fd is None:
+            self._lock_fd = open_lock(path.with_suffix(".lock"))
+        if not try_lock(self._lock_fd):
+            self.main.error = _TAKEN
+            return False
+        if self.main.error == _TAKEN:
+            self.main.error = None
+        self.main.error = None
+        found = _read_cursor(path)
+        self._known_attempt = found.attempt if found else 0
+        self._cursor = self._where_to_begin(found)
+        self._reader = self._read_from(self._cursor)
+        self._reader.add(self._extra)
+        return True
 
-    def _find(self, sink: Sink) -> None:
-        self._where, self._lost = sink.where, sink.lost
+    def _where_to_begin(self, found: Cursor | None) -> Cursor:
+        if self._given_after is not None:
+            attempt, seq = self._given_after
+            return Cursor(attempt=attempt, seq=seq, skipped=seq)
+        if found is None:
+            return Cursor(attempt=0 if self._is_replay else self._attempt)
+        if not found.closed and _is_volatile(self.route):
+            # What it took since it was opened may have died with its process.
+            return Cursor(attempt=found.attempt, where=found.where)
+        return found
 
-    def _guarded(self, call: Callable[..., None], *args: Any) -> bool:
-        """Return whether a call of the sink went well."""
+    def _read_from(self, cursor: Cursor) -> RunReader:
+        first = min(cursor.uploads, default=cursor.seq + 1)
+        return RunReader(
+            self._folder,
+            after=(cursor.attempt, first - 1),
+            offset=0 if cursor.uploads else cursor.offset,
+            upto=self._attempt,
+        )
+
+    def _read(self) -> bool:
+        """Read the next records; False if there are none."""
+        assert self._reader is not None
+        self._staged.extend(self._reader.read(_BATCH))
+        if not self._staged:
+            return False
+        attempt = self._staged[0].record.attempt
+        if attempt != self._cursor.attempt:
+            self._leave()
+            self._cursor = Cursor(attempt=attempt)
+        return True
+
+    def _dispatch(self) -> None:
+        """Put what was read into the lanes; a run's end waits until all the rest was taken."""
+        unfinished = set(self._cursor.uploads)
+        sink = self._open_sink()
+        uploads = self._uploads if type(sink).upload is not Sink.upload else None
+        while self._staged and not self._is_held_up():
+            entry = self._staged.popleft()
+            record = self._files.resolve(entry) if sink.reads_files else entry.record
+            if record.seq <= self._cursor.seq and record.seq not in unfinished:
+                continue
+            item = Item(record, self._transform(record))
+            if uploads is not None and isinstance(record.event, CheckpointSaved | ArtifactLogged):
+                self._upload(item)
+            else:
+                self.main.todo.append(item)
+
+    def _is_held_up(self) -> bool:
+        uploads = self._uploads
+        is_uploading = uploads is not None and bool(uploads.todo) and not uploads.stopped
+        is_end = isinstance(self._staged[0].record.event, RunEnded)
+        return is_end and (bool(self.main.todo) or is_uploading)
+
+    def _open_sink(self) -> Sink:
+        assert self._sink is not None
+        return self._sink
+
+    def _open(self) -> bool:
+        record = self.main.todo[0].record if self.main.todo else self._staged[0].record
+        first = first_entry(self._folder, record.attempt)
+        event = self._files.resolve(first).event if first else None
+        if not isinstance(event, RunStarted):
+            event = RunStarted()
+        start = Record(seq=0, run=record.run, time=record.time, event=event)
+        seen = Transform(self.route.transforms)(start)
+        if seen is not None and isinstance(seen.event, RunStarted):
+            event = seen.event
+        run = RunInfo(
+            id=record.run,
+            started=event,
+            attempt=record.attempt,
+            again=self._known_attempt == record.attempt,
+            after=self._cursor.seq,
+            pid=self._pid,
+        )
+        self._cursor.closed = False
+        text = "can't be opened, training goes on without it"
+        if not self.main.attempt(self._make_and_open, run, saying=text):
+            self.opened = False
+            return False
+        self.opened = True
+        self._save(0.0)
+        return True
+
+    def _make_and_open(self, run: RunInfo) -> None:
+        sink = self.route.make()
         try:
-            call(*args)
-        except Exception as error:
-            if self._error is None:
-                logger.warning(
-                    "sink %r (%s) failed, training goes on: %s",
-                    self._route.name,
-                    self._route.kind,
-                    _line(error),
-                )
-            self._error = _line(error)
-        except BaseException as interrupt:
-            self._error = f"interrupted by {type(interrupt).__qualname__}"
-            self.interrupt = interrupt
+            sink.open(run)
+        except BaseException:
+            with suppress(Exception):
+                sink.close()
+            raise
+        self._sink = sink
+
+    def _leave(self) -> None:
+        """Flush and close the sink."""
+        sink = self._sink
+        if sink is None:
+            return
+        for call in (sink.flush, sink.close):
+            self.main.attempt(call)
+        with suppress(Exception):
+            self._cursor.lost, self._cursor.where = sink.lost, sink.where
+        self._sink = None
+        self._cursor.closed = True
+        self._save(0.0)
+
+    def _taken(self, items: Sequence[Item]) -> None:
+        with self._mutex:
+            for item in items:
+                if item.wanted is None:
+                    self._cursor.skipped += 1
+                else:
+                    self._cursor.taken += 1
+            self._cursor.seq = max(self._cursor.seq, items[-1].record.seq)
+            if not self.main.todo and not self._staged and self._reader is not None:
+                self._cursor.offset = self._reader.offset
+        self._unsaved += len(items)
+        if isinstance(items[-1].record.event, RunEnded):
+            self._leave()
+            self.done = items[-1].record.attempt >= self._attempt
         else:
-            return True
-        return False
+            self._save(_SAVE_S)
+
+    def _upload(self, item: Item) -> None:
+        assert self._uploads is not None
+        with self._mutex:
+            if item.record.seq not in self._cursor.uploads:
+                self._cursor.uploads = [*self._cursor.uploads, item.record.seq]
+            self._cursor.seq = max(self._cursor.seq, item.record.seq)
+        self._uploads.todo.append(item)
+        if self._uploader is None:
+            name = f"trainbus uploads to {self.route.name}"
+            self._uploader = threading.Thread(target=self._run_uploads, name=name, daemon=True)
+            self._uploader.start()
+
+    def _run_uploads(self) -> None:
+        lane = self._uploads
+        assert lane is not None
+        while not self._stop.is_set():
+            sink = self._sink
+            if sink is None or lane.stopped or not lane.todo or lane.wait():
+                self._stop.wait(POLL_S)
+            else:
+                lane.push(sink.upload)
+
+    def _uploaded(self, items: Sequence[Item]) -> None:
+        with self._mutex:
+            done = {item.record.seq for item in items}
+            self._cursor.uploads = [s for s in self._cursor.uploads if s not in done]
+            self._cursor.taken += sum(item.wanted is not None for item in items)
+            self._cursor.skipped += sum(item.wanted is None for item in items)
+
+    def _bury(self, record: Record, reason: str) -> None:
+        with self._mutex:
+            self._cursor.dead += 1
+            self._cursor.seq = max(self._cursor.seq, record.seq)
+            self._cursor.uploads = [s for s in self._cursor.uploads if s != record.seq]
+        path = self._folder.dead(self.route.key)
+        letter = msgspec.json.encode({"error": reason, "record": msgspec.Raw(encode(record))})
+        with suppress(OSError):
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            with open(path, "ab", opener=_private) as file:
+                file.write(letter + b"\n")
+        self._save(0.0)
+        if isinstance(record.event, RunEnded):
+            self._leave()
+            self.done = record.attempt >= self._attempt
+
+    def _save(self, after_s: float) -> None:
+        """Save the cursor, if it has changed and was saved that long ago."""
+        now = self._clock()
+        due = self._unsaved >= _BATCH or now - self._saved_at >= after_s
+        if self._reader is None or not due or (after_s and not self._unsaved):
+            return
+        with self._mutex:
+            data = msgspec.json.encode(self._cursor)
+        self._saved_at, self._unsaved = now, 0
+        with suppress(OSError):  # a full disk: records may then come twice after a crash
+            write_atomically(self._folder.cursor(self.route.key), data)
 
 
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or "no message"
-    return text if isinstance(error, TrainbusError) else f"{type(error).__name__}: {text}"
+class _LaneMaker:
+    """Makes the lanes of a worker."""
+
+    def __init__(self, worker: SinkWorker, clock: Callable[[], float]) -> None:
+        self._worker = worker
+        self._clock = clock
+
+    def __call__(self, taken: Callable[[Sequence[Item]], None]) -> Lane:
+        return Lane(taken, self._worker._bury, self._say, clock=self._clock)
+
+    def _say(self, text: str) -> None:
+        route = self._worker.route
+        logger.warning("sink %r (%s) %s", route.name, route.kind, text)
+
+
+def _is_volatile(route: Route) -> bool:
+    sample = route.sample()
+    return sample is not None and sample.volatile
+
+
+def _read_cursor(path: Any) -> Cursor | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Cursor)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

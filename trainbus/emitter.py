@@ -6,43 +6,39 @@ Guarantees, whatever is called in whatever order: each run has one `run.started`
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
-import secrets
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from trainbus import normalize
-from trainbus.delivery import Delivery, Receipt
+from trainbus import exits, normalize, redact
+from trainbus.errors import SinkError
 from trainbus.events import (
     AlertRaised,
     CheckpointSaved,
     EpochEnded,
     Event,
-    Record,
     RunEnded,
     RunStarted,
     ended_by,
     event_name,
 )
+from trainbus.identity import identify, mark
 from trainbus.interfaces import RunInfo
+from trainbus.journal import Journal, NoJournal
+from trainbus.receipt import Receipt
+from trainbus.workers import Delivery, delivering
 
 if TYPE_CHECKING:
     from trainbus.bus import Bus
 
 logger = logging.getLogger("trainbus")
-
-MARKER = "trainbus.json"
-"""File in a run's save directory that names the run, so that a resumed training finds it again."""
 
 _MAX_NESTING = 3
 
@@ -61,8 +57,9 @@ class Emitter:
         self._nesting = 0
         self._busy = False
         self._run: RunInfo | None = None
+        self._journal: Journal | NoJournal | None = None
         self._delivery: Delivery | None = None
-        self._seq = 0
+        self._owner = 0
         self._ended_once = False
         self._warned: set[str] = set()
 
@@ -91,6 +88,9 @@ class Emitter:
             # A forked child shares the parent's files and must not write to them.
             self._warn("fork", "a forked process logs nothing: its parent has the run")
             return
+        if getattr(delivering, "here", False):
+            self._warn("sink", f"dropped {event_name(event)}: emitted by a sink")
+            return
         with self._lock:
             if self._nesting >= _MAX_NESTING:
                 self._warn("nested", f"dropped {event_name(event)}: emitted by its own subscribers")
@@ -107,11 +107,40 @@ class Emitter:
             finally:
                 self._busy = False
                 self._nesting = 0
+                exits.settle()
 
     def end(self, error: BaseException | None = None) -> None:
         """End the run that is open, if one is: as failed or stopped by `error`, else finished."""
         if self._run is not None:
             self(ended_by(error))
+
+    def interrupt(self, event: RunEnded, flush_secs: float) -> bool:
+        """End the run from a signal handler; False if that is done when the emit under way is over.
+
+        The sinks are waited for no longer than `flush_secs`.
+        """
+        if self._run is None or not self._lock.acquire(timeout=flush_secs):
+            return True
+        try:
+            delivery, is_over = self._delivery, not self._busy
+            if delivery is not None:
+                delivery.hurry(flush_secs)
+            self(event)
+            return is_over
+        finally:
+            self._lock.release()
+
+    def fail(self, error: BaseException, thread: int) -> None:
+        """End the run that a thread started and died in."""
+        if self._run is not None and self._owner == thread:
+            self.end(error)
+
+    def abandon(self) -> None:
+        """Let go of everything in a forked child, which shares the files of its parent."""
+        self._lock = threading.RLock()
+        self._run, delivery = None, self._delivery
+        if delivery is not None:
+            delivery.abandon()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Emitter:
         """Frameworks copy their callbacks; the copy reports to the same run."""
@@ -128,7 +157,8 @@ class Emitter:
         try:
             event_name(event)
             event, refused = normalize.event(event)
-            if isinstance(event, _CHECKED):
+            event = redact.event(event, self._bus.secret_keys)
+            if type(event) in _CHECKED:
                 event = msgspec.convert(msgspec.to_builtins(event), type(event))
         except Exception as error:
             what = f"dropped a {type(event).__qualname__} that is no event of the schema: {error}"
@@ -138,17 +168,17 @@ class Emitter:
             return
         for name in refused:
             self._warn(f"metric {name}", f"left out metric {name!r}: expected a number")
-        if isinstance(event, RunStarted):
+        if self._run is not None and type(event) is not RunStarted:
+            self._record(event)
+        elif isinstance(event, RunStarted):
             self.end_previous()
             self._start(event)
-        elif self._run is None and self._ended_once:
-            if not isinstance(event, RunEnded):
-                self._warn("late", f"dropped {event_name(event)}: its run has ended")
-        elif self._run is None:
-            if not isinstance(event, RunEnded):
-                self._start(RunStarted())
-                self._record(event)
+        elif isinstance(event, RunEnded):
+            pass
+        elif self._ended_once:
+            self._warn("late", f"dropped {event_name(event)}: its run has ended")
         else:
+            self._start(RunStarted())
             self._record(event)
 
     def end_previous(self) -> None:
@@ -158,52 +188,55 @@ class Emitter:
 
     def _start(self, event: RunStarted) -> None:
         event = self._bus.defaults.apply(event)
-        run_id, attempt = _identify(event)
-        run = RunInfo(id=run_id, started=event, attempt=attempt)
+        run_id, attempt = identify(event)
+        self._journal = self._bus.open_journal(run_id, attempt)
+        attempt = self._journal.attempt
+        self._run = RunInfo(id=run_id, started=event, attempt=attempt)
+        self._owner = threading.get_ident()
+        exits.watch(self)
+        if event.save_dir is not None:
+            try:
+                mark(event.save_dir, run_id, attempt)
+            except (OSError, ValueError) as error:
+                self._warn("marker", f"a resumed training will not find this run again: {error}")
+        record = self._journal.append(event, time.time())
+        self._delivery = self._bus.open_delivery(self._run, self._journal)
+        self._bus.dispatch(record)
+        self._delivery.poke()
         try:
-            self._delivery = Delivery(self._bus.routes, run)
-        except BaseException:
-            self._ended_once = True
+            self._delivery.demand()
+        except SinkError as error:
+            self._record(ended_by(error))
             raise
-        self._seq = 0
-        self._run = run
-        self._mark(run)
-        self._record(event)
 
     def _record(self, event: Event) -> None:
+        assert self._journal is not None
         assert self._run is not None
-        assert self._delivery is not None
-        delivery = self._delivery
-        self._seq += 1
-        record = Record(
-            seq=self._seq,
-            run=self._run.id,
-            time=time.time(),
-            event=event,
-            attempt=self._run.attempt,
-        )
-        # Ctrl-C may come in a subscriber or a sink: the sinks get every record, a run gets one end.
+        if self._delivery is None:  # Ctrl-C came while the run was started
+            self._delivery = self._bus.open_delivery(self._run, self._journal)
         try:
-            self._bus.dispatch(record)
-        finally:
+            record = self._journal.append(event, time.time())
             try:
-                delivery.put(record)
+                self._bus.dispatch(record)
             finally:
-                if isinstance(event, RunEnded):
-                    self._delivery = self._run = None
-                    self._ended_once = True
-                    self._bus.close_run(delivery)
+                self._delivery.poke()
+        finally:
+            # Ctrl-C may come at any point: a run gets one end.
+            if type(event) is RunEnded:
+                self._close(event)
 
-    def _mark(self, run: RunInfo) -> None:
-        if run.started.save_dir is None:
-            return
+    def _close(self, event: RunEnded) -> None:
+        journal, delivery = self._journal, self._delivery
+        assert journal is not None
+        assert delivery is not None
+        if not journal.ended:
+            journal.append(event, time.time())
         try:
-            folder = Path(run.started.save_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            marker = json.dumps({"run": run.id, "attempt": run.attempt})
-            (folder / MARKER).write_text(marker + "\n", encoding="utf-8")
-        except (OSError, ValueError) as error:
-            self._warn("marker", f"a resumed training will not find this run again: {error}")
+            self._bus.close_run(delivery, event.status)
+        finally:
+            self._run = self._journal = self._delivery = None
+            self._ended_once = True
+            exits.unwatch(self)
 
     def _warn(self, what: str, text: str) -> None:
         if what not in self._warned:
@@ -237,35 +270,6 @@ def reopen(rebuild: Callable[[], Bus] | None) -> Emitter | MutedEmitter:
     except Exception as error:  # a configuration fault must not end a training that runs elsewhere
         logger.warning("this process logs nothing: %s", error)
         return MutedEmitter()
-
-
-def _identify(event: RunStarted) -> tuple[str, int]:
-    """Return the run's id, and which of its attempts this is, counted from 1."""
-    if event.resumed is not None:
-        marked, attempt = _marked(event.save_dir)
-        if marked is None:
-            marked, attempt = _marked(event.resumed.save_dir)
-        known = event.resumed.run or marked
-        if known:
-            return known, attempt + 1 if known == marked else 2
-        logger.warning(
-            "a resumed training begins a new run: found no %s in %s", MARKER, event.save_dir
-        )
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "_", event.name or "run").strip("._-")[:64] or "run"
-    # `random` is seeded by trainers, and two trainings can start within one second.
-    return f"{stem}_{time.strftime('%Y%m%d_%H%M%S')}_{secrets.token_hex(3)}", 1
-
-
-def _marked(save_dir: str | None) -> tuple[str | None, int]:
-    """Return the run that a save directory belongs to, and the number of its attempts so far."""
-    if save_dir is None:
-        return None, 0
-    try:
-        found = json.loads((Path(save_dir) / MARKER).read_text(encoding="utf-8"))
-        run, attempt = str(found["run"]), int(found["attempt"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None, 0
-    return (run, attempt) if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", run) else (None, 0)
 
 
 def print_receipt(receipt: Receipt) -> None:

@@ -59,7 +59,18 @@ class MissingPackageError(TrainbusError):
 
 
 class SinkError(TrainbusError):
-    """A sink can't be opened or can't take what it was given."""
+    """A sink can't be opened or can't take what it was given.
+
+    `retry` says whether the same may go well later, such as after a server has come back.
+    """
+
+    def __init__(self, *args: object, retry: bool = False) -> None:
+        super().__init__(*args)
+        self.retry = retry
+
+
+class JournalError(TrainbusError):
+    """A journal, or a part of one, that can't be written, read, or trusted."""
 
 
 class SubscribeError(TrainbusError):

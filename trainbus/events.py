@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import math
 import traceback
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_origin
 
 import msgspec
@@ -289,6 +291,7 @@ Event: TypeAlias = (
 
 EVENT_TYPES: tuple[type[Any], ...] = Event.__args__
 _BY_NAME: dict[str, type[Any]] = {str(t.__struct_config__.tag): t for t in EVENT_TYPES}
+_NAMES = {cls: name for name, cls in _BY_NAME.items()}
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -315,6 +318,9 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 def event_name(event: object) -> str:
     """Return the schema's name of an event or event type, such as `metrics.logged`."""
+    name = _NAMES.get(type(event))
+    if name is not None:
+        return name
     if isinstance(event, UnknownEvent):
         return event.name
     config = getattr(event, "__struct_config__", None)
@@ -323,47 +329,76 @@ def event_name(event: object) -> str:
     return str(config.tag)
 
 
-def encode(record: Record) -> bytes:
-    """Return a record as one line of JSON, without the line feed.
+class Codec:
+    """Writes and reads records as JSON.
 
-    Raises:
-        TypeError: a value in it is neither plain Python nor numpy.
+    Args:
+        store: keeps an array outside the line and returns its name there, None to have it inside.
+        load: returns what is kept under a name: an array of a dtype and shape, or, without them,
+            the JSON of an event.
     """
-    line = _ENCODER.encode(record)
-    # msgspec writes a non-finite float as null; only then is the slower walk needed.
-    if b"null" in line:
-        line = _ENCODER.encode(_spell(msgspec.to_builtins(record, enc_hook=_encode_other)))
-    return line
 
+    def __init__(
+        self,
+        store: Callable[[Array], str | None] | None = None,
+        load: Callable[..., Any] | None = None,
+    ) -> None:
+        self._encoder = msgspec.json.Encoder(enc_hook=partial(_encode_other, store))
+        self._store = store
+        self._load = load
+        self._decoders = {
+            name: msgspec.json.Decoder(cls, strict=False, dec_hook=partial(_decode_other, load))
+            for name, cls in _BY_NAME.items()
+        }
 
-def decode(line: bytes | str) -> Record:
-    """Return the record that `encode` wrote; an event type it does not know is an `UnknownEvent`.
+    def encode(self, record: Record) -> bytes:
+        """Return a record as one line of JSON, without the line feed.
 
-    Raises:
-        msgspec.DecodeError: the line is no JSON, or not a record.
-    """
-    try:
-        envelope = _ENVELOPE.decode(line)
-        name = _TAG.decode(envelope.event).type
-        decoder = _DECODERS.get(name)
-        event: Event | UnknownEvent = (
-            decoder.decode(envelope.event)
-            if decoder
-            else UnknownEvent(name, msgspec.json.decode(envelope.event))
+        Raises:
+            TypeError: a value in it is neither plain Python nor numpy.
+        """
+        line = self._encoder.encode(record)
+        # msgspec writes a non-finite float as null; only then is the slower walk needed.
+        if b"null" in line:
+            hook = partial(_encode_other, self._store)
+            line = self._encoder.encode(_spell(msgspec.to_builtins(record, enc_hook=hook)))
+        return line
+
+    def decode(self, line: bytes | str) -> Record:
+        """Return the record that `encode` wrote; an unknown event type is an `UnknownEvent`.
+
+        Raises:
+            msgspec.DecodeError: the line is no JSON, or not a record.
+        """
+        try:
+            envelope = _ENVELOPE.decode(line)
+            tag = _TAG.decode(envelope.event)
+            event: Event | UnknownEvent
+            if tag.blob is None or self._load is None:
+                event = self._event(tag.type, envelope.event)
+            else:
+                event = self._event(tag.type, self._load(tag.blob))
+        # No UTF-8, an array that is none, nesting without end, or a blob that is not there.
+        except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+            if isinstance(error, msgspec.DecodeError):
+                raise
+            raise msgspec.DecodeError(f"found no record: {error}") from error
+        return Record(
+            seq=envelope.seq,
+            run=envelope.run,
+            time=envelope.time,
+            event=event,
+            attempt=envelope.attempt,
+            rank=envelope.rank,
+            schema=envelope.schema,
         )
-    except (ValueError, KeyError, TypeError) as error:  # no UTF-8, or an array that is none
-        if isinstance(error, msgspec.DecodeError):
-            raise
-        raise msgspec.DecodeError(f"found no record: {error}") from error
-    return Record(
-        seq=envelope.seq,
-        run=envelope.run,
-        time=envelope.time,
-        event=event,
-        attempt=envelope.attempt,
-        rank=envelope.rank,
-        schema=envelope.schema,
-    )
+
+    def _event(self, name: str, data: Any) -> Event | UnknownEvent:
+        decoder = self._decoders.get(name)
+        if decoder is None:
+            return UnknownEvent(name, msgspec.json.decode(data))
+        event: Event = decoder.decode(data)
+        return _unspelled(event) if isinstance(event, TableLogged) else event
 
 
 def json_schema() -> dict[str, Any]:
@@ -393,23 +428,48 @@ class _Envelope(msgspec.Struct, kw_only=True):
 
 class _Tag(msgspec.Struct):
     type: str
+    blob: str | None = None
 
 
-def _encode_other(value: Any) -> Any:
+def _encode_other(store: Callable[[Array], str | None] | None, value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        return {"dtype": str(value.dtype), "shape": list(value.shape), "data": value.tolist()}
+        about = {"dtype": str(value.dtype), "shape": list(value.shape)}
+        kept = None if store is None else store(value)
+        return {**about, "data": value.tolist()} if kept is None else {**about, "blob": kept}
     if isinstance(value, UnknownEvent):
         return value.data
     raise TypeError(f"expected plain Python or numpy values, found {type(value).__qualname__}")
 
 
-def _decode_other(expected: type, value: Any) -> Any:
+def _decode_other(load: Callable[..., Any] | None, expected: type, value: Any) -> Any:
     if (get_origin(expected) or expected) is np.ndarray:
+        if load is not None and "blob" in value:
+            return load(value["blob"], np.dtype(value["dtype"]), tuple(value["shape"]))
         # float() reads the spelled-out non-finite numbers, which numpy does not in every dtype.
         dtype = np.dtype(value["dtype"])
         data = _unspell(value["data"]) if dtype.kind == "f" else value["data"]
         return np.array(data, dtype=dtype).reshape(value["shape"])
     raise NotImplementedError(f"no way to read a {expected.__qualname__}")
+
+
+def _unspelled(table: TableLogged) -> TableLogged:
+    """Return a table in whose columns of numbers the spelled-out ones are numbers again."""
+    odd = {i for row in table.rows for i, cell in enumerate(row) if cell in _SPELLED}
+    odd -= {
+        i
+        for row in table.rows
+        for i, cell in enumerate(row)
+        if isinstance(cell, str | list | dict) and cell not in _SPELLED
+    }
+    if not odd:
+        return table
+    return msgspec.structs.replace(
+        table,
+        rows=[
+            [float(c) if i in odd and c in _SPELLED else c for i, c in enumerate(row)]
+            for row in table.rows
+        ],
+    )
 
 
 def _unspell(value: Any) -> Any:
@@ -442,10 +502,10 @@ def _array_schema(_: type) -> dict[str, Any]:
     }
 
 
-_ENCODER = msgspec.json.Encoder(enc_hook=_encode_other)
+_SPELLED = ("NaN", "Infinity", "-Infinity")
 _ENVELOPE = msgspec.json.Decoder(_Envelope)
 _TAG = msgspec.json.Decoder(_Tag)
-_DECODERS = {
-    name: msgspec.json.Decoder(cls, strict=False, dec_hook=_decode_other)
-    for name, cls in _BY_NAME.items()
-}
+_CODEC = Codec()
+
+encode = _CODEC.encode
+decode = _CODEC.decode

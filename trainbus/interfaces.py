@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 
 import msgspec
 
-from trainbus.events import Event, Record, RunStarted
+from trainbus.events import ArtifactLogged, CheckpointSaved, Event, Record, RunStarted
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,6 +30,12 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     started: RunStarted
     attempt: int = 1
+    again: bool = False
+    """Whether an earlier process delivered records of this attempt."""
+    after: int = 0
+    """Seq of the last record that need not come again."""
+    pid: int | None = None
+    """The training process, None where it is the sink's own."""
 
     @property
     def resumed(self) -> bool:
@@ -54,6 +60,14 @@ class Sink(ABC):
     service: ClassVar[str | None] = None
     """Import name of the tracker, so that a framework's own logger for it can be switched off."""
 
+    volatile: ClassVar[bool] = False
+    """Whether what was taken is safe only after `close`: after a crash the whole attempt comes
+    again, to a new sink, which must leave out what is stored already."""
+
+    reads_files: ClassVar[bool] = True
+    """Whether files that records name are opened: their paths are then those of copies, which are
+    as the files were when they were logged; else the paths are those that the trainer wrote to."""
+
     lost: int = 0
     """Records of this run that were taken but can't be shown; `open` sets it back to 0."""
 
@@ -72,6 +86,22 @@ class Sink(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Let go of everything; the records of this run are over."""
+
+    def upload(self, records: Sequence[Record]) -> None:
+        """Take checkpoints and artifacts in a thread of their own, beside `write`.
+
+        Only a sink whose uploads take long need have this: without it such records come to `write`.
+        """
+        raise NotImplementedError
+
+    def keeps(self, event: CheckpointSaved | ArtifactLogged) -> bool:
+        """Return whether the files of an event are sent: a copy of them is kept until then."""
+        return False
+
+    @property
+    def in_process(self) -> bool:
+        """Whether the sink must live in the training process, of which it uses something."""
+        return False
 
     @property
     def where(self) -> str | None:

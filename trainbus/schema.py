@@ -14,8 +14,10 @@ from msgspec import Meta, inspect
 
 from trainbus import registry
 from trainbus.bus import RunDefaults
+from trainbus.delivery import Isolation
 from trainbus.errors import PluginError, TrainbusError
 from trainbus.interfaces import Options, Sink
+from trainbus.journal import JournalSpec
 from trainbus.transforms import TransformSpec
 
 _Name = Annotated[
@@ -39,6 +41,16 @@ class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     run: Annotated[
         RunDefaults | None, Meta(description="Set for every run, over what the adapter finds")
     ] = None
+    isolation: Annotated[
+        Isolation,
+        Meta(description="Where sinks run; auto: outside of the training process, if they can"),
+    ] = "auto"
+    flush_secs: Annotated[
+        float, Meta(ge=0, description="How long the end of a run waits for the sinks")
+    ] = 60.0
+    journal: Annotated[
+        JournalSpec | None, Meta(description="Where each run's journal is written")
+    ] = None
     sinks: Annotated[
         dict[_Name, _AnySink],
         Meta(
@@ -60,6 +72,9 @@ class _SinkKeys(TransformSpec, frozen=True, kw_only=True, forbid_unknown_fields=
         Literal["warn", "raise"],
         Meta(description="What happens when the sink can't be opened: go on, or stop the training"),
     ] = "warn"
+    isolation: Annotated[
+        Isolation | None, Meta(description="Where this sink runs, over what is set for all")
+    ] = None
 
 
 SINK_KEYS = ("type", *_SinkKeys.__struct_fields__)

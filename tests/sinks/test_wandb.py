@@ -305,7 +305,7 @@ def test_a_disabled_run_takes_everything(tmp_path: Path) -> None:
     with trainbus.Bus({"w": sink}, on_receipt=lambda r: None) as bus, bus.run() as run:
         for _ in run.epochs(2):
             run.log({"a": 1})
-    assert 0 == bus.receipts[0].sinks[0].failed
+    assert 0 == bus.receipts[0].sinks[0].pending + bus.receipts[0].sinks[0].dead
     assert [] == wandb_file.find_runs(tmp_path)
 
 
@@ -433,7 +433,7 @@ def test_broken_pictures_cost_only_themselves(
     (path,) = wandb_file.find_runs(tmp_path)
     assert 1 == wandb_file.read_finished(path).history[-1]["train/loss"]
     (report,) = bus.receipts[0].sinks
-    assert (8, 0) == (report.lost, report.failed)
+    assert (8, 0, 0) == (report.lost, report.dead, report.pending)
     assert "8 of them can't be shown there" in str(bus.receipts[0])
     assert "'gone' can't be shown in W&B: no file at" in caplog.text
 
@@ -501,7 +501,7 @@ def test_two_sinks_of_one_bus_are_two_runs(tmp_path: Path) -> None:
     runs = list(map(wandb_file.read_finished, wandb_file.find_runs(tmp_path)))
     assert {"a", "b"} == {run.project for run in runs}
     assert [1, 1] == [run.history[0]["train/loss"] for run in runs]
-    assert {0} == {report.failed for report in bus.receipts[0].sinks}
+    assert {(0, 0)} == {(report.dead, report.pending) for report in bus.receipts[0].sinks}
 
 
 def test_where_is_a_command_that_can_be_pasted(tmp_path: Path) -> None:

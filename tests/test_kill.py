@@ -1,0 +1,198 @@
+"""Nothing is lost when a process is killed: the training, the sidecar, at any instant."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import nursery
+from support.plugins import make_plugin
+from support.wandb_file import find_runs, read_finished
+
+_DEADLINE_S = 60.0
+_KILLS = 200
+_SIDECAR_KILLS = 50
+
+COUNTING = """
+    import os
+    from trainbus import Options, Sink
+
+    class CountingOptions(Options, frozen=True, kw_only=True):
+        path: str
+
+    class CountingSink(Sink):
+        Options = CountingOptions
+
+        def write(self, records):
+            with open(self.options.path, "a") as file:
+                for record in records:
+                    file.write(f"{record.attempt} {record.seq}\\n")
+"""
+
+TRAINING = """
+    import os, random, signal, sys, time
+    import trainbus
+
+    chance = random.Random(int(sys.argv[2]))
+    with trainbus.load(sys.argv[1]) as bus, bus.run(name="killed") as run:
+        sidecar = bus._emitters[-1]._delivery._sidecar
+        for epoch in run.epochs(1):
+            begun, kill_after = time.monotonic(), chance.uniform(0.0, 0.8)
+            for step in range(10_000):
+                run.log({"loss": 1.0}, step=step)
+                if kill_after is not None and time.monotonic() - begun > kill_after:
+                    os.kill(sidecar._process.pid, signal.SIGKILL)
+                    kill_after = None
+                time.sleep(0.0001)
+                if kill_after is None and step > 500:
+                    break
+    print(run.id, bus.receipts[0].emitted, bus.receipts[0].sinks)
+"""
+
+
+def run_python(
+    source: str, *arguments: object, cwd: Path, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(source), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def wait_for(condition: Callable[[], Any], deadline_s: float = _DEADLINE_S) -> Any:
+    """Return what the condition returns once it is true."""
+    deadline = time.monotonic() + deadline_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "the deadline has come"
+        time.sleep(0.05)
+    return found
+
+
+def receipt_of(folder: Path) -> Callable[[], dict[str, Any] | None]:
+    """Return what looks for the receipt of the only run in a folder."""
+
+    def look() -> dict[str, Any] | None:
+        for path in folder.glob("trainbus-runs/*/receipt.json"):
+            found: dict[str, Any] = json.loads(path.read_text())
+            return found
+        return None
+
+    return look
+
+
+def test_a_killed_training_loses_nothing_it_was_told_is_kept(tmp_path: Path) -> None:
+    """After SIGKILL at any instant, each acknowledged record is there once, without gaps."""
+    done = subprocess.run(
+        [sys.executable, nursery.__file__, tmp_path, str(_KILLS), "7"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert 0 == done.returncode, done.stderr
+    kills = [json.loads(line) for line in done.stdout.splitlines()]
+    assert _KILLS == len(kills)
+    for kill in kills:
+        first, last, different, count = kill["seqs"]
+        assert 1 == first
+        assert last == different == count  # no gap, no record twice
+        # One record may be written whose acknowledgement never came, and recovery adds the end.
+        assert last - 2 <= kill["acknowledged"] <= last - 1
+        assert (1, 1, "RunEnded") == (kill["recovered"], kill["ends"], kill["last"])
+        assert 0 == kill["damaged"]
+        assert kill["delivered"]
+    assert 1 <= sum(kill["torn"] for kill in kills), "no kill hit a write: nothing was tested"
+
+
+@pytest.mark.parametrize("seed", range(_SIDECAR_KILLS))
+def test_a_killed_sidecar_loses_nothing(seed: int, tmp_path: Path) -> None:
+    """The next sidecar goes on; a sink that knows what it has gets each record exactly once."""
+    plugins = make_plugin(tmp_path / "plugins", "counting", COUNTING, "CountingSink")
+    (tmp_path / "config.yaml").write_text(
+        "sinks:\n  kept: {type: jsonl, path: kept.jsonl}\n  counted: {type: counting, path: ids}\n"
+    )
+    done = run_python(TRAINING, "config.yaml", seed, cwd=tmp_path, env={"PYTHONPATH": str(plugins)})
+    assert 0 == done.returncode, done.stderr
+    assert done.stdout, done.stderr
+    _, emitted, *_ = done.stdout.split()
+    expected = list(range(1, int(emitted) + 1))
+    kept = [json.loads(line)["seq"] for line in (tmp_path / "kept.jsonl").open()]
+    assert expected == kept
+    # What a sink was given when it died comes again, as nobody knows whether it was taken.
+    counted = Counter(int(line.split()[1]) for line in (tmp_path / "ids").open())
+    assert expected == sorted(counted)
+    assert max(counted.values()) <= 2
+    receipt = receipt_of(tmp_path)()
+    assert receipt is not None
+    for sink in receipt["sinks"]:
+        assert (int(emitted), 0, 0) == (sink["taken"], sink["dead"], sink["pending"])
+
+
+EPOCHS = """
+    import os, signal, sys, time
+    import trainbus
+
+    with trainbus.load("config.yaml") as bus:
+        with bus.run(name="killed", project="p", params={"lr": 0.1, "layers": [1, 2]}) as run:
+            for epoch in run.epochs(20):
+                run.log({"loss": 1 / (epoch + 1)})
+                run.log({"accuracy": epoch / 20}, phase="validation")
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+PLAIN = """
+    import os, signal, time
+    import wandb
+
+    run = wandb.init(project="p", mode="offline", config={"lr": 0.1, "layers": [1, 2]})
+    for epoch in range(20):
+        run.log({"train/loss": 1 / (epoch + 1), "validation/accuracy": epoch / 20})
+    time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_training_reaches_wandb(tmp_path: Path) -> None:
+    """All rows, the config and a failed end are in W&B's file soon after SIGKILL."""
+    (tmp_path / "config.yaml").write_text("sinks: {t: {type: wandb, mode: offline}}\n")
+    assert -9 == run_python(EPOCHS, cwd=tmp_path).returncode
+    wait_for(receipt_of(tmp_path), 30.0)
+    (path,) = find_runs(tmp_path)
+    run = read_finished(path)
+    expected = [(e + 1, 1 / (e + 1), e / 20) for e in range(20)]
+    found = [(r["epoch"], r["train/loss"], r["validation/accuracy"]) for r in run.history]
+    assert expected == pytest.approx(found)
+    assert {"lr": 0.1, "layers": [1, 2]} == run.config
+    assert 1 == run.exit_code
+    assert "killed" in run.summary["ended"]
+
+    (tmp_path / "plain").mkdir()
+    assert -9 == run_python(PLAIN, cwd=tmp_path / "plain").returncode
+    rows = sum(len(_rows(path)) for path in find_runs(tmp_path / "plain"))
+    print(f"rows in W&B's file after SIGKILL: {len(run.history)} of 20 here, {rows} with wandb.log")
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    from support.wandb_file import read_run
+
+    try:
+        return list(read_run(path).history)
+    except Exception:  # a file of zero bytes is none
+        return []

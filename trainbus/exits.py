@@ -1,0 +1,135 @@
+"""Ends the runs that are open when the process ends, whichever way it does.
+
+What is global to a process can only be kept once: the hooks are hung in when the first run opens
+and taken out when the last one has ended. What others hung in before stays in and is called; a
+signal that somebody else handles is left to them.
+
+    exception       `sys.excepthook`, `threading.excepthook`: the run has failed
+    normal end      `atexit`: the run is finished
+    SIGTERM         a handler, where there was none: the run is stopped, then the signal works
+    os.fork         the child lets go of what belongs to its parent
+    os._exit, SIGKILL, a crash    nothing can be done here; the sidecar closes the run
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Protocol
+from weakref import WeakSet
+
+from trainbus.events import RunEnded
+
+_SIGTERM_FLUSH_S = 3.0
+
+
+class OpenRun(Protocol):
+    """What is watched: an emitter with an open run."""
+
+    def end(self, error: BaseException | None = None) -> None:
+        """End the run."""
+
+    def fail(self, error: BaseException, thread: int) -> None:
+        """End the run if that thread started it."""
+
+    def interrupt(self, event: RunEnded, flush_secs: float) -> bool:
+        """End the run from a signal handler; False if that happens later."""
+
+    def abandon(self) -> None:
+        """Let go of everything in a forked child."""
+
+
+_open: WeakSet[Any] = WeakSet()
+_killed_by: int | None = None
+_before: dict[str, Any] = {}
+_mutex = threading.RLock()
+_once: set[str] = set()
+
+
+def watch(run: OpenRun) -> None:
+    """Take care of a run from here on."""
+    with _mutex:
+        _open.add(run)
+        if not _once:
+            _once.add("installed")
+            atexit.register(_at_exit)
+            if hasattr(os, "register_at_fork"):
+                os.register_at_fork(after_in_child=_in_child)
+        if "excepthook" not in _before:
+            _before["excepthook"], sys.excepthook = sys.excepthook, _on_exception
+            _before["thread"], threading.excepthook = threading.excepthook, _on_thread_exception
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, _on_sigterm)
+
+
+def unwatch(run: OpenRun) -> None:
+    """Forget a run that has ended, and with the last one take the hooks out again."""
+    with _mutex:
+        _open.discard(run)
+        if _open:
+            return
+        # Who hung in a hook of their own meanwhile calls ours, which then only passes on.
+        if sys.excepthook is _on_exception and threading.excepthook is _on_thread_exception:
+            sys.excepthook = _before.pop("excepthook")
+            threading.excepthook = _before.pop("thread")
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and signal.getsignal(signal.SIGTERM) is _on_sigterm and _killed_by is None:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def settle() -> None:
+    """Let a SIGTERM that came during an `emit` do its work; called after each."""
+    if _killed_by is not None and threading.current_thread() is threading.main_thread():
+        _die(_killed_by)
+
+
+def _on_exception(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    try:
+        (_before.get("excepthook") or sys.__excepthook__)(kind, error, trace)
+    finally:
+        for run in list(_open):
+            run.end(error)
+
+
+def _on_thread_exception(args: threading.ExceptHookArgs) -> None:
+    try:
+        (_before.get("thread") or threading.__excepthook__)(args)
+    finally:
+        if args.exc_value is not None and args.thread is not None:
+            for run in list(_open):
+                run.fail(args.exc_value, args.thread.ident or 0)
+
+
+def _at_exit() -> None:
+    for run in list(_open):
+        run.end()
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
+    global _killed_by
+    _killed_by = number
+    event = RunEnded(status="stopped", reason="SIGTERM")
+    is_over = [run.interrupt(event, _SIGTERM_FLUSH_S) for run in list(_open)]
+    if all(is_over):
+        _die(number)
+
+
+def _die(number: int) -> None:
+    """Let the signal end the process, as it would have without a handler."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def _in_child() -> None:
+    global _mutex
+    _mutex = threading.RLock()
+    for run in list(_open):
+        run.abandon()
+    _open.clear()

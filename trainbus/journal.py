@@ -1,0 +1,404 @@
+"""Writes the records of one training to disk: append-only, one line a record, one `write` a line.
+
+    {"crc":"<8 hex digits: crc32 of the bytes from the next quote to the line feed>","seq":1,…}
+
+Guarantees: what `append` returned from is on disk as far as the operating system is concerned, so
+that SIGKILL loses none of it; a line is there whole or cut off again; a disk that is full or gone
+never raises. Records wait in memory then, and where there are too many the least important are
+dropped, counted, and spoken of in the journal by an `alert.raised`.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Annotated, Any, NamedTuple
+from zlib import crc32
+
+import msgspec
+from msgspec import Meta
+
+from trainbus.blobs import Blob, Blobs, array_store
+from trainbus.errors import JournalError
+from trainbus.events import (
+    AlertRaised,
+    ArtifactLogged,
+    CheckpointSaved,
+    Codec,
+    Event,
+    ImageLogged,
+    MetricsLogged,
+    ParamsUpdated,
+    Record,
+    RunEnded,
+    RunStarted,
+    event_name,
+)
+from trainbus.runfolder import RunFolder, try_lock
+
+logger = logging.getLogger("trainbus")
+
+MAX_LINE = 2**20
+"""Longer events are kept as blobs."""
+
+_MAX_HELD = 64 * 2**20
+_MAX_ARTIFACT = 64 * 2**20
+_ARRAY_IN_LINE = 32 * 2**10
+_RETRY_S = 5.0
+_SYNCED = (RunStarted, ParamsUpdated, RunEnded)
+_WITH_FILES = (ImageLogged, CheckpointSaved, ArtifactLogged)
+
+
+class JournalSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where journals are written, and what they may hold."""
+
+    dir: Annotated[str, Meta(min_length=1, description="Folder that gets a directory a run")] = (
+        "trainbus-runs"
+    )
+    max_bytes: Annotated[
+        int,
+        Meta(ge=2**20, description="Size at which step metrics and copies of files are left out"),
+    ] = 2**31
+    redact: Annotated[
+        list[str],
+        Meta(description="Names of parameters that are secret, besides those that look like it"),
+    ] = []
+
+
+class Journal:
+    """The records file of one attempt, open for writing; calls must not overlap."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        attempt: int = 1,
+        *,
+        rank: int = 0,
+        max_bytes: int = 2**31,
+        keeps: Callable[[CheckpointSaved | ArtifactLogged], bool] = lambda event: False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Create the records file of an attempt, or of the next one that has none.
+
+        Args:
+            folder: the run's directory.
+            attempt: the lowest number that the attempt may have.
+            rank: rank of this process.
+            max_bytes: size of records and blobs together at which the journal saves space.
+            keeps: says whether a copy of an event's file is wanted.
+            clock: seconds, for retries.
+
+        Raises:
+            JournalError: the file can't be created.
+        """
+        self.folder = folder
+        self._run = folder.run
+        self.rank = rank
+        self.dropped: Counter[str] = Counter()
+        """What could not be kept, by event name."""
+        self._undeclared: Counter[str] = Counter()
+        self._blobs = Blobs(folder)
+        self._codec = Codec(store=array_store(self._blobs, _ARRAY_IN_LINE, self._fits))
+        self._keeps = keeps
+        self._clock = clock
+        self._max_bytes = max_bytes
+        self._state = _State(0, 0, False)
+        self._begun: _State | None = None
+        self._held: deque[_Held] = deque()
+        self._held_bytes = 0
+        self._retry_at = 0.0
+        self._fault = ""
+        self._warned: set[str] = set()
+        attempt = max([attempt, *(n + 1 for n in folder.attempts(rank))])
+        self._fd, self.attempt = _create(folder, attempt, rank)
+
+    @property
+    def seq(self) -> int:
+        """Seq of the last record."""
+        return self._state.seq
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last record is the run's end."""
+        self._settle()
+        return self._state.ended
+
+    @property
+    def held(self) -> list[bytes]:
+        """Lines that could not be written so far."""
+        return [held.line for held in self._held]
+
+    def append(self, event: Event, now: float) -> Record:
+        """Write an event, stamped with its time (Unix seconds), and return its record."""
+        self._settle()
+        is_end = isinstance(event, RunEnded)
+        if (self._held or self._undeclared) and (is_end or self._clock() >= self._retry_at):
+            self.catch_up()
+            self._declare(now)
+        record = self._record(event, now)
+        is_spare = isinstance(event, MetricsLogged) and event.step is not None
+        if is_spare and self._state.size + self._blobs.written >= self._max_bytes:
+            self._fault = f"the journal has its {self._max_bytes} bytes"
+            self._warn("budget", f"{self._fault}: step metrics are left out from here on")
+            self._state = self._state._replace(seq=record.seq)
+            self._count(event_name(event))
+            return record
+        line = self._encode(record)
+        after = _State(self._state.size + len(line), record.seq, is_end)
+        if not self._held and self._write(line, after):
+            if isinstance(event, _SYNCED):
+                self.sync()
+        else:
+            self._state = after._replace(size=self._state.size)
+            self._hold(_Held(line, event_name(event), is_spare))
+        return record
+
+    def sync(self) -> None:
+        """Have the operating system write to the disk what it has, against power loss."""
+        with suppress(OSError, AttributeError):  # no such call on macOS
+            os.fdatasync(self._fd)
+
+    def catch_up(self) -> None:
+        """Try once more to write what could not be written."""
+        while self._held:
+            line = self._held[0].line
+            if not self._write(line, self._state._replace(size=self._state.size + len(line))):
+                break
+            self._held_bytes -= len(self._held.popleft().line)
+
+    def close(self) -> None:
+        """Close the file; calling it twice does nothing more."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _encode(self, record: Record) -> bytes:
+        files: list[Blob] = []
+        if isinstance(record.event, _WITH_FILES):
+            files = self._copy_files(record.event)
+        body = self._codec.encode(record)
+        if len(body) > MAX_LINE:
+            body = self._shorten(record, body)
+        if files:
+            return seal(b'{"blobs":' + msgspec.json.encode(files) + b"," + body[1:])
+        return seal(body)
+
+    def _copy_files(self, event: Any) -> list[Blob]:
+        if isinstance(event, ImageLogged):
+            paths, limit = [event.path] if event.path else [], float(self._max_bytes)
+        elif not self._keeps(event):
+            return []
+        elif isinstance(event, CheckpointSaved):
+            # A file that is written again and again is not worth a copy each time.
+            paths, limit = [event.path] if event.final else [], float(self._max_bytes)
+        else:
+            # Files of one name are told apart by their folders, which copies don't have.
+            names = {os.path.basename(path) for path in event.paths}
+            paths = event.paths if len(names) == len(event.paths) else []
+            limit = float(_MAX_ARTIFACT)
+        found = []
+        for path in paths:
+            room = self._max_bytes - self._state.size - self._blobs.written
+            try:
+                blob = self._blobs.add_file(path, min(limit, room))
+            except (OSError, ValueError) as error:
+                self._warn("blob", f"no copy of {path!r} can be kept: {error}")
+            else:
+                found += [blob] if blob else []
+        return found
+
+    def _shorten(self, record: Record, body: bytes) -> bytes:
+        event = msgspec.json.encode(msgspec.json.decode(body, type=_Event).event)
+        try:
+            digest = self._blobs.add_event(event) if self._fits(len(event)) else None
+        except OSError:
+            digest = None
+        if digest is None:
+            return body
+        line = {
+            "seq": record.seq,
+            "run": record.run,
+            "time": record.time,
+            "event": {"type": event_name(record.event), "blob": digest},
+            "attempt": record.attempt,
+            "rank": record.rank,
+            "schema": record.schema,
+        }
+        return msgspec.json.encode(line)
+
+    def _fits(self, size: int) -> bool:
+        return self._state.size + self._blobs.written + size <= self._max_bytes
+
+    def _record(self, event: Event, now: float) -> Record:
+        return Record(
+            seq=self._state.seq + 1,
+            run=self._run,
+            time=now,
+            event=event,
+            attempt=self.attempt,
+            rank=self.rank,
+        )
+
+    def _write(self, line: bytes, after: _State) -> bool:
+        """Write a line, and go on from the state `after` it; False if the disk won't have it."""
+        # Ctrl-C may come between any two of these lines; `_settle` then finds out what is there.
+        self._begun = after
+        try:
+            written = os.write(self._fd, line)
+            if written < len(line):  # a full disk writes short, without an error
+                os.ftruncate(self._fd, self._state.size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._begun = None
+            self._fault = error.strerror or str(error)
+            self._retry_at = self._clock() + _RETRY_S
+            self._warn(
+                "disk",
+                f"{self.folder.path} can't be written ({self._fault}); training goes on, "
+                "records wait in memory",
+            )
+            return False
+        self._state = after
+        self._begun = None
+        return True
+
+    def _settle(self) -> None:
+        """Find out whether a line whose writing was interrupted is there."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return
+        try:
+            size = os.fstat(self._fd).st_size
+            if size == begun.size:
+                self._state = begun
+            elif size > self._state.size:
+                os.ftruncate(self._fd, self._state.size)
+        except OSError as error:
+            self._warn("disk", f"{self.folder.path} can't be written: {error.strerror}")
+
+    def _declare(self, now: float) -> None:
+        """Say in the journal what was dropped since it was last said."""
+        if self._held or not self._undeclared:
+            return
+        lost = ", ".join(f"{n} {name}" for name, n in sorted(self._undeclared.items()))
+        alert = AlertRaised(
+            title="records are missing",
+            text=f"{lost} could not be kept: {self._fault}",
+            level="error",
+        )
+        record = self._record(alert, now)
+        line = self._encode(record)
+        if self._write(line, _State(self._state.size + len(line), record.seq, False)):
+            self._undeclared.clear()
+        self._retry_at = self._clock() + _RETRY_S
+
+    def _hold(self, held: _Held) -> None:
+        self._held.append(held)
+        self._held_bytes += len(held.line)
+        while self._held_bytes > _MAX_HELD:
+            # The oldest step metrics go first, then the oldest of all but the last.
+            spare = next((h for h in self._held if h.is_spare), self._held[0])
+            self._held.remove(spare)
+            self._held_bytes -= len(spare.line)
+            self._count(spare.name)
+
+    def _count(self, name: str) -> None:
+        self.dropped[name] += 1
+        self._undeclared[name] += 1
+
+    def _warn(self, what: str, text: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            logger.warning("%s", text)
+
+
+class NoJournal:
+    """Stands where no directory could be written: numbers records, and keeps none."""
+
+    folder = None
+
+    def __init__(self, run: str, attempt: int) -> None:
+        self.attempt = attempt
+        self.seq = 0
+        self.ended = False
+        self._run = run
+
+    def append(self, event: Event, now: float) -> Record:
+        """Return the event's record."""
+        self.seq += 1
+        self.ended = isinstance(event, RunEnded)
+        return Record(seq=self.seq, run=self._run, time=now, event=event, attempt=self.attempt)
+
+
+class _State(NamedTuple):
+    """How far the journal is; replaced as a whole, which nothing can interrupt."""
+
+    size: int
+    seq: int
+    ended: bool
+
+
+class _Held(NamedTuple):
+    line: bytes
+    name: str
+    is_spare: bool
+
+
+class _Event(msgspec.Struct):
+    event: msgspec.Raw
+
+
+def seal(body: bytes) -> bytes:
+    """Return a line of the journal: a JSON object with its checksum in front."""
+    rest = body[1:]
+    return b'{"crc":"%08x",%b\n' % (crc32(rest), rest)
+
+
+def unseal(line: bytes) -> bytes | None:
+    """Return the JSON object of a line (without its line feed), None if the line is damaged."""
+    rest = line[18:]
+    # The digits are compared as text: a flip of a letter's case is damage too.
+    if line[:8] == b'{"crc":"' and line[8:18] == b'%08x",' % crc32(rest):
+        return b"{" + rest
+    return None
+
+
+def write_end(folder: RunFolder, record: Record) -> bool:
+    """Write the end of an attempt whose process is gone; False if it has one by now.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    path = folder.end(record.attempt, record.rank)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    with open(temporary, "wb") as file:
+        file.write(seal(Codec().encode(record)))
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(temporary, path)  # unlike a rename, it fails where another process was first
+    except FileExistsError:
+        return False
+    finally:
+        os.unlink(temporary)
+    return True
+
+
+def _create(folder: RunFolder, attempt: int, rank: int) -> tuple[int, int]:
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL
+    while True:
+        path = folder.records(attempt, rank)
+        try:
+            fd = os.open(path, flags, 0o600)
+        except FileExistsError:  # another process was faster
+            attempt += 1
+        except OSError as error:
+            raise JournalError(f"{path} can't be created: {error.strerror}") from error
+        else:
+            try_lock(fd)
+            return fd, attempt

@@ -1,0 +1,81 @@
+"""What became of a run's records: for a person at the end of a training, and as a file."""
+
+from __future__ import annotations
+
+import shlex
+
+import msgspec
+
+from trainbus.checks import printable
+
+
+class SinkReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one run's records in one sink: taken + skipped + dead + pending = emitted."""
+
+    name: str
+    kind: str
+    taken: int = 0
+    skipped: int = 0
+    """What the sink's transforms filtered out."""
+    dead: int = 0
+    """What the sink refused three times; kept in `dead/`."""
+    pending: int = 0
+    """What waits in the journal."""
+    lost: int = 0
+    """Of what was taken: records that the tracker has no way to show, such as a broken picture."""
+    where: str | None = None
+    error: str | None = None
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+    """What each sink got of one attempt of a run."""
+
+    run: str
+    status: str
+    emitted: int
+    sinks: list[SinkReport]
+    attempt: int = 1
+    dropped: int = 0
+    """What was emitted and could not be kept: no event of the schema, or no room for it."""
+    unsaved: int = 0
+    """Of what was emitted: records that the disk had no room for, and that no replay can send."""
+    journal: str | None = None
+    config: str | None = None
+
+    @property
+    def pending(self) -> int:
+        """The records that at least one sink has not got and may still get."""
+        return max((sink.pending for sink in self.sinks), default=0)
+
+    def __str__(self) -> str:
+        """Return the receipt as the lines that a person reads at the end of a training."""
+        attempt = f", attempt {self.attempt}" if self.attempt > 1 else ""
+        lines = [f"trainbus: run {self.run} {self.status}{attempt}, {self.emitted} records"]
+        if self.dropped:
+            lines[0] += f", {self.dropped} DROPPED"
+        if self.unsaved:
+            lines[0] += f", {self.unsaved} NOT ON DISK"
+        width = max([*(len(s.name) for s in self.sinks), len("journal")])
+        for sink in self.sinks:
+            lines.append(f"  {sink.name:<{width}}  {sink.kind}: {_counts(sink)}")
+            lines += [f"  {'':<{width}}  {text}" for text in (sink.error, sink.where) if text]
+        if self.journal:
+            lines.append(f"  {'journal':<{width}}  {self.journal}")
+        if self.pending and self.journal:
+            config = shlex.quote(self.config or "trainbus.yaml")
+            command = f"trainbus replay {shlex.quote(self.journal)} -c {config}"
+            lines.append(f"  {'':<{width}}  to send the rest: {command}")
+        return "\n".join(printable(line) for line in lines)
+
+
+def _counts(sink: SinkReport) -> str:
+    counts = f"{sink.taken} taken"
+    if sink.skipped:
+        counts += f", {sink.skipped} filtered out"
+    if sink.lost:
+        counts += f", {sink.lost} of them can't be shown there"
+    if sink.pending:
+        counts += f", {sink.pending} PENDING"
+    if sink.dead:
+        counts += f", {sink.dead} REFUSED"
+    return counts
