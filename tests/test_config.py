@@ -998,8 +998,8 @@ def test_any_bytes_are_checked(tmp_path_factory: pytest.TempPathFactory, data: b
 def test_schema_describes_every_sink_that_loads() -> None:
     """The schema has the sinks that load, with their own and the common keys, and no others."""
     schema = json_schema()
-    keys = {"version", "run", "isolation", "flush_secs", "journal", "sinks"}
-    assert keys == set(schema["properties"])
+    names = {"version", "run", "isolation", "flush_secs", "journal", "sinks"}
+    assert names == set(schema["properties"])
     assert (["sinks"], False) == (schema["required"], schema["additionalProperties"])
     sink = schema["properties"]["sinks"]["additionalProperties"]
     assert ["demo", "jsonl"] == sink["properties"]["type"]["anyOf"][0]["enum"]

@@ -166,7 +166,7 @@ def test_ranks_have_files_of_their_own(folder: RunFolder) -> None:
 def test_journal_that_cannot_be_created_says_why(tmp_path: Path) -> None:
     """A run's directory that is gone is a JournalError with the path and the cause."""
     folder = RunFolder(tmp_path / "gone")
-    with pytest.raises(JournalError, match="gone/r0-a1.jsonl can't be created: No such file"):
+    with pytest.raises(JournalError, match=r"gone/r0-a1\.jsonl can't be created: No such file"):
         Journal(folder)
 
 
@@ -377,6 +377,12 @@ def test_budget_makes_no_copies_that_do_not_fit(folder: RunFolder, tmp_path: Pat
     assert [0, 1] == [len(blob_of(folder, n)) for n in range(2)]
 
 
+def mixed(call: int) -> int | BaseException | None:
+    """Fail in another way at each call."""
+    faults: list[int | BaseException | None] = [40, OSError(errno.EIO, "EIO"), 7]
+    return faults[call % 3]
+
+
 FAULTS: dict[str, Callable[[int], int | BaseException | None]] = {
     "full": lambda call: OSError(errno.ENOSPC, "No space left on device"),
     "broken": lambda call: OSError(errno.EIO, "Input/output error"),
@@ -384,7 +390,7 @@ FAULTS: dict[str, Callable[[int], int | BaseException | None]] = {
     "half": lambda call: 40,
     "nothing": lambda call: 0,
     "one byte": lambda call: 1,
-    "mixed": lambda call: [40, OSError(errno.EIO, "EIO"), 7][call % 3],  # type: ignore[return-value]
+    "mixed": mixed,
 }
 
 
@@ -481,7 +487,8 @@ def test_torn_line_that_cannot_be_cut_off_harms_no_other(
     clock = Clock()
     journal = Journal(folder, clock=clock)
     disk = Disk(journal._fd, lambda call: 40 if call == 1 else None)
-    real, failed = os.ftruncate, []
+    real = os.ftruncate
+    failed: list[int] = []
 
     def ftruncate(fd: int, length: int) -> None:
         """Fail the first time."""
@@ -818,9 +825,7 @@ def test_end_that_cannot_be_written_leaves_nothing(
     assert write_end(folder, end)
 
 
-def test_blob_that_cannot_be_written_costs_no_record(
-    folder: RunFolder, tmp_path: Path
-) -> None:
+def test_blob_that_cannot_be_written_costs_no_record(folder: RunFolder, tmp_path: Path) -> None:
     """Where no blob can be stored, arrays and long events stay in their lines."""
     folder.blobs.write_text("in the way")
     picture = tmp_path / "a.png"

@@ -101,17 +101,19 @@ def test_random_overwrites_make_up_no_record(folder: RunFolder) -> None:
         for _ in range(chance.randint(1, 3)):
             size, at = chance.randint(1, 64), chance.randrange(len(data))
             taken = chance.randrange(len(data))
-            piece = chance.choice([chance.randbytes(size), data[taken : taken + size], b"\0" * size])
+            piece = chance.choice(
+                [chance.randbytes(size), data[taken : taken + size], b"\0" * size]
+            )
             damaged[at : at + len(piece)] = piece
         path.write_bytes(damaged)
         entries, _ = read_file(folder)
-        made_up += [
-            (turn, entry) for entry in entries if as_json(entry.record) not in written
-        ]
+        made_up += [(turn, entry) for entry in entries if as_json(entry.record) not in written]
     assert [] == made_up
 
 
-def test_bytes_that_come_one_by_one_give_each_record_once(folder: RunFolder, tmp_path: Path) -> None:
+def test_bytes_that_come_one_by_one_give_each_record_once(
+    folder: RunFolder, tmp_path: Path
+) -> None:
     """A reader that follows a file returns a record with the byte that makes it whole."""
     write_journal(folder)
     data = folder.records(1).read_bytes()

@@ -24,7 +24,7 @@ from trainbus.redact import text as redacted
 Verdict: TypeAlias = Literal["retry", "later", "refused", "stop"]
 
 _TRIES = 3
-_FIRST_SIZE, _MAX_SIZE, _CALL_S = 64, 512, 0.5
+_FIRST_SIZE, _MAX_SIZE, _CALL_S = 8, 512, 0.5
 _DEAD_IN_A_ROW = 5
 _FIRST_WAIT_S, _LONGEST_WAIT_S, _JITTER = 1.0, 60.0, 0.2
 _FAILED = "failed, training goes on"
