@@ -9,6 +9,7 @@ import json
 import os
 import stat
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -564,30 +565,36 @@ def test_memory_limit_keeps_the_last_record(
     assert 51 - len(lines) == journal.dropped["metrics.logged"]
 
 
-class Interrupt:
-    """Raises KeyboardInterrupt at the k-th line of the journal's module that is run."""
+def interrupt(at: int, journal: Journal, event: ev.Event, returned: list[ev.Record]) -> bool:
+    """Append with Ctrl-C at the k-th line that is run; return whether it came before the end."""
+    left = at
+    interrupted = []
 
-    def __init__(self, at: int) -> None:
-        self.left = at
-
-    def __enter__(self) -> Interrupt:
-        """Begin to count."""
-        self._before = sys.gettrace()
-        sys.settrace(self._trace)
-        return self
-
-    def __exit__(self, *about: object) -> None:
-        """Count no more."""
-        sys.settrace(self._before)
-
-    def _trace(self, frame: FrameType, what: str, arg: Any) -> Any:
+    def trace(frame: FrameType, what: str, arg: Any) -> Any:
+        """Count the lines of the journal's module."""
+        nonlocal left
         if frame.f_code.co_filename != journals_module.__file__:
             return None
         if what == "line":
-            self.left -= 1
-            if self.left == 0:
+            left -= 1
+            if left == 0:
                 raise KeyboardInterrupt
-        return self._trace
+        return trace
+
+    def append() -> None:
+        """Append in a thread, whose end also ends the exceptions that were being handled."""
+        sys.settrace(trace)
+        try:
+            returned.append(journal.append(event, 1.0))
+        except KeyboardInterrupt:
+            interrupted.append(True)
+        finally:
+            sys.settrace(None)
+
+    thread = threading.Thread(target=append)
+    thread.start()
+    thread.join()
+    return bool(interrupted)
 
 
 SCENES: dict[str, ev.Event] = {
@@ -608,12 +615,7 @@ def test_ctrl_c_at_any_line_of_an_append_does_no_harm(tmp_path: Path, scene: str
         folder = folder_in(tmp_path, f"run{at}")
         journal = Journal(folder)
         returned = [journal.append(epoch(n), 1.0) for n in range(2)]
-        interrupted = False
-        try:
-            with Interrupt(at):
-                returned.append(journal.append(SCENES[scene], 1.0))
-        except KeyboardInterrupt:
-            interrupted = True
+        interrupted = interrupt(at, journal, SCENES[scene], returned)
         returned += [journal.append(epoch(n), 1.0) for n in range(2, 4)]
         journal.close()
         if fault := damage(folder, returned):
@@ -650,12 +652,7 @@ def test_ctrl_c_while_waiting_records_are_written_does_no_harm(
             returned = [journal.append(epoch(n), 1.0) for n in range(3)]
             disk.plan = lambda call: None
             clock.now = 60.0
-            interrupted = False
-            try:
-                with Interrupt(at):
-                    returned.append(journal.append(epoch(3), 1.0))
-            except KeyboardInterrupt:
-                interrupted = True
+            interrupted = interrupt(at, journal, epoch(3), returned)
             clock.now = 120.0
             returned += [journal.append(epoch(n), 1.0) for n in range(4, 6)]
         journal.close()
@@ -679,12 +676,7 @@ def test_ctrl_c_while_the_disk_is_full_does_no_harm(
             patch.setattr(os, "write", disk)
             returned = [journal.append(epoch(n), 1.0) for n in range(2)]
             disk.plan = lambda call: 30
-            interrupted = False
-            try:
-                with Interrupt(at):
-                    returned.append(journal.append(epoch(2), 1.0))
-            except KeyboardInterrupt:
-                interrupted = True
+            interrupted = interrupt(at, journal, epoch(2), returned)
             disk.plan = lambda call: None
             clock.now = 60.0
             returned += [journal.append(epoch(n), 1.0) for n in range(3, 5)]
@@ -703,12 +695,7 @@ def test_ctrl_c_at_the_budget_repeats_no_seq(tmp_path: Path) -> None:
         folder = folder_in(tmp_path, f"run{at}")
         journal = Journal(folder, max_bytes=300, clock=Clock())
         kept = [journal.append(epoch(n), 1.0) for n in range(3)]
-        interrupted = False
-        try:
-            with Interrupt(at):
-                journal.append(step(1), 1.0)
-        except KeyboardInterrupt:
-            interrupted = True
+        interrupted = interrupt(at, journal, step(1), [])
         kept += [journal.append(epoch(n), 1.0) for n in range(3, 5)]
         journal.close()
         if fault := damage(folder, kept, gapless=False):
@@ -765,12 +752,7 @@ def test_second_ctrl_c_does_no_harm(
             patch.setattr(os, "write", interrupted_write(journal, part))
             with pytest.raises(KeyboardInterrupt):
                 journal.append(epoch(1), 1.0)
-        interrupted = False
-        try:
-            with Interrupt(at):
-                returned.append(journal.append(epoch(2), 1.0))
-        except KeyboardInterrupt:
-            interrupted = True
+        interrupted = interrupt(at, journal, epoch(2), returned)
         returned += [journal.append(epoch(n), 1.0) for n in range(3, 5)]
         journal.close()
         if fault := damage(folder, returned):

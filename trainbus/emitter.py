@@ -7,6 +7,7 @@ Guarantees, whatever is called in whatever order: each run has one `run.started`
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import sys
 import threading
@@ -60,6 +61,7 @@ class Emitter:
         self._journal: Journal | NoJournal | None = None
         self._delivery: Delivery | None = None
         self._owner = 0
+        self._helps: bool | None = False
         self._ended_once = False
         self._warned: set[str] = set()
 
@@ -88,6 +90,10 @@ class Emitter:
             # A forked child shares the parent's files and must not write to them.
             self._warn("fork", "a forked process logs nothing: its parent has the run")
             return
+        if self._helps is None:
+            self._helps = _is_helper()
+        if self._helps:
+            return
         if getattr(delivering, "here", False):
             self._warn("sink", f"dropped {event_name(event)}: emitted by a sink")
             return
@@ -108,6 +114,10 @@ class Emitter:
                 self._busy = False
                 self._nesting = 0
                 exits.settle()
+
+    def may_be_helper(self) -> None:
+        """Find out, when the first event comes, whether this process only helps a training."""
+        self._helps = None
 
     def end(self, error: BaseException | None = None) -> None:
         """End the run that is open, if one is: as failed or stopped by `error`, else finished."""
@@ -266,10 +276,20 @@ def reopen(rebuild: Callable[[], Bus] | None) -> Emitter | MutedEmitter:
         )
         return MutedEmitter()
     try:
-        return Emitter(rebuild())
+        emitter = Emitter(rebuild())
+        emitter.may_be_helper()
+        return emitter
     except Exception as error:  # a configuration fault must not end a training that runs elsewhere
         logger.warning("this process logs nothing: %s", error)
         return MutedEmitter()
+
+
+def _is_helper() -> bool:
+    """Return whether this is a daemonic child, such as a worker of a data loader or of a pool.
+
+    Frameworks train in children that are no daemons; at the time of unpickling it can't be told.
+    """
+    return bool(multiprocessing.current_process().daemon)
 
 
 def print_receipt(receipt: Receipt) -> None:

@@ -16,7 +16,7 @@ import msgspec
 
 from trainbus.blobs import Blob, Blobs
 from trainbus.errors import JournalError
-from trainbus.events import Codec, Record, RunEnded, RunStarted, UnknownEvent
+from trainbus.events import Codec, Failure, Record, RunEnded, RunStarted, UnknownEvent
 from trainbus.journal import MAX_LINE, unseal, write_end
 from trainbus.runfolder import RunFolder, is_being_written, is_run_id, open_within
 
@@ -377,7 +377,8 @@ def recover(folder: RunFolder, *, now: float, upto: int | None = None) -> int:
             continue
         seq = last.seq if last else 0
         time = max(last.time, path.stat().st_mtime) if last else now
-        event = RunEnded(status="failed", reason=REASON_LOST)
+        error = Failure(type="ProcessLost", message=REASON_LOST)
+        event = RunEnded(status="failed", reason=REASON_LOST, error=error)
         run = last.run if last else folder.run
         end = Record(seq=seq + 1, run=run, time=time, event=event, attempt=attempt)
         count += write_end(folder, end)
