@@ -327,16 +327,21 @@ def test_long_event_is_kept_beside_the_journal(folder: RunFolder, journal: Journ
     assert 0 == file.damaged
 
 
-def test_long_event_without_room_can_be_read_back(folder: RunFolder) -> None:
-    """What finds no room as a blob any more is in its line, and is read from there."""
+@pytest.mark.parametrize(("rows", "is_kept"), [(10_000, True), (20_000, False)])
+def test_long_event_without_room_as_a_blob(rows: int, is_kept: bool, folder: RunFolder) -> None:
+    """It stays in its line, as far as lines of that length are read; else it is told of."""
     journal = Journal(folder, max_bytes=1_000)
-    table = ev.TableLogged(key="t", columns=["s"], rows=[["x" * 1_000]] * 20_000)
+    table = ev.TableLogged(key="t", columns=["s"], rows=[["x" * 1_000]] * rows)
     journal.append(table, 1.0)
     journal.append(SAMPLE[1], 1.0)
     journal.close()
     entries, file = read_file(folder)
-    assert ([1, 2], 0) == ([entry.record.seq for entry in entries], file.damaged)
-    assert table == entries[0].record.event
+    first = entries[0].record.event
+    assert (2, 0) == (len(entries), file.damaged)
+    assert (first == table) == is_kept
+    if not is_kept:
+        assert isinstance(first, ev.AlertRaised)
+        assert first.text.startswith("1 table.logged could not be kept")
 
 
 def test_budget_leaves_out_step_metrics_alone(folder: RunFolder) -> None:

@@ -327,7 +327,9 @@ def test_recover_gives_an_end_exactly_once(folder: RunFolder) -> None:
     records = read_run(reader)
     reader.close()
     assert [1, 2, 3, 4, 5] == [record.seq for record in records]
-    assert ev.RunEnded(status="failed", reason=REASON_LOST) == records[-1].event
+    error = ev.Failure(type="ProcessLost", message=REASON_LOST)
+    end = ev.RunEnded(status="failed", reason=REASON_LOST, error=error)
+    assert end == records[-1].event
     assert ("run", 1, 0) == (records[-1].run, records[-1].attempt, records[-1].rank)
     assert records[-1].time >= records[-2].time
     assert records[-1] == last_record(folder, 1)

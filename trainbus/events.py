@@ -379,7 +379,7 @@ class Codec:
             else:
                 event = self._event(tag.type, self._load(tag.blob))
         # No UTF-8, an array that is none, nesting without end, or a blob that is not there.
-        except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, OSError, OverflowError) as error:
             if isinstance(error, msgspec.DecodeError):
                 raise
             raise msgspec.DecodeError(f"found no record: {error}") from error
@@ -446,9 +446,17 @@ def _decode_other(load: Callable[..., Any] | None, expected: type, value: Any) -
         if load is not None and "blob" in value:
             return load(value["blob"], np.dtype(value["dtype"]), tuple(value["shape"]))
         # float() reads the spelled-out non-finite numbers, which numpy does not in every dtype.
-        dtype = np.dtype(value["dtype"])
+        dtype, shape = np.dtype(value["dtype"]), value["shape"]
+        # What a line declares never decides how much memory is taken.
+        is_sound = dtype.kind in _KINDS and dtype.subdtype is None
+        if not is_sound or not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError(f"refused an array of {dtype} {shape}")
+        if math.prod(shape) * dtype.itemsize > _MAX_ARRAY:
+            raise ValueError(f"refused an array of {dtype} {shape}: it has no room in a line")
         data = _unspell(value["data"]) if dtype.kind == "f" else value["data"]
-        return np.array(data, dtype=dtype).reshape(value["shape"])
+        if np.size(data) != math.prod(shape):
+            raise ValueError(f"an array of {dtype} {shape} has {np.size(data)} values")
+        return np.array(data, dtype=dtype).reshape(shape)
     raise NotImplementedError(f"no way to read a {expected.__qualname__}")
 
 
@@ -502,6 +510,8 @@ def _array_schema(_: type) -> dict[str, Any]:
     }
 
 
+_KINDS = "biufU"
+_MAX_ARRAY = 64 * 2**20
 _SPELLED = ("NaN", "Infinity", "-Infinity")
 _ENVELOPE = msgspec.json.Decoder(_Envelope)
 _TAG = msgspec.json.Decoder(_Tag)

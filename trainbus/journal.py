@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -45,6 +46,9 @@ logger = logging.getLogger("trainbus")
 
 MAX_LINE = 2**20
 """Longer events are kept as blobs."""
+
+LONGEST_LINE = 16 * MAX_LINE
+"""An event that finds no room as a blob is one long line; what is longer is no line of ours."""
 
 _MAX_HELD = 64 * 2**20
 _MAX_ARTIFACT = 64 * 2**20
@@ -108,7 +112,7 @@ class Journal:
         self._clock = clock
         self._max_bytes = max_bytes
         self._state = _State(0, 0, False)
-        self._begun: _State | None = None
+        self._begun: _Begun | None = None
         self._held: deque[_Held] = deque()
         self._held_bytes = 0
         self._retry_at = 0.0
@@ -120,7 +124,7 @@ class Journal:
     @property
     def seq(self) -> int:
         """Seq of the last record."""
-        return self._state.seq
+        return max(self._state.seq, self._held[-1].seq if self._held else 0)
 
     @property
     def ended(self) -> bool:
@@ -149,13 +153,19 @@ class Journal:
             self._count(event_name(event))
             return record
         line = self._encode(record)
+        if len(line) > LONGEST_LINE:
+            self._fault = f"{event_name(event)} has {len(line)} bytes"
+            self._warn("long", f"{self._fault} and is left out: expected at most {LONGEST_LINE}")
+            self._state = self._state._replace(seq=record.seq)
+            self._count(event_name(event))
+            return record
         after = _State(self._state.size + len(line), record.seq, is_end)
         if not self._held and self._write(line, after):
             if isinstance(event, _SYNCED):
                 self.sync()
         else:
+            self._hold(_Held(line, event_name(event), is_spare, record.seq))
             self._state = after._replace(size=self._state.size)
-            self._hold(_Held(line, event_name(event), is_spare))
         return record
 
     def sync(self) -> None:
@@ -166,10 +176,12 @@ class Journal:
     def catch_up(self) -> None:
         """Try once more to write what could not be written."""
         while self._held:
-            line = self._held[0].line
-            if not self._write(line, self._state._replace(size=self._state.size + len(line))):
+            held = self._held[0]
+            size, seq = self._state.size + len(held.line), max(self._state.seq, held.seq)
+            if not self._write(held.line, self._state._replace(size=size, seq=seq), held):
                 break
-            self._held_bytes -= len(self._held.popleft().line)
+        if not self._held:
+            self._held_bytes = 0
 
     def close(self) -> None:
         """Close the file; calling it twice does nothing more."""
@@ -236,7 +248,7 @@ class Journal:
 
     def _record(self, event: Event, now: float) -> Record:
         return Record(
-            seq=self._state.seq + 1,
+            seq=self.seq + 1,
             run=self._run,
             time=now,
             event=event,
@@ -244,17 +256,21 @@ class Journal:
             rank=self.rank,
         )
 
-    def _write(self, line: bytes, after: _State) -> bool:
-        """Write a line, and go on from the state `after` it; False if the disk won't have it."""
+    def _write(self, line: bytes, after: _State, held: _Held | None = None) -> bool:
+        """Write a line, and go on from the state `after` it; False if the disk won't have it.
+
+        `held` is the line where it waited in memory, and is taken from there.
+        """
         # Ctrl-C may come between any two of these lines; `_settle` then finds out what is there.
-        self._begun = after
+        self._settle()
+        if self._begun is not None:
+            return False
+        self._begun = _Begun(after, held)
         try:
             written = os.write(self._fd, line)
             if written < len(line):  # a full disk writes short, without an error
-                os.ftruncate(self._fd, self._state.size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            self._begun = None
             self._fault = error.strerror or str(error)
             self._retry_at = self._clock() + _RETRY_S
             self._warn(
@@ -262,24 +278,27 @@ class Journal:
                 f"{self.folder.path} can't be written ({self._fault}); training goes on, "
                 "records wait in memory",
             )
-            return False
-        self._state = after
-        self._begun = None
-        return True
+        self._settle()
+        return self._state is after
 
     def _settle(self) -> None:
-        """Find out whether a line whose writing was interrupted is there."""
-        begun, self._begun = self._begun, None
-        if begun is None:
+        """Find out whether a line whose writing was begun is there, and cut off a part of one."""
+        if self._begun is None:
             return
+        after, held = self._begun
         try:
             size = os.fstat(self._fd).st_size
-            if size == begun.size:
-                self._state = begun
+            if size == after.size:
+                self._state = after
+                if held is not None and self._held and self._held[0] is held:
+                    self._held.popleft()
             elif size > self._state.size:
                 os.ftruncate(self._fd, self._state.size)
         except OSError as error:
-            self._warn("disk", f"{self.folder.path} can't be written: {error.strerror}")
+            self._fault = error.strerror or str(error)
+            self._retry_at = self._clock() + _RETRY_S
+        else:
+            self._begun = None
 
     def _declare(self, now: float) -> None:
         """Say in the journal what was dropped since it was last said."""
@@ -347,6 +366,14 @@ class _Held(NamedTuple):
     line: bytes
     name: str
     is_spare: bool
+    seq: int
+
+
+class _Begun(NamedTuple):
+    """A line whose writing has begun: the state after it, and the line if it waited in memory."""
+
+    after: _State
+    held: _Held | None
 
 
 class _Event(msgspec.Struct):
@@ -375,12 +402,12 @@ def write_end(folder: RunFolder, record: Record) -> bool:
         OSError: it can't be written.
     """
     path = folder.end(record.attempt, record.rank)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    with open(temporary, "wb") as file:
-        file.write(seal(Codec().encode(record)))
-        file.flush()
-        os.fsync(file.fileno())
+    fd, temporary = tempfile.mkstemp(dir=folder.path, prefix=".tmp-")
     try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(seal(Codec().encode(record)))
+            file.flush()
+            os.fsync(fd)
         os.link(temporary, path)  # unlike a rename, it fails where another process was first
     except FileExistsError:
         return False

@@ -17,13 +17,10 @@ import msgspec
 from trainbus.blobs import Blob, Blobs
 from trainbus.errors import JournalError
 from trainbus.events import Codec, Failure, Record, RunEnded, RunStarted, UnknownEvent
-from trainbus.journal import MAX_LINE, unseal, write_end
+from trainbus.journal import LONGEST_LINE, unseal, write_end
 from trainbus.runfolder import RunFolder, is_being_written, is_run_id, open_within
 
 _CHUNK = 2**20
-_LONGEST = 16 * MAX_LINE
-"""An event that found no room as a blob is one long line; what is longer is no line of ours."""
-
 _START = b'{"crc":"'
 
 REASON_LOST = "the training process was killed, or ended without ending its run"
@@ -66,9 +63,13 @@ class Files:
         record, blobs = entry
         event: Any = record.event
         if isinstance(event, RunStarted):
-            if event.save_dir is None or self._may_use(event.save_dir):
-                return record
-            return _with(record, save_dir=None)
+            if event.save_dir is not None and not self._may_use(event.save_dir):
+                record = _with(record, save_dir=None)
+            resumed = event.resumed
+            if resumed and resumed.save_dir is not None and not self._may_use(resumed.save_dir):
+                resumed = msgspec.structs.replace(resumed, save_dir=None)
+                record = _with(record, resumed=resumed)
+            return record
         kept = {blob.path: blob for blob in blobs}
         if getattr(event, "path", None) is not None:
             return _with(record, path=self._find(event.path, kept))
@@ -111,7 +112,9 @@ class RecordFile:
         self._rest = b""
         self._skips = False
         self._bad = 0
-        self._last_seq: int | None = None
+        # An attempt begins with 1; the end that was written in its place has any seq.
+        is_whole = offset == 0 and not path.stem.endswith("-end")
+        self._last_seq: int | None = 0 if is_whole else None
         self.damaged = 0
         """Records that can't be read."""
         self.faults: list[str] = []
@@ -189,7 +192,7 @@ class RecordFile:
             blobs = _BLOBS.decode(body).blobs if body.startswith(b'{"blobs":') else ()
             if not is_run_id(record.run):
                 raise JournalError(f"refused a record of run {record.run[:80]!r}")
-        except (msgspec.DecodeError, JournalError) as error:
+        except (msgspec.DecodeError, JournalError, ValueError, RecursionError) as error:
             self.faults.append(str(error))
             self._bad += 1
             return
@@ -212,7 +215,7 @@ class RecordFile:
                 return False
         chunk = os.pread(self._fd, _CHUNK, self._offset + len(self._rest))
         self._rest += chunk
-        if len(self._rest) > _LONGEST and b"\n" not in chunk:
+        if len(self._rest) > LONGEST_LINE and b"\n" not in chunk:
             self._bad += not self._skips
             self._skips = True
             self._offset += len(self._rest)
@@ -285,9 +288,13 @@ class RunReader:
         parts = [main, end] if end.exists() else [main]
         for part in parts:
             while found := part.read(limit):
-                if new := [entry for entry in found if entry.record.position > self._after]:
+                new = [entry for entry in found if self._is_new(entry.record)]
+                if new:
                     return new
         return []
+
+    def _is_new(self, record: Record) -> bool:
+        return record.attempt == self._attempt and record.position > self._after
 
     def _read_extra(self) -> list[Entry]:
         codec, found = Codec(load=Blobs(self._folder).load), []

@@ -13,6 +13,7 @@ directory, and no link in it is followed.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -29,7 +30,7 @@ except ImportError:  # not on Windows, where a second writer is not noticed
     fcntl = None  # type: ignore[assignment]
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
-_RECORDS = re.compile(r"r(\d{1,6})-a(\d{1,6})\.jsonl")
+_RECORDS = re.compile(r"r(0|[1-9][0-9]{0,5})-a([1-9][0-9]{0,5})\.jsonl")
 
 
 class RunFolder:
@@ -140,7 +141,12 @@ def open_within(root: Path, path: Path) -> int:
     """
     if not path.parent.resolve().is_relative_to(root.resolve()):
         raise JournalError(f"refused {path}: it leads out of {root}")
-    fd = os.open(path, os.O_RDONLY | _NO_FOLLOW | _NO_BLOCK)
+    try:
+        fd = os.open(path, os.O_RDONLY | _NO_FOLLOW | _NO_BLOCK)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise JournalError(f"refused {path}: it is a link") from error
+        raise
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise JournalError(f"refused {path}: it is no plain file")
@@ -183,11 +189,11 @@ def try_lock(fd: int) -> bool:
 def is_being_written(path: Path) -> bool:
     """Return whether a training process still has its records file open."""
     try:
-        fd = os.open(path, os.O_RDONLY | _NO_FOLLOW)
+        fd = os.open(path, os.O_RDONLY | _NO_FOLLOW | _NO_BLOCK)
     except OSError:
         return False
     try:
-        return not try_lock(fd)
+        return stat.S_ISREG(os.fstat(fd).st_mode) and not try_lock(fd)
     finally:
         os.close(fd)
 
