@@ -29,7 +29,7 @@ _WANDB_CALLS = 2_000
 
 def metrics(step: int) -> dict[str, float]:
     """Return ten numbers."""
-    return {f: 0.5 + step for f in ("a", "b", "c", "d", "e", "f", "g", "h", "i", "j")}
+    return dict.fromkeys(("a", "b", "c", "d", "e", "f", "g", "h", "i", "j"), 0.5 + step)
 
 
 def per_call(call: Callable[[int], object], count: int) -> tuple[float, float]:

@@ -19,10 +19,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
+import itertools
+
 import shapes
 import trainbus
 
-EPOCHS = 4
+EPOCHS = 10
 CONFIG = """
 sinks:
   tracking: {type: wandb, mode: offline}
@@ -55,7 +57,7 @@ def epochs(data: Path, folder: Path, *, with_bus: bool) -> list[float]:
         with trainbus.load(folder / "config.yaml") as bus:
             bus.attach(model)
             model.train(**arguments)
-    return [after - before for before, after in zip(begun[1:], begun[2:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(begun)]
 
 
 def main() -> None:

@@ -370,8 +370,16 @@ def test_every_command_is_run_here() -> None:
 @pytest.mark.parametrize("line", commands("trainbus"), ids=lambda line: line.split()[1])
 def test_trainbus_commands_run(line: str, folder: Path) -> None:
     """Each line, with its comment and redirection, does what it says and complains of nothing."""
+    if "RUN_ID" in line:
+        (folder / "loop.py").write_text(blocks("python", "A loop of your own")[0])
+        run(folder, sys.executable, "loop.py")
+        (made,) = (path for path in (folder / "trainbus-runs").iterdir() if path.is_dir())
+        line = line.replace("RUN_ID", made.name)
     done = run(folder, "sh", "-ec", line)
     expected = {
+        "replay": "finished, 16 records",
+        "verify": "r0-a1.jsonl: 16 records, finished",
+        "show": "validation/accuracy",
         "validate": "trainbus.yaml: ok, 2 sinks: tracking (wandb), local (jsonl)\n",
         "plugins": "trainbus.sinks.jsonl:JsonlSink",
         "schema": "",

@@ -137,6 +137,7 @@ class SinkWorker:
         self._staged: deque[Entry] = deque()
         self._extra: list[bytes] = []
         self._known_attempt = 0
+        self._is_at_end = False
         self._lock_fd: int | None = None
         self._saved_at = clock()
         self._unsaved = 0
@@ -198,6 +199,10 @@ class SinkWorker:
         lanes = [lane for lane in (self.main, self._uploads) if lane is not None]
         waits = self._staged or self._reader is None or any(lane.todo for lane in lanes)
         return not waits and not any(lane.wait() for lane in lanes)
+
+    def is_complete(self) -> bool:
+        """Return whether the sink is done with every record of the attempt."""
+        return self._cursor.attempt == self._attempt and (self.done or self._is_at_end)
 
     def missing(self) -> int:
         """Return how many records the sink has not got, without touching anything."""
@@ -295,6 +300,7 @@ class SinkWorker:
         """Read the next records; False if there are none."""
         assert self._reader is not None
         self._staged.extend(self._reader.read(_BATCH))
+        self._is_at_end = not self._staged
         if not self._staged:
             return False
         attempt = self._staged[0].record.attempt

@@ -16,8 +16,18 @@ import msgspec
 
 from trainbus.blobs import Blob, Blobs
 from trainbus.errors import JournalError
-from trainbus.events import Codec, Failure, Record, RunEnded, RunStarted, UnknownEvent
-from trainbus.journal import LONGEST_LINE, unseal, write_end
+from trainbus.events import (
+    ArtifactLogged,
+    CheckpointSaved,
+    Codec,
+    Failure,
+    ImageLogged,
+    Record,
+    RunEnded,
+    RunStarted,
+    UnknownEvent,
+)
+from trainbus.journal import LONGEST_LINE, MAX_LINE, unseal, write_end
 from trainbus.runfolder import RunFolder, is_being_written, is_run_id, open_within
 
 _CHUNK = 2**20
@@ -31,6 +41,8 @@ class _Blobs(msgspec.Struct):
 
 
 _BLOBS = msgspec.json.Decoder(_Blobs)
+_NAMING_FILES = frozenset({RunStarted, ImageLogged, CheckpointSaved, ArtifactLogged})
+_TAIL = 2 * MAX_LINE
 
 
 class Entry(NamedTuple):
@@ -62,6 +74,8 @@ class Files:
         """Return the record with the paths of files as they can be opened now."""
         record, blobs = entry
         event: Any = record.event
+        if type(event) not in _NAMING_FILES:
+            return record
         if isinstance(event, RunStarted):
             if event.save_dir is not None and not self._may_use(event.save_dir):
                 record = _with(record, save_dir=None)
@@ -354,12 +368,17 @@ def last_record(folder: RunFolder, attempt: int, rank: int = 0) -> Record | None
     """Return the last record of an attempt that can be read, its end included."""
     last = None
     for path in (folder.records(attempt, rank), folder.end(attempt, rank)):
-        file = RecordFile(folder, path)
-        try:
-            while found := file.read():
-                last = found[-1].record
-        finally:
-            file.close()
+        # The last lines will do, as a rule; a reader finds its way into the midst of a file.
+        begin = max(path.stat().st_size - _TAIL, 0) if path.exists() else 0
+        for offset in (begin, 0) if begin else (0,):
+            file = RecordFile(folder, path, offset=offset)
+            try:
+                while found := file.read():
+                    last = found[-1].record
+            finally:
+                file.close()
+            if last is not None:
+                break
     return last
 
 

@@ -78,12 +78,13 @@ def replay(
     if last is None:
         raise JournalError(f"found no whole record in {folder.path}")
     files = Files(folder, trusted)
-    total = count(folder, attempts[-1])
     reports = []
     for route in routes:
         worker = SinkWorker(route, folder, files, attempt=attempts[-1], after=after, is_replay=True)
-        _drain(worker, flush_secs, partial(_tell, tell, worker, total))
+        _drain(worker, flush_secs, partial(_tell, tell, worker, last.seq))
         worker.close()
+        # What was read to its end was counted on the way.
+        total = worker.count if worker.is_complete() else count(folder, attempts[-1])
         reports.append(worker.report(total))
     receipt = Receipt(
         run=last.run,

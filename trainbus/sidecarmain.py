@@ -28,7 +28,7 @@ logger = logging.getLogger("trainbus")
 
 _SYNC_S = 1.0
 _HANGS_S = 30.0
-_NICENESS = 5
+_NICENESS = 10
 """Training goes first where both want the processor."""
 
 

@@ -49,13 +49,18 @@ class Transform:
         self._exclude = [_pattern(glob) for glob in spec.exclude]
         self._renames = [(_pattern(old), new) for old, new in spec.rename.items()]
         self._last_step: dict[str, int] = {}
+        self._changes_names = spec != TransformSpec(every=spec.every)
 
     def __call__(self, record: Record) -> Record | None:
         """Return the record as the sink shall see it, or None where nothing is left of it."""
         event: Any = record.event
+        if not self._changes_names and type(event) is not MetricsLogged:
+            return record
         if isinstance(event, MetricsLogged):
             if not self._due(event):
                 return None
+            if not self._changes_names:
+                return record
             values = {self.name(k): v for k, v in event.values.items() if self._wanted(k)}
             if not values:
                 return None
