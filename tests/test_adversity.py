@@ -44,7 +44,12 @@ TRAINING = """
     def loop(run, steps):
         for step in range(steps):
             sum(i * i for i in range(2000))
-            run.log({f"loss{i}": 1.0 / (step + i + 1) for i in range(10)}, step=step)
+            values = {f"loss{i}": 1.0 / (step + i + 1) for i in range(10)}
+            begun = time.perf_counter()
+            run.log(values, step=step)
+            took.append(time.perf_counter() - begun)
+
+    took = []
 
     with trainbus.load("config.yaml") as bus:
         with bus.run(name="adverse") as run:
@@ -55,6 +60,7 @@ TRAINING = """
     receipt = bus.receipts[0]
     print(json.dumps({
         "emitted": receipt.emitted, "dropped": receipt.dropped, "unsaved": receipt.unsaved,
+        "p99_us": round(1e6 * sorted(took)[int(0.99 * len(took))]),
         "journal": receipt.journal, "grown_mib": grown / 1024,
         "sinks": {s.name: [s.taken, s.skipped, s.dead, s.pending] for s in receipt.sinks},
     }))
@@ -91,6 +97,7 @@ def trained(
     for counts in found["sinks"].values():
         assert found["emitted"] == sum(counts)
     assert found["grown_mib"] <= 64
+    print(f"emit p99 {found['p99_us']} µs, memory +{found['grown_mib']:.1f} MiB")
     return found, done.stderr
 
 

@@ -172,7 +172,7 @@ def test_one_bad_record_costs_itself_alone(error: Exception) -> None:
     assert [1, 2, 3, 4, 6, 7, 8] == rig.taken
     assert [5] == rig.dead
     assert list(range(1, 9)) == rig.calls[0]
-    assert [1], [2] == rig.calls[1:3]
+    assert [[1], [2]] == rig.calls[1:3]
     assert 3 == rig.calls.count([5])
     assert [line(error)] == rig.reasons
     assert not rig.lane.stopped
@@ -276,10 +276,9 @@ def test_filtered_records_make_no_call() -> None:
 
 def test_the_cause_of_an_error_is_judged() -> None:
     """A library's own error is judged by what it was raised from."""
-    try:
-        raise ValueError("wrapped") from HttpError(503)
-    except ValueError as error:
-        assert "retry" == judge(error)
+    error = ValueError("wrapped")
+    error.__cause__ = HttpError(503)
+    assert "retry" == judge(error)
 
 
 def test_an_attempt_backs_off_or_stops() -> None:

@@ -556,15 +556,3 @@ def test_a_folder_that_can_not_be_written_is_one_line(sample: RunFolder, tmp_pat
     finally:
         os.chmod(other.path, 0o700)
     assert (2, "", 1) == (code, out, len(err.splitlines()))
-
-
-def test_zz(live: Live, tmp_path: Path) -> None:
-    config, kept = jsonl_config(tmp_path)
-    run("replay", live.folder, "-c", config)
-    for a, b in zip(live.lines.splitlines(), kept.read_bytes().splitlines()):
-        if a != b:
-            print("A", a[:400])
-            print("B", b[:400])
-            break
-    print(run("replay", live.folder, "-c", config)[1])
-    assert 0
