@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import copy
 import functools
+import io
 import json
 import logging
+import math
+import os
 import pickle
 import random
 import re
@@ -14,6 +18,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +26,13 @@ from unittest import mock
 
 import msgspec
 import pytest
+import yaml
 
 from support import tinytrainer
+from support.plugins import make_plugin
 from trainbus import (
     Bus,
+    JournalSpec,
     NoAdapterError,
     Receipt,
     Record,
@@ -35,26 +43,35 @@ from trainbus import (
     SinkError,
     SinkReport,
     SubscribeError,
+    config,
     registry,
 )
+from trainbus.delivery import Isolation
 from trainbus.emitter import Emitter, MutedEmitter
 from trainbus.events import (
     AlertRaised,
     EpochEnded,
     EpochStarted,
     Event,
+    ImageLogged,
     MetricsLogged,
     Resumed,
     RunEnded,
     RunStarted,
     TextLogged,
+    decode,
+    encode,
     event_name,
 )
 from trainbus.identity import MARKER
 from trainbus.testing import MemorySink, check_grammar
-from trainbus.transforms import TransformSpec
+from trainbus.testing.samples import png, sample_events
+from trainbus.transforms import Transform, TransformSpec
 
 METRICS = MetricsLogged(values={"loss": 1.0}, phase="train")
+
+WITHOUT_WAITING_S = 30.0
+"""Half of what the end of a run may wait for its sinks."""
 
 
 def quiet(receipt: Receipt) -> None:
@@ -611,13 +628,15 @@ def numbers(report: SinkReport) -> tuple[int, int, int, int]:
     return report.taken, report.skipped, report.dead, report.pending
 
 
-def deliver(*routes: Route, metrics: int = 10) -> tuple[Receipt, list[Record]]:
+def deliver(
+    *routes: Route, isolation: Isolation = "inline", metrics: int = 10
+) -> tuple[Receipt, list[Record]]:
     """Return the receipt of a run, and the records that a healthy sink beside the others got."""
     memory = MemorySink()
     bus = Bus(
         {**{route.name: route for route in routes}, "memory": memory},
         on_receipt=quiet,
-        isolation="inline",
+        isolation=isolation,
     )
     with bus.run() as run:
         for step in range(metrics):
@@ -633,22 +652,32 @@ def route(sink: Sink, **options: Any) -> Route:
     return Route(name="tested", make=lambda: sink, kind="failing", **options)
 
 
-def test_a_receipt_counts_what_was_taken() -> None:
+def wherever(test: Any) -> Any:
+    """Run a test with its sinks inside of `emit`, and once more with each in a thread."""
+    return pytest.mark.parametrize("isolation", ["inline", "thread"])(test)
+
+
+@wherever
+def test_a_receipt_counts_what_was_taken(isolation: Isolation) -> None:
     """A sink that works has taken every record, and says where they are."""
     sink = Failing()
-    receipt, records = deliver(route(sink))
+    receipt, records = deliver(route(sink), isolation=isolation)
     report = receipt.sinks[0]
     assert ((12, 0, 0, 0), "somewhere", None) == (numbers(report), report.where, report.error)
     assert records == sink.records
-    assert ["open", *["write"] * 12, "flush", "close", "where"] == sink.calls
+    batches = sink.calls.count("write")
+    assert 1 <= batches <= 12
+    assert isolation == "thread" or batches == 12
+    assert ["open", *["write"] * batches, "flush", "close", "where"] == sink.calls
     assert ("finished", 12) == (receipt.status, receipt.emitted)
 
 
-def test_a_receipt_counts_what_was_filtered_out() -> None:
+@wherever
+def test_a_receipt_counts_what_was_filtered_out(isolation: Isolation) -> None:
     """What transforms left out is neither taken nor refused."""
     spec = TransformSpec(every={"train": 5})
-    report = deliver(route(MemorySink(), transforms=spec))[0].sinks[0]
-    assert (4, 8, 0, 0) == numbers(report)
+    receipt, _ = deliver(route(MemorySink(), transforms=spec), isolation=isolation)
+    assert (4, 8, 0, 0) == numbers(receipt.sinks[0])
 
 
 def test_a_sink_that_fails_at_times_gets_the_rest(caplog: pytest.LogCaptureFixture) -> None:
@@ -661,51 +690,143 @@ def test_a_sink_that_fails_at_times_gets_the_rest(caplog: pytest.LogCaptureFixtu
     ] == warnings_of(caplog)
 
 
-def test_a_sink_that_always_fails_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
-    """After five refused records in a row the rest waits, and is tried once more at the end."""
+class Picky(MemorySink):
+    """Raises on every batch with one of some steps in it."""
+
+    def __init__(self, *steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def write(self, records: Sequence[Record]) -> None:
+        for record in records:
+            if getattr(record.event, "step", None) in self.steps:
+                raise ValueError("odd record")
+        super().write(records)
+
+
+@wherever
+def test_refused_records_are_kept_and_cost_no_other(isolation: Isolation) -> None:
+    """However records are batched, those that a sink refuses, and only those, are dead letters."""
+    sink = Picky(3, 4, 9)
+    receipt, records = deliver(route(sink), isolation=isolation)
+    assert (9, 0, 3, 0) == numbers(receipt.sinks[0])
+    refused = [
+        r for r in records if isinstance(r.event, MetricsLogged) and r.event.step in (3, 4, 9)
+    ]
+    assert [record for record in records if record not in refused] == sink.records
+    (file,) = Path(receipt.journal or "", "dead").iterdir()
+    letters = [json.loads(line) for line in file.read_text().splitlines()]
+    assert ["ValueError: odd record"] * 3 == [letter["error"] for letter in letters]
+    assert refused == [decode(json.dumps(letter["record"])) for letter in letters]
+
+
+@wherever
+def test_a_sink_that_always_fails_is_left_alone(
+    isolation: Isolation, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After five refused records in a row the rest waits, and delays neither training nor end."""
     sink = Failing("write", "flush", "close", "where")
-    report = deliver(route(sink))[0].sinks[0]
-    assert (0, 0, 5, 7) == numbers(report)
-    assert 5 * 3 + 2 == sink.calls.count("write")
-    assert "close" in sink.calls
+    begun = time.monotonic()
+    receipt, _ = deliver(route(sink), isolation=isolation)
+    assert time.monotonic() - begun < WITHOUT_WAITING_S
+    assert (0, 0, 5, 7) == numbers(receipt.sinks[0])
+    assert 5 * 3 < sink.calls.count("write") < 5 * 3 + 10
+    assert 1 == sink.calls.count("close")
     first, last = warnings_of(caplog)
     assert "training goes on" in first
     assert "refused 5 records in a row; the others wait in the journal" in last
+    assert "to send the rest: trainbus replay" in str(receipt)
 
 
-def test_a_sink_that_can_not_be_opened_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+@wherever
+@pytest.mark.parametrize("where", ["open", "write"])
+def test_a_network_that_comes_back_costs_nothing(where: str, isolation: Isolation) -> None:
+    """What failed for the network's sake is tried again, and the sink then has everything."""
+    sink = Failing(where, times=1, error=ConnectionError("no route"))
+    receipt, records = deliver(route(sink), isolation=isolation)
+    assert ((12, 0, 0, 0), None) == (numbers(receipt.sinks[0]), receipt.sinks[0].error)
+    assert records == sink.records
+
+
+@wherever
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "disk full"), "OSError: [Errno 28] disk full"),
+        (PermissionError("not yours"), "PermissionError: not yours"),
+        (ImportError("no module"), "ImportError: no module"),
+    ],
+)
+def test_what_is_no_records_fault_makes_no_dead_letters(
+    error: Exception, said: str, isolation: Isolation
+) -> None:
+    """A full disk or a refused login kills no record: all wait, and nobody waits for them."""
+    begun = time.monotonic()
+    receipt, _ = deliver(route(Failing("write", error=error)), isolation=isolation)
+    assert time.monotonic() - begun < WITHOUT_WAITING_S
+    assert ((0, 0, 0, 12), said) == (numbers(receipt.sinks[0]), receipt.sinks[0].error)
+
+
+@wherever
+def test_a_sink_that_can_not_be_opened_is_left_out(
+    isolation: Isolation, caplog: pytest.LogCaptureFixture
+) -> None:
     """One line says why; training goes on, and the sink may let go of what it had begun."""
     sink = Failing("open", error=SinkError("can't\nlog in"))
-    report = deliver(route(sink))[0].sinks[0]
+    report = deliver(route(sink), isolation=isolation)[0].sinks[0]
     assert ((0, 0, 0, 12), "can't log in") == (numbers(report), report.error)
     assert ["open", "close"] == sink.calls
-    (text,) = warnings_of(caplog)
-    assert text.endswith("can't be opened, training goes on without it: can't log in")
+    assert [
+        "sink 'tested' (failing) can't be opened, training goes on without it: can't log in"
+    ] == warnings_of(caplog)
 
 
-def test_a_sink_that_can_not_be_made_is_left_out() -> None:
+@wherever
+def test_a_sink_that_can_not_be_made_is_left_out(isolation: Isolation) -> None:
     """A constructor that raises is like a sink that can't be opened."""
 
     def make() -> Sink:
         raise ValueError("no such option")
 
-    report = deliver(Route(name="tested", make=make, kind="failing"))[0].sinks[0]
+    failing = Route(name="tested", make=make, kind="failing")
+    report = deliver(failing, isolation=isolation)[0].sinks[0]
     assert ((0, 0, 0, 12), "ValueError: no such option") == (numbers(report), report.error)
 
 
-def test_on_error_raise_stops_the_training() -> None:
+@wherever
+@pytest.mark.parametrize("error", [ValueError("odd record"), OSError(28, "disk full")])
+def test_on_error_raise_stops_the_training(error: Exception, isolation: Isolation) -> None:
     """Where the user wants no training without the sink, the error leaves `emit`, once."""
     memory = Failing()
-    routes = {"memory": memory, "tested": route(Failing("open"), on_error="raise")}
-    listener = Listener(routes)
-    with pytest.raises(
-        SinkError, match=r"'tested' \(failing\) can't be opened: ValueError: odd record"
-    ):
+    tested = route(Failing("open", error=error), on_error="raise")
+    listener = Listener({"memory": memory, "tested": tested}, isolation=isolation)
+    said = f"sink 'tested' (failing) can't be opened: {type(error).__name__}: {error}"
+    with pytest.raises(SinkError) as raised:
         listener.bus.emit(RunStarted())
+    assert said == str(raised.value)
     listener.bus.emit(METRICS)
     listener.bus.close()
+    assert [] == check_grammar(listener.records)
     assert ["run.started", "run.ended"] == listener.names
-    assert ["open", "write", "write", "flush", "close", "where"] == memory.calls
+    ended = listener.records[-1].event
+    assert isinstance(ended, RunEnded)
+    assert ("failed", f"SinkError: {said}") == (ended.status, ended.reason)
+    assert listener.records == memory.records
+    assert ["open", "flush", "close", "where"] == [c for c in memory.calls if c != "write"]
+    (receipt,) = listener.bus.receipts
+    assert "failed" == receipt.status
+    assert [(2, 0, 0, 0), (0, 0, 0, 2)] == [numbers(report) for report in receipt.sinks]
+
+
+@pytest.mark.parametrize("isolation", ["inline", "thread", "process"])
+def test_on_error_raise_holds_for_a_configured_sink(isolation: Isolation, tmp_path: Path) -> None:
+    """The error of a sink in another process leaves `run.started` like that of one in this."""
+    (tmp_path / "file").write_text("no folder")
+    bus = configured(isolation, path=tmp_path / "file" / "out.jsonl", on_error="raise")
+    with pytest.raises(SinkError, match=r"^sink 'local' \(jsonl\) can't be opened: can't write /"):
+        bus.run().__enter__()
+    (receipt,) = bus.receipts
+    assert ("failed", (0, 0, 0, 2)) == (receipt.status, numbers(receipt.sinks[0]))
 
 
 @pytest.mark.parametrize("where", ["open", "write", "flush", "close"])
@@ -719,13 +840,12 @@ def test_ctrl_c_in_a_sink_loses_nothing(where: str) -> None:
         run.log({"loss": 1.0})
     assert error is raised.value
     listener.bus.close()
-    assert listener.records == memory.records
-    if where == "open":
-        return
+    assert listener.records == memory.records == slow.records
     assert [] == check_grammar(memory.records)
     (receipt,) = listener.bus.receipts
     for report in receipt.sinks:
-        assert receipt.emitted == len(memory.records) == sum(numbers(report))
+        assert (receipt.emitted, 0, 0, 0) == numbers(report)
+    assert receipt.emitted == len(memory.records)
 
 
 @pytest.mark.parametrize("kind", [RunStarted, MetricsLogged, RunEnded])
@@ -767,7 +887,7 @@ def test_a_receipt_is_readable() -> None:
     assert "to send the rest: trainbus replay '/runs/run 1' -c c.yaml" in str(receipt)
 
 
-def test_receipts_are_printed_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+def test_receipts_are_printed_on_stderr(journals: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By default the receipt is printed where trainers print; a bus without sinks prints none."""
     with Bus({"memory": MemorySink}).run(name="printed"):
         pass
@@ -776,7 +896,10 @@ def test_receipts_are_printed_on_stderr(capsys: pytest.CaptureFixture[str]) -> N
     captured = capsys.readouterr()
     assert "" == captured.out
     assert captured.err.startswith("trainbus: run printed_")
-    assert "finished, 2 records\n  memory   MemorySink: 2 taken\n  journal  /" in captured.err
+    run = captured.err.split()[2]
+    assert captured.err.endswith(
+        f" finished, 2 records\n  memory   MemorySink: 2 taken\n  journal  {journals / run}\n"
+    )
     assert 1 == captured.err.count("trainbus: run")
 
 
@@ -807,6 +930,344 @@ def test_a_sink_is_opened_with_the_names_it_will_see() -> None:
     assert RunStarted(name="n", goals={"acc": "max"}) == sink.run.started == sink.events[0]
     assert sink.records[0].run == sink.run.id
     bus.close()
+
+
+# Where sinks run
+
+
+def configured(isolation: Isolation, /, **keys: object) -> Bus:
+    """Return a bus with one sink that is configured, and that another process can make again."""
+    file = {"isolation": isolation, "sinks": {"local": {"type": "jsonl", **keys}}}
+    return config.loads(json.dumps(file, default=str))
+
+
+TRANSFORMS = {
+    "include": ["train/*", "lr", "curves/*", "nan"],
+    "exclude": ["train/box*"],
+    "rename": {"train/*": "t/*"},
+    "every": {"train": 10},
+}
+
+
+@pytest.mark.parametrize("keys", [{}, TRANSFORMS], ids=["plain", "transformed"])
+@pytest.mark.parametrize("isolation", ["inline", "thread", "process", "auto"])
+def test_a_sink_gets_the_same_wherever_it_runs(
+    isolation: Isolation,
+    keys: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A configured sink has the records that its transforms let through, as they were heard."""
+    heard: list[Record] = []
+    bus = configured(isolation, path=tmp_path / "out.jsonl", **keys)
+    bus.subscribe(heard.append)
+    with bus:
+        for event in sample_events(tmp_path / "samples"):
+            bus.emit(event)
+    assert [] == check_grammar(heard)
+    transform = Transform(msgspec.convert(keys, TransformSpec))
+    wanted = [seen for seen in map(transform, heard) if seen is not None]
+    assert len(wanted) > 10
+    stored = (tmp_path / "out.jsonl").read_bytes().splitlines()
+    assert [encode(record) for record in wanted] == stored
+    (receipt,) = bus.receipts
+    assert (len(wanted), len(heard) - len(wanted), 0, 0) == numbers(receipt.sinks[0])
+    assert str(tmp_path / "out.jsonl") == receipt.sinks[0].where
+    assert f"{receipt}\n" == capsys.readouterr().err
+
+
+@pytest.mark.parametrize("isolation", ["inline", "thread"])
+def test_a_sink_object_gets_what_subscribers_heard(isolation: Isolation, tmp_path: Path) -> None:
+    """A sink that is an object has the run's records when the run has ended, arrays included."""
+    memory = MemorySink()
+    listener = Listener({"memory": memory}, isolation=isolation)
+    with listener.bus as bus:
+        for event in sample_events(tmp_path / "samples"):
+            bus.emit(event)
+    wanted = list(filter(Transform(TransformSpec()), listener.records))
+    assert without_files(wanted) == without_files(memory.records)
+
+
+@wherever
+def test_a_sink_is_given_a_picture_as_it_was(isolation: Isolation, tmp_path: Path) -> None:
+    """The trainer may overwrite a picture at once; a sink that reads no files gets its own path."""
+
+    class Names(MemorySink):
+        reads_files = False
+
+    picture = tmp_path / "batch.png"
+    picture.write_bytes(png(4, 3))
+    reads, names = MemorySink(), Names()
+    bus = Bus({"reads": reads, "names": names}, on_receipt=quiet, isolation=isolation)
+    with bus.run() as run:
+        run.image("batch", picture)
+        picture.write_bytes(b"")
+    (path,) = [event.path for event in reads.events if isinstance(event, ImageLogged)]
+    assert png(4, 3) == Path(path or "").read_bytes()
+    assert [str(picture)] == [e.path for e in names.events if isinstance(e, ImageLogged)]
+
+
+def without_files(records: Sequence[Record]) -> list[bytes]:
+    """Return records as JSON, without the paths that are those of copies in a sink."""
+    return [
+        encode(msgspec.structs.replace(r, event=msgspec.structs.replace(r.event, path=None)))
+        if isinstance(r.event, ImageLogged)
+        else encode(r)
+        for r in records
+    ]
+
+
+WITNESS = """
+    import os, threading
+    from trainbus import Options, Sink
+
+    class WitnessOptions(Options, frozen=True, kw_only=True):
+        path: str
+
+    class Witness(Sink):
+        Options = WitnessOptions
+
+        def write(self, records):
+            with open(self.options.path, "w") as file:
+                file.write(f"{os.getpid()} {threading.get_ident()}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("of_bus", "of_sink", "expected"),
+    [
+        ("auto", None, "process"),
+        ("process", None, "process"),
+        ("thread", None, "thread"),
+        ("inline", None, "inline"),
+        ("inline", "process", "process"),
+        ("process", "inline", "inline"),
+        ("auto", "thread", "thread"),
+    ],
+)
+def test_a_sink_runs_where_it_is_told_to(
+    of_bus: Isolation,
+    of_sink: Isolation | None,
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The bus says where sinks run, a sink's own word goes first, and `auto` is a process."""
+    plugins = make_plugin(tmp_path / "plugins", "witness", WITNESS, "Witness")
+    monkeypatch.syspath_prepend(plugins)
+    own = {} if of_sink is None else {"isolation": of_sink}
+    bus = configured(of_bus, type="witness", path=tmp_path / "seen", **own)
+    with bus.run():
+        pass
+    process, thread = map(int, (tmp_path / "seen").read_text().split())
+    where = "process" if process != os.getpid() else "thread"
+    assert expected == ("inline" if thread == threading.get_ident() else where)
+
+
+SHAPES = """
+    import datetime
+    from typing import Literal
+    import msgspec
+    from trainbus import Options, Sink
+
+    class Server(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
+        host_name: str
+        retries: int = 0
+
+    class ShapesOptions(Options, frozen=True, kw_only=True):
+        path: str
+        rate: float = 1.0
+        limit: float = 1.0
+        big: int = 0
+        tags: tuple[str, ...] = ()
+        words: set[str] = set()
+        labels: dict[str, list[int]] = {}
+        mode: Literal["a", "b"] | None = None
+        server: Server | None = None
+        since: datetime.date | None = None
+
+    class Shapes(Sink):
+        Options = ShapesOptions
+
+        def write(self, records):
+            with open(self.options.path, "w", encoding="utf-8") as file:
+                file.write(repr(self.options))
+"""
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"rate": 1e-9, "big": 2**63, "tags": ["a", "é"], "words": ["x"], "mode": "b"},
+        {"labels": {"1": [1], "": []}, "server": {"hostName": "h"}, "since": "2024-02-29"},
+        {"rate": math.inf, "limit": -math.inf},
+    ],
+    ids=["defaults", "plain", "nested", "infinite"],
+)
+def test_options_are_the_same_in_another_process(
+    given: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a file says of a sink is what the sink is made with, wherever it is made."""
+    monkeypatch.syspath_prepend(make_plugin(tmp_path / "plugins", "shapes", SHAPES, "Shapes"))
+    path, found = tmp_path / "options", []
+    for isolation in ("inline", "process"):
+        sink = {"type": "shapes", "path": str(path), "isolation": isolation, **given}
+        bus = config.loads(yaml.safe_dump({"sinks": {"a": sink}}))
+        with bus.run():
+            pass
+        assert (2, 0, 0, 0) == numbers(bus.receipts[0].sinks[0])
+        found.append(path.read_text(encoding="utf-8"))
+    assert found[0] == found[1]
+
+
+def test_an_object_can_not_run_in_another_process(caplog: pytest.LogCaptureFixture) -> None:
+    """A sink that is an object gets a thread instead, has everything, and one line says so."""
+    memory = MemorySink()
+    listener = Listener({"memory": memory}, isolation="process")
+    with listener.bus.run() as run:
+        run.log({"loss": 1.0})
+    assert listener.records == memory.records
+    assert (3, 0, 0, 0) == numbers(listener.bus.receipts[0].sinks[0])
+    assert [
+        "sink 'memory' is an object of this process, so it runs in a thread instead of a process"
+    ] == warnings_of(caplog)
+
+
+@pytest.mark.parametrize("isolation", ["inline", "thread", "process"])
+def test_a_receipt_is_saved_beside_the_journal(
+    isolation: Isolation, journals: Path, tmp_path: Path
+) -> None:
+    """`receipt.json` in the run's directory is the receipt that the user saw, and adds up."""
+    bus = configured(isolation, path=tmp_path / "out.jsonl", every={"train": 5})
+    with bus.run(name="saved") as run:
+        for step in range(10):
+            run.log({"loss": 1.0}, step=step)
+    (receipt,) = bus.receipts
+    assert str(journals / receipt.run) == receipt.journal
+    saved = (journals / receipt.run / "receipt.json").read_bytes()
+    assert receipt == msgspec.json.decode(saved, type=Receipt)
+    assert (12, 12) == (receipt.emitted, sum(numbers(receipt.sinks[0])))
+    lines = (journals / receipt.run / "r0-a1.jsonl").read_bytes().splitlines()
+    assert receipt.emitted == len(lines)
+
+
+def test_the_end_waits_no_longer_than_it_may() -> None:
+    """A sink that hangs costs `flush_secs`; what it did not take is pending, and was not lost."""
+    hangs = threading.Event()
+
+    class Hanging(MemorySink):
+        def write(self, records: Sequence[Record]) -> None:
+            hangs.wait(WITHOUT_WAITING_S)
+            super().write(records)
+
+    sink, other = Hanging(), MemorySink()
+    bus = Bus({"sink": sink, "other": other}, on_receipt=quiet, flush_secs=0.2)
+    begun = time.monotonic()
+    with bus.run() as run:
+        run.log({"loss": 1.0})
+    took = time.monotonic() - begun
+    hangs.set()
+    assert 0.2 <= took < WITHOUT_WAITING_S
+    assert [(0, 0, 0, 3), (3, 0, 0, 0)] == [numbers(each) for each in bus.receipts[0].sinks]
+    assert "3 PENDING" in str(bus.receipts[0])
+    assert "hangs since" in (bus.receipts[0].sinks[0].error or "")
+
+
+GATED = """
+    import os, time
+    from trainbus import Options, Sink
+
+    class GatedOptions(Options, frozen=True, kw_only=True):
+        gate: str
+
+    class Gated(Sink):
+        Options = GatedOptions
+
+        def write(self, records):
+            until = time.monotonic() + 60
+            while not os.path.exists(self.options.gate) and time.monotonic() < until:
+                time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+def test_ctrl_c_while_sinks_are_waited_for_tells_what_they_got(
+    isolation: Isolation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C ends the waiting: who has everything is said to have it, the rest is pending."""
+    monkeypatch.syspath_prepend(make_plugin(tmp_path / "plugins", "gated", GATED, "Gated"))
+    gate = tmp_path / "gate"
+    kept = {"type": "jsonl", "path": str(tmp_path / "out.jsonl")}
+    slow = {"type": "gated", "gate": str(gate)}
+    bus = config.loads(json.dumps({"isolation": isolation, "sinks": {"kept": kept, "slow": slow}}))
+
+    class Screen(io.StringIO):
+        def write(self, text: str) -> int:
+            if "waiting for the sinks" in text:
+                threading.Thread(target=_thread.interrupt_main).start()
+            return super().write(text)
+
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with pytest.raises(KeyboardInterrupt), bus.run() as run:
+        run.log({"loss": 1.0})
+    gate.touch()
+    (receipt,) = bus.receipts
+    assert "finished" == receipt.status
+    assert [(3, 0, 0, 0), (0, 0, 0, 3)] == [numbers(report) for report in receipt.sinks]
+    assert 1 == screen.getvalue().count("to send the rest: trainbus replay")
+
+
+@pytest.mark.parametrize("names", [("val/loss", "val_loss"), ("x" * 90, "x" * 91), ("a", ".a")])
+def test_sinks_with_similar_names_are_two(names: tuple[str, str]) -> None:
+    """Names that no file can have, or that differ only far behind, keep their sinks apart."""
+    sinks = {name: MemorySink() for name in names}
+    bus = Bus(sinks, on_receipt=quiet, flush_secs=5.0)
+    with bus.run() as run:
+        run.log({"loss": 1.0})
+    assert [(3, 0, 0, 0)] * 2 == [numbers(report) for report in bus.receipts[0].sinks]
+    assert [3, 3] == [len(sink.records) for sink in sinks.values()]
+
+
+def test_what_a_sink_emits_does_not_come_back(caplog: pytest.LogCaptureFixture) -> None:
+    """A sink that logs to its own bus would hear itself for ever; a line says what was dropped."""
+    bus: Bus
+
+    class Echo(MemorySink):
+        def write(self, records: Sequence[Record]) -> None:
+            super().write(records)
+            bus.emit(METRICS)
+
+    echo = Echo()
+    bus = Bus({"echo": echo}, on_receipt=quiet)
+    bus.emit(RunStarted())
+    bus.close()
+    assert ["run.started", "run.ended"] == [event_name(event) for event in echo.events]
+    assert ["dropped metrics.logged: emitted by a sink"] == warnings_of(caplog)
+
+
+def test_secrets_reach_nobody(tmp_path: Path) -> None:
+    """Params that look like secrets, or are named in `redact`, are replaced for all that listen."""
+    memory = MemorySink()
+    spec = JournalSpec(dir=str(tmp_path / "runs"), redact=["house_rule"])
+    listener = Listener({"memory": memory}, journal=spec)
+    params = {
+        "lr": 0.1,
+        "api_key": "k-3f9a7c21d5e8",
+        "house_rule": "b4n4na",
+        "deep": {"password": "hunter2"},
+    }
+    with listener.bus.run(params=params):
+        pass
+    hidden = "[redacted]"
+    expected = {"lr": 0.1, "api_key": hidden, "house_rule": hidden, "deep": {"password": hidden}}
+    for records in (listener.records, memory.records):
+        started = records[0].event
+        assert isinstance(started, RunStarted)
+        assert expected == started.params
+    (journal,) = (tmp_path / "runs").glob("*/r0-a1.jsonl")
+    assert [] == [s for s in ("3f9a7c21", "b4n4na", "hunter2") if s in journal.read_text()]
 
 
 # What is hung into a framework

@@ -9,6 +9,8 @@ import json
 import os
 import pickle
 import re
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -23,7 +25,17 @@ from msgspec import Meta
 from typer.testing import CliRunner
 
 import trainbus
-from trainbus import Bus, ConfigError, Options, Record, RunDefaults, Sink, config, registry
+from trainbus import (
+    Bus,
+    ConfigError,
+    JournalSpec,
+    Options,
+    Record,
+    RunDefaults,
+    Sink,
+    config,
+    registry,
+)
 from trainbus.cli import app
 from trainbus.schema import SINK_KEYS, json_schema
 from trainbus.transforms import TransformSpec
@@ -209,7 +221,7 @@ sink:
 --> :1: sink: found an unknown key, expected one of flush_secs, isolation, journal, run, sinks, version, did you mean 'sinks'?
 --> :1: sinks: found nothing, expected a mapping of one name or more to sinks
 
-=== journal
+=== journal and where sinks run
 journal: {dirr: x, max_bytes: 5, redact: x}
 isolation: proces
 flush_secs: -1
@@ -220,6 +232,39 @@ sinks: {a: {type: jsonl, isolation: forked}}
 --> :2: isolation: found 'proces', expected one of 'auto', 'inline', 'process', 'thread', did you mean 'process'?
 --> :3: flush_secs: found the number -1, expected a number (at least 0)
 --> :4: sinks.a.isolation: found 'forked', expected one of 'auto', 'inline', 'process', 'thread', did you mean 'thread'?
+
+=== journal a text
+journal: runs
+sinks: {a: {type: jsonl}}
+--> :1: journal: found 'runs', expected a mapping
+
+=== journal nowhere
+journal: {dir: ""}
+sinks: {a: {type: jsonl}}
+--> :1: journal.dir: found '', expected a text (at least 1 long)
+
+=== journal of half a byte
+journal:
+  max_bytes: 1048576.5
+  redact: [key, 5]
+sinks: {a: {type: jsonl}}
+--> :2: journal.max_bytes: found the number 1048576.5, expected a whole number (at least 1048576)
+--> :3: journal.redact[1]: found the number 5, expected a text (write it in quotes)
+
+=== isolation is true
+isolation: on
+sinks: {a: {type: jsonl}}
+--> :1: isolation: found true, expected one of 'auto', 'inline', 'process', 'thread'
+
+=== flush_secs is no number
+flush_secs: 10s
+sinks: {a: {type: jsonl}}
+--> :1: flush_secs: found '10s', expected a number (at least 0)
+
+=== flush_secs is not a number
+flush_secs: .nan
+sinks: {a: {type: jsonl}}
+--> :1: flush_secs: found the number nan, expected a number (at least 0)
 
 === version
 version: 2
@@ -719,6 +764,67 @@ def test_good_file() -> None:
     assert sink is not tracking.make()
 
 
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What each bus was made with, in the place of the buses."""
+    found: list[dict[str, Any]] = []
+
+    def make(sinks: dict[str, Any], **options: Any) -> Bus:
+        found.append(options)
+        return Bus(sinks)
+
+    monkeypatch.setattr(config, "Bus", make)
+    return found
+
+
+def test_where_sinks_run_and_what_the_journal_holds(
+    made: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file says it for all sinks and for each, and variables may stand for values."""
+    monkeypatch.setenv("WHERE", "thread")
+    monkeypatch.setenv("SECS", "2.5")
+    bus = config.loads(
+        """
+        isolation: ${WHERE}
+        flush_secs: ${SECS}
+        journal: {dir: "~/runs", max_bytes: 2097152, redact: [house_rule]}
+        sinks:
+          one: {type: jsonl, isolation: process}
+          two: {type: jsonl}
+        """,
+        name="a.yaml",
+    )
+    (given,) = made
+    spec = JournalSpec(dir="~/runs", max_bytes=2**21, redact=["house_rule"])
+    assert ("thread", 2.5, spec) == (given["isolation"], given["flush_secs"], given["journal"])
+    assert "a.yaml" == given["config"]
+    assert ["process", None] == [route.isolation for route in bus.routes]
+    assert [{"path": "trainbus-runs/{run}.jsonl"}] * 2 == [route.options for route in bus.routes]
+
+
+@pytest.mark.parametrize("text", ["", "journal:\n", "journal: {}\n"])
+def test_journal_and_isolation_may_be_left_out(text: str, made: list[dict[str, Any]]) -> None:
+    """What a file leaves out, or comments out, is as a bus has it by itself."""
+    config.loads(text + ONE_SINK)
+    (given,) = made
+    assert given["journal"] in (None, JournalSpec())
+    assert ("auto", 60.0) == (given["isolation"], given["flush_secs"])
+
+
+@pytest.mark.parametrize("secs", ["0", "0.5", "1e3", ".inf"])
+def test_every_time_that_is_taken_works(
+    secs: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sink gets the whole run, whichever time the file lets the end wait for it."""
+    with config.loads(f"flush_secs: {secs}\n{ONE_SINK}").run() as run:
+        run.log({"loss": 1.0})
+        file, deadline = folder / "trainbus-runs" / f"{run.id}.jsonl", time.monotonic() + 30
+        while not (file.exists() and file.read_bytes()) and time.monotonic() < deadline:
+            threading.Event().wait(0.01)
+    assert 3 == len(file.read_text().splitlines())
+    assert "a        jsonl: 3 taken\n" in capsys.readouterr().err
+
+
 def test_common_keys_are_all_transforms() -> None:
     """Every transform is a key of every sink, so that none is missing in the file."""
     own = {"type", "on_error", "isolation"}
@@ -940,6 +1046,7 @@ def test_examples_are_all_there() -> None:
 # Whatever the text ------------------------------------------------------------------------------
 
 SPLINTERS = """version run sinks type jsonl wandb path include exclude rename every on_error train
+    isolation process flush_secs journal dir max_bytes redact
     project tags mode offline 1 0 -1 .nan .inf 1e9 yes null ~ 2024-01-01 << * &a *a ! !!int !!set ? -
     : [ ] { } | > # ' " % @ ` , --- ... ${ ${PATH} ${PATH:-x} ${NOT_SET_ANYWHERE} $${ $ é 漢"""
 WORDS = st.sampled_from([*SPLINTERS.split(), "\\", "\u2028", "\x85"])
@@ -954,12 +1061,18 @@ FILES = st.fixed_dictionaries(
     optional={
         "version": VALUES,
         "run": VALUES | st.dictionaries(WORDS, VALUES, max_size=4),
+        "isolation": VALUES,
+        "flush_secs": VALUES,
+        "journal": VALUES
+        | st.fixed_dictionaries({}, optional=dict.fromkeys(("dir", "max_bytes", "redact"), VALUES)),
         "sinks": VALUES
         | st.dictionaries(
             WORDS,
             st.fixed_dictionaries(
                 {"type": st.sampled_from(["jsonl", "wandb"])},
-                optional=dict.fromkeys(("path", "mode", "include", "rename", "tags"), VALUES),
+                optional=dict.fromkeys(
+                    ("path", "mode", "include", "rename", "tags", "isolation"), VALUES
+                ),
             ),
             max_size=3,
         ),
@@ -1010,8 +1123,14 @@ def test_schema_describes_every_sink_that_loads() -> None:
     assert "Keeps nothing." == demo["description"]
     assert "What the run belongs to" == demo["properties"]["project"]["description"]
     ours = {key: demo["properties"][key] for key in SINK_KEYS if key != "type"}
-    keys = [*ours.values(), *schema["$defs"]["RunDefaults"]["properties"].values()]
+    parts = [schema["$defs"][name]["properties"] for name in ("RunDefaults", "JournalSpec")]
+    keys = [*ours.values(), *(key for part in parts for key in part.values())]
+    # What stands for each sink is described by the sink.
+    keys += [key for name, key in schema["properties"].items()]
     assert [] == [key for key in keys if not key.get("description")]
+    assert {"auto", "process", "thread", "inline"} == set(
+        schema["properties"]["isolation"]["anyOf"][0]["enum"]
+    )
 
 
 def test_schema_of_sinks_with_the_same_options(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1062,6 +1181,17 @@ def test_schema_lets_variables_stand_for_scalars() -> None:
         ("version: 2\nsinks: {a: {type: jsonl}}", False),
         ("run: {nmae: x}\nsinks: {a: {type: jsonl}}", False),
         ("jurnal: {}\nsinks: {a: {type: jsonl}}", False),
+        ("journal: {}\nisolation: inline\nflush_secs: 0\nsinks: {a: {type: jsonl}}", True),
+        ("journal:\nsinks: {a: {type: jsonl, isolation: thread}}", True),
+        ("journal: {dir: x, max_bytes: 1048576, redact: [a]}\nsinks: {a: {type: jsonl}}", True),
+        ("isolation: ${MODE:-auto}\nflush_secs: ${S:-1}\nsinks: {a: {type: jsonl}}", True),
+        ("journal: {max_bytes: 1048575}\nsinks: {a: {type: jsonl}}", False),
+        ("journal: {dri: x}\nsinks: {a: {type: jsonl}}", False),
+        ("journal: {dir: ''}\nsinks: {a: {type: jsonl}}", False),
+        ("isolation: forked\nsinks: {a: {type: jsonl}}", False),
+        ("isolation:\nsinks: {a: {type: jsonl}}", False),
+        ("flush_secs: -0.1\nsinks: {a: {type: jsonl}}", False),
+        ("sinks: {a: {type: jsonl, isolation: forked}}", False),
     ],
 )
 def test_schema_agrees_with_the_loader(

@@ -20,8 +20,13 @@ from support import nursery, train
 from support.plugins import make_plugin
 from support.trained import train_once
 from support.wandb_file import find_runs, read_finished
-from trainbus.events import EpochEnded
-from trainbus.testing import check_grammar
+from trainbus.delivery import Route, SinkWorker
+from trainbus.events import EpochEnded, RunEnded, RunStarted
+from trainbus.journal import Journal
+from trainbus.reading import Files
+from trainbus.runfolder import RunFolder
+from trainbus.testing import MemorySink, check_grammar
+from trainbus.workers import ThreadedWorker
 
 _DEADLINE_S = 60.0
 _KILLS = 200
@@ -236,3 +241,22 @@ def test_a_killed_yolo_that_is_resumed_is_one_run(hook: str, tmp_path: Path, dat
     assert [] == check_grammar([record for record in records if record.attempt == 2])
     completed = [r.event.epoch for r in records if isinstance(r.event, EpochEnded)]
     assert [0, 1, 2, 3] == completed
+
+
+def test_a_worker_that_finds_nothing_left_is_finished(tmp_path: Path) -> None:
+    """A process that died between the last record and its report leaves nothing to wait for."""
+    sink = MemorySink()
+    folder = RunFolder.create([tmp_path], "run")
+    journal = Journal(folder)
+    journal.append(RunStarted(), 1.0)
+    journal.append(RunEnded(status="finished"), 2.0)
+    journal.close()
+    route = Route(name="memory", make=lambda: sink, kind="memory", sink=sink)
+    for _ in range(2):
+        worker = ThreadedWorker(SinkWorker(route, folder, Files(folder, None), attempt=1))
+        worker.start()
+        worker.finish()
+        wait_for(worker.is_finished)
+        report = worker.worker.report(2)
+        assert (2, 0) == (report.taken, report.pending)
+    assert 2 == len(sink.records)

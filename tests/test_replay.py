@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -110,7 +112,8 @@ def seqs(path: Path) -> list[int]:
 
 def shown(values: dict[str, Any]) -> str:
     """Return what a user logged, as text in which NaN equals NaN."""
-    return repr({k: v for k, v in values.items() if not k.startswith("_")})
+    text = json.dumps({k: v for k, v in values.items() if not k.startswith("_")}, sort_keys=True)
+    return re.sub(r"wandb-client-artifact://\w+", "<artifact>", text)  # drawn anew each time
 
 
 def artifacts_of(found: WandbRun) -> list[Any]:
@@ -195,7 +198,7 @@ def test_a_replayed_wandb_run_is_the_live_one(live: Live, tmp_path: Path) -> Non
     assert 0 == first.returncode, first.stderr
     found = only_run(tmp_path / "w")
     assert list(map(shown, live.wandb.history)) == list(map(shown, found.history))
-    assert repr(live.wandb.config) == repr(found.config)
+    assert shown(live.wandb.config) == shown(found.config)
     assert shown(live.wandb.summary) == shown(found.summary)
     assert artifacts_of(live.wandb) == artifacts_of(found)
     assert live.wandb.run_id == found.run_id
@@ -406,13 +409,14 @@ def test_verify_finds_a_sound_run_sound(live: Live) -> None:
     """A run as it was written has nothing damaged, and exit code 0."""
     code, out, err = run("verify", live.folder)
     assert (0, "") == (code, err.strip())
-    assert [f"r0-a1.jsonl: {len(live.lines.splitlines())} records, finished"] == out.splitlines()
+    count = len(live.folder.joinpath("r0-a1.jsonl").read_bytes().splitlines())
+    assert [f"r0-a1.jsonl: {count} records, finished"] == out.splitlines()
 
 
 def test_a_progress_that_nobody_sees_leaves_nothing(sample: RunFolder) -> None:
     """Where stderr is no terminal, a command that went well writes nothing there."""
-    assert (0, "") == (code_and_err := run("verify", sample.path))[::2]
-    assert code_and_err[1]
+    code, out, err = run("verify", sample.path)
+    assert (0, "r0-a1.jsonl: 10 records, finished\n", "") == (code, out, err)
 
 
 def test_verify_counts_a_flipped_byte(sample: RunFolder) -> None:
@@ -449,7 +453,7 @@ def test_verify_names_a_blob_that_is_not_whole(how: str, tmp_path: Path) -> None
 def test_show_tells_what_a_run_is(tmp_path: Path) -> None:
     """The page has the run's id, its end, its parameters, metrics and sinks."""
     config, kept = jsonl_config(tmp_path)
-    events = [
+    events: list[Event] = [
         RunStarted(name="seen", params={"lr": 0.125}),
         EpochStarted(epoch=0),
         MetricsLogged(values={"train/loss": 0.375}, phase="train", epoch=0),

@@ -57,4 +57,3 @@ def test_no_secret_is_written_or_shown(tmp_path: Path) -> None:
     assert [] == [secret for secret in secrets if secret in written]
     assert written.count("[redacted]") >= 100
     assert 80 == len({key for key in params if f'"{key}"' in written})
-

@@ -204,6 +204,10 @@ class SinkWorker:
         """Return whether the sink is done with every record of the attempt."""
         return self._cursor.attempt == self._attempt and (self.done or self._is_at_end)
 
+    def has_everything(self) -> bool:
+        """Return whether the sink was done with all there is when the last step began."""
+        return self.is_complete() and self.is_idle()
+
     def missing(self) -> int:
         """Return how many records the sink has not got, without touching anything."""
         cursor = self._where_to_begin(_read_cursor(self._folder.cursor(self.route.key)))

@@ -49,7 +49,7 @@ class Transform:
         self._exclude = [_pattern(glob) for glob in spec.exclude]
         self._renames = [(_pattern(old), new) for old, new in spec.rename.items()]
         self._last_step: dict[str, int] = {}
-        self._changes_names = spec != TransformSpec(every=spec.every)
+        self._changes_names = bool(list(spec.include) != ["*"] or spec.exclude or spec.rename)
 
     def __call__(self, record: Record) -> Record | None:
         """Return the record as the sink shall see it, or None where nothing is left of it."""

@@ -278,8 +278,9 @@ class ThreadedWorker:
         worker = self.worker
         delivering.here = True
         while not self._stopping and not worker.done:
+            is_last = self._finishing  # asked first: then the step sees all that there will be
             wait = worker.step()
-            if self._finishing and worker.main.stopped:
+            if is_last and (worker.main.stopped or (wait and worker.has_everything())):
                 break
             if wait:
                 self._sync()
