@@ -25,7 +25,7 @@ TRAINING = """
 
 
 def test_no_secret_is_written_or_shown(tmp_path: Path) -> None:
-    """A hundred secrets under names that tell are in no file and in no output but the user's own."""
+    """A hundred secrets are in no file of ours and in no output but the user's own."""
     chance = random.Random(3)
     names = ["password", "api_key", "hf_token", "aws_secret_access_key", "dbPassword", "a-secret"]
     letters = string.ascii_letters + string.digits
