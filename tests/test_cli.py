@@ -136,6 +136,34 @@ def test_narrow_encoding(folder: Path) -> None:
     assert (0, said, "") == (done.returncode, done.stdout, done.stderr)
 
 
+def test_validate_writes_nothing(folder: Path) -> None:
+    """Checking a file makes no journal, and no file of a sink."""
+    (folder / "a.yaml").write_text(f"journal: {{dir: runs}}\nisolation: inline\n{GOOD}")
+    assert 0 == run("validate", "a.yaml")[0]
+    assert ["a.yaml"] == [path.name for path in folder.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("flush_secs: -1", "flush_secs: found the number -1, expected a number (at least 0)"),
+        (
+            "isolation: thred",
+            "isolation: found 'thred', expected one of 'auto', 'inline', 'process', 'thread', "
+            "did you mean 'thread'?",
+        ),
+        (
+            "journal: {path: x}",
+            "journal.path: found an unknown key, expected one of dir, max_bytes, redact",
+        ),
+    ],
+)
+def test_validate_knows_the_journal_and_where_sinks_run(text: str, said: str, folder: Path) -> None:
+    """A fault of these keys is one line with its place, like one of any other."""
+    (folder / "a.yaml").write_text(f"{text}\n{GOOD}")
+    assert (2, "", f"a.yaml:1: {said}\n") == run("validate", "a.yaml")
+
+
 def test_validate_is_light(folder: Path) -> None:
     """Checking a file for W&B imports neither wandb nor a framework."""
     (folder / "a.yaml").write_text("sinks: {a: {type: wandb, mode: offline}}")
@@ -176,7 +204,13 @@ def test_wrong_command_line(args: list[str], said: str) -> None:
 def test_no_command_shows_help() -> None:
     """Without a command the commands are listed."""
     _, out, err = run()
-    assert [] == [name for name in ("validate", "plugins", "schema") if name not in out + err]
+    names = [
+        command.name or command.callback.__name__
+        for command in cli.app.registered_commands
+        if command.callback
+    ]
+    assert {"validate", "plugins", "schema", "replay", "show"} <= set(names)
+    assert [] == [name for name in names if name not in out + err]
 
 
 def test_version() -> None:

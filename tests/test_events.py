@@ -211,6 +211,16 @@ def test_non_finite_numbers_in_params_stay_text() -> None:
     assert {"a": "NaN", "b": "NaN", "c": ["Infinity"]} == found.params
 
 
+def test_non_finite_numbers_in_tables_come_back_in_columns_of_numbers() -> None:
+    """A column without text is one of numbers; where text stands a spelled number stays text."""
+    rows = [[math.nan, "NaN", None, 1], [0.5, "x", -math.inf, math.inf]]
+    columns = ["loss", "word", "gap", "count"]
+    found = there_and_back(TableLogged(key="t", columns=columns, rows=rows)).rows
+    assert same(rows, found)
+    mixed = there_and_back(TableLogged(key="t", columns=["m"], rows=[[math.nan], ["x"], [[]]]))
+    assert [["NaN"], ["x"], [[]]] == mixed.rows
+
+
 @pytest.mark.parametrize("number", [2**53 + 1, 2**63, 2**64, -(2**63) - 1, 10**400])
 def test_big_integers_are_exact(number: int) -> None:
     """Integers of any size survive."""

@@ -150,6 +150,30 @@ def test_only_the_configuration_reads_the_environment() -> None:
     assert {"config", "sidecar"} == readers  # which hands its own on to the process it starts
 
 
+def test_only_the_sidecar_starts_a_process() -> None:
+    """A fork of a training holds its locks and its GPU; what runs beside it is started afresh."""
+    starters, forks = set(), set()
+    for name in [*CORE, "__init__"]:
+        if any(imported.target.startswith("subprocess") for imported in imports_of(core(name))):
+            starters.add(name)
+        tree = ast.parse(core(name).read_text(encoding="utf-8"))
+        used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        if used & {"fork", "forkpty", "posix_spawn", "system", "popen", "Process", "Pool"}:
+            forks.add(name)
+    assert ({"sidecar"}, set()) == (starters, forks)
+
+
+def test_the_training_never_imports_what_the_sidecar_runs() -> None:
+    """It sets signals and streams of a process that is its own."""
+    found = {
+        name
+        for name in [*CORE, "__init__"]
+        for imported in imports_of(core(name))
+        if ours(imported) == "sidecarmain"
+    }
+    assert set() == found
+
+
 @pytest.mark.parametrize("path", PLUGINS, ids=lambda path: path.stem)
 def test_a_plugin_imports_the_contract_only(path: Path) -> None:
     """Adapters and sinks know events, interfaces, errors, and files that bear their own name."""
@@ -172,7 +196,11 @@ def test_a_plugin_has_one_library(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["trainbus", *(f"trainbus.{p.parent.name}.{p.stem}" for p in PLUGINS if p.stem[0] != "_")],
+    [
+        "trainbus",
+        "trainbus.sidecarmain",
+        *(f"trainbus.{p.parent.name}.{p.stem}" for p in PLUGINS if p.stem[0] != "_"),
+    ],
 )
 def test_an_import_is_light(module: str, tmp_path: Path) -> None:
     """Importing trainbus or a plugin loads no tracker, no framework and nothing optional."""

@@ -180,6 +180,21 @@ for name in ("adapters", "sinks"):
     )
 
 
+def test_the_wheel_delivers_from_another_process(installed: Path) -> None:
+    """The process that feeds the sinks runs what is installed, in a folder without a repository."""
+    code = """
+import trainbus, trainbus.config
+bus = trainbus.config.loads("sinks: {a: {type: jsonl, path: out.jsonl, isolation: process}}")
+with bus.run() as run:
+    run.log({"loss": 1.0})
+(report,) = bus.receipts[0].sinks
+print(trainbus.__file__, report.taken, report.pending)
+"""
+    done = run(installed.parent, sys.executable, "-c", code, PYTHONPATH=str(installed))
+    assert f"{installed / 'trainbus/__init__.py'} 3 0\n" == done.stdout
+    assert 3 == len((installed.parent / "out.jsonl").read_text().splitlines())
+
+
 def test_the_installed_command_lists_the_built_ins(installed: Path) -> None:
     """`trainbus plugins` of the wheel loads all of them."""
     command = str(installed / "bin" / "trainbus")

@@ -203,6 +203,17 @@ print(Path("used.log").read_text())
 """
 
 
+USE_IN_A_PROCESS = """
+from pathlib import Path
+from trainbus import config
+with config.loads("sinks: {mine: {type: toylog, path: used.log, isolation: process}}") as bus:
+    with bus.run() as run:
+        for _ in run.epochs(3):
+            run.log({"loss": 0.5})
+print(Path("used.log").read_text())
+"""
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder that a package with a sink and an adapter was installed to by pip."""
@@ -239,6 +250,16 @@ def test_plugins_of_another_package_are_found(installed: Path, tmp_path: Path) -
     """An installed package brings a sink and an adapter, without a word of trainbus changed."""
     code = textwrap.dedent(USE)
     printed = run([sys.executable, "-c", code], tmp_path, {"PYTHONPATH": str(installed)})
+    assert 3 == printed.count("train/loss")
+
+
+@pytest.mark.parametrize("safe_path", ["", "1"], ids=["as usual", "safe path"])
+def test_plugins_of_another_package_are_found_by_the_sidecar(
+    safe_path: str, installed: Path, tmp_path: Path
+) -> None:
+    """What this process can import the one that delivers can, however Python makes its path."""
+    env = {"PYTHONPATH": str(installed), "PYTHONSAFEPATH": safe_path}
+    printed = run([sys.executable, "-c", USE_IN_A_PROCESS], tmp_path, env)
     assert 3 == printed.count("train/loss")
 
 

@@ -140,8 +140,8 @@ def test_names_get_their_phase(bus: Bus, memory: MemorySink) -> None:
 
 
 def test_everything_can_be_logged(bus: Bus, memory: MemorySink, tmp_path: Path) -> None:
-    """Each method makes its event, in the epoch that runs."""
-    pixels = np.zeros((2, 3), np.uint8)
+    """Each method makes its event, in the epoch that runs, and arrays arrive as they are."""
+    pixels = np.arange(6, dtype=np.uint8).reshape(2, 3)
     with bus.run() as run:
         for _ in run.epochs(1):
             run.log({"acc": 0.5}, final=True)
@@ -157,6 +157,7 @@ def test_everything_can_be_logged(bus: Bus, memory: MemorySink, tmp_path: Path) 
     assert [] == check_grammar(memory.records)
     array, file = (event for event in memory.events if isinstance(event, ImageLogged))
     assert (None, "c", 0, 1) == (array.path, array.caption, array.epoch, array.step)
+    np.testing.assert_array_equal(pixels, array.array, strict=True)
     assert (str(tmp_path / "x.png"), None, 0) == (file.path, file.array, file.epoch)
     curve = only(memory, CurveLogged)
     assert ((2,), (2, 2), ["a", "b"], "pr", "recall") == (
@@ -166,6 +167,7 @@ def test_everything_can_be_logged(bus: Bus, memory: MemorySink, tmp_path: Path) 
         curve.title,
         curve.x_label,
     )
+    np.testing.assert_array_equal([[1, 0], [1, 1]], curve.y)
     assert TableLogged(key="t", columns=["a", "b"], rows=[[1, 2]], epoch=0) == only(
         memory, TableLogged
     )
@@ -204,6 +206,18 @@ def test_sinks_and_subscribers_that_fail_do_not_stop_a_loop(memory: MemorySink) 
             run.log({"loss": 1.0})
     assert [] == check_grammar(memory.records)
     assert 32 == len(memory.records)
+
+
+def test_a_picture_is_the_one_that_was_logged(bus: Bus, memory: MemorySink, tmp_path: Path) -> None:
+    """A loop may write its next picture over the last one: each sink gets both."""
+    file = tmp_path / "sample.png"
+    with bus.run() as run:
+        for content in (b"first", b"second"):
+            file.write_bytes(content)
+            run.image("sample", file)
+        file.unlink()
+    logged = [event for event in memory.events if isinstance(event, ImageLogged)]
+    assert [b"first", b"second"] == [Path(event.path or "").read_bytes() for event in logged]
 
 
 def test_a_run_object_serves_one_run_after_another(bus: Bus, memory: MemorySink) -> None:

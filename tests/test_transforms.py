@@ -20,6 +20,7 @@ from trainbus.events import (
     RunStarted,
     TextLogged,
     UnknownEvent,
+    encode,
 )
 from trainbus.testing import sample_records
 from trainbus.transforms import Transform, TransformSpec
@@ -172,6 +173,28 @@ def test_records_are_not_changed(tmp_path: Any) -> None:
     for each in sample_records(tmp_path):
         if not isinstance(each.event, MetricsLogged) or each.event.values:
             assert each is transform(each)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        TransformSpec(),
+        TransformSpec(include=("*",), exclude=(), every={"train": 2}),
+        TransformSpec(include=("train/*",), rename={"train/*": "*"}, every={"validation": 1}),
+    ],
+    ids=["nothing", "all", "some"],
+)
+def test_a_spec_does_the_same_in_another_process(spec: TransformSpec, tmp_path: Any) -> None:
+    """What a spec lets through is the same after it was sent as JSON, which knows no tuples."""
+    there = msgspec.json.decode(msgspec.json.encode(spec), type=TransformSpec)
+    records = sample_records(tmp_path)
+    assert any(isinstance(r.event, MetricsLogged) and not r.event.values for r in records)
+    here, other = Transform(spec), Transform(there)
+    for each in records:
+        found, expected = other(each), here(each)
+        assert (expected is None) == (found is None)
+        if found is not None and expected is not None:
+            assert encode(expected) == encode(found)
 
 
 def test_keys_of_the_configuration_are_checked() -> None:

@@ -68,7 +68,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def key(self) -> str:
         """Name of the cursor: another kind or other options are another place to deliver to."""
-        about = msgspec.json.encode([self.kind, self.options], order="sorted")
+        about = msgspec.json.encode([self.name, self.kind, self.options], order="sorted")
         return f"{blob_name(self.name)[:80]}-{hashlib.sha256(about).hexdigest()[:8]}"
 
 

@@ -9,6 +9,7 @@ process is gone. Its standard output carries lines of JSON back; all else it say
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -118,7 +119,7 @@ class Sidecar:
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
         self._process, self._input, self._rest = process, process.stdin, b""
-        self._send(self._task)
+        self._write(_json(self._task))
         if self._final is not None:
             self._send(self._final)
         return True
@@ -185,10 +186,13 @@ class Sidecar:
                         os.close(pipe.fileno())
             process.returncode = 0  # else its finalizer waits for it
 
-    def _send(self, message: msgspec.Struct) -> None:
+    def _send(self, message: Message) -> None:
+        self._write(msgspec.json.encode(message))
+
+    def _write(self, line: bytes) -> None:
         if self._input is not None:
             with suppress(OSError, ValueError):  # it has died, which `poll` finds out
-                self._input.write(msgspec.json.encode(message) + b"\n")
+                self._input.write(line + b"\n")
                 self._input.flush()
 
     def _hear(self) -> None:
@@ -232,6 +236,11 @@ class Sidecar:
             process.wait()
             if process.stdout is not None:
                 process.stdout.close()
+
+
+def _json(task: Task) -> bytes:
+    """Return a task as JSON in which infinite numbers are themselves; msgspec makes them null."""
+    return json.dumps(msgspec.to_builtins(task)).encode()
 
 
 def _environment() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import select
@@ -62,7 +63,7 @@ class _Watch:
         """Whether a call of a sink never came back."""
 
     def run(self) -> None:
-        task = msgspec.json.decode(self._first_line(), type=Task)
+        task = msgspec.convert(json.loads(self._first_line()), Task)
         sys.argv[:] = task.argv  # trackers note by which command a training was started
         if task.main is not None:
             sys.modules["__main__"].__file__ = task.main

@@ -126,7 +126,7 @@ class Delivery:
             self._wait(begun)
         except BaseException as error:  # Ctrl-C: what is not sent waits in the journal
             interrupt = error
-            self._deadline = 0.0
+            self._halt()
         self._interrupt = interrupt
         return self._receipt(self._journal, status, emitted)
 
@@ -152,6 +152,10 @@ class Delivery:
             if not said and time.monotonic() - begun > _SAY_AFTER_S:
                 said = True
                 self._say_waiting()
+        self._halt()
+
+    def _halt(self) -> None:
+        """End the workers, which then know what they got."""
         for thread in self._threads:
             thread.halt()
         for thread in self._threads:

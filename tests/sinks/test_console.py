@@ -16,7 +16,7 @@ import msgspec
 import pytest
 from trainbus.sinks.console import ConsoleOptions, ConsoleSink
 
-from trainbus import Bus, RunInfo, Sink, SinkError
+from trainbus import Bus, RunInfo, Sink, SinkError, config
 from trainbus.events import (
     AlertRaised,
     Best,
@@ -368,3 +368,17 @@ def test_serves_two_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert epoch.startswith("epoch 1  ")
     assert "loss" not in epoch
     assert "finished" == status
+
+
+def test_a_configured_console_prints_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process has no terminal: the sink stays in this one, and ends before the receipt."""
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with config.loads("sinks: {screen: {type: console}}") as bus, bus.run() as run:
+        for _ in run.epochs(2):
+            run.log({"loss": 0.5})
+    epoch, _, status, receipt, *_ = stream.getvalue().splitlines()
+    assert epoch.startswith("epoch 1  ")
+    assert "finished" == status
+    assert receipt.startswith("trainbus: run ")
+    assert "  screen   console: 8 taken" in stream.getvalue().splitlines()

@@ -14,8 +14,16 @@ import msgspec
 import pytest
 from trainbus.sinks.jsonl import JsonlOptions, JsonlSink
 
-from trainbus import Bus, RunInfo, Sink, SinkError
-from trainbus.events import MetricsLogged, Record, Resumed, RunStarted, TextLogged, decode
+from trainbus import Bus, RunInfo, Sink, SinkError, config
+from trainbus.events import (
+    ImageLogged,
+    MetricsLogged,
+    Record,
+    Resumed,
+    RunStarted,
+    TextLogged,
+    decode,
+)
 from trainbus.testing import SinkConformance, sample_records
 
 
@@ -180,17 +188,30 @@ def test_write_before_open_is_refused() -> None:
         JsonlSink().write([record(1)])
 
 
-def test_a_resumed_training_is_in_the_file_as_a_whole(tmp_path: Path) -> None:
-    """What a bus emits before and after a resume is all there, in order."""
+@pytest.mark.parametrize("isolation", ["inline", "thread", "process"])
+def test_a_resumed_training_is_in_the_file_as_a_whole(isolation: str, tmp_path: Path) -> None:
+    """What a bus emits before and after a resume is all there, in order, whoever writes it."""
     path = tmp_path / "out.jsonl"
     for attempt in range(3):
-        options = JsonlOptions(path=str(path))
-        with Bus({"file": JsonlSink(options)}, on_receipt=lambda receipt: None) as bus:
+        file = {"type": "jsonl", "path": str(path), "isolation": isolation}
+        with config.loads(json.dumps({"sinks": {"file": file}})) as bus:
             resumed = Resumed(epoch=attempt) if attempt else None
             bus.emit(RunStarted(save_dir=str(tmp_path / "run"), resumed=resumed))
             bus.emit(TextLogged(key="attempt", text=str(attempt)))
     expected = [(attempt, seq) for attempt in (1, 2, 3) for seq in (1, 2, 3)]
     assert expected == positions(path)
+
+
+def test_files_keep_the_names_that_the_trainer_gave_them(tmp_path: Path) -> None:
+    """A line names the files of the training, and not the copies that the journal keeps of them."""
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"png")
+    path = tmp_path / "out.jsonl"
+    sink = JsonlSink(JsonlOptions(path=str(path)))
+    with Bus({"file": sink}, on_receipt=lambda receipt: None).run() as run:
+        run.image("picture", picture)
+    events = [decode(line).event for line in path.read_bytes().splitlines()]
+    assert [str(picture)] == [event.path for event in events if isinstance(event, ImageLogged)]
 
 
 def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
