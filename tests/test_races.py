@@ -157,7 +157,7 @@ def test_threads_write_an_end_once(folder: RunFolder) -> None:
     """Of threads that all write the end of an attempt, exactly one says that it did."""
     expected = [False] * 7 + [True]
     for attempt in range(1, 31):
-        assert expected == sorted(in_threads(lambda n=attempt: write_end(folder, end_of(n))))
+        assert expected == sorted(in_threads(lambda n=attempt: write_end(folder, end_of(n))))  # type: ignore[misc]
         assert [end_of(attempt)] == read_records(folder, folder.end(attempt))
     assert [] == [path.name for path in folder.path.iterdir() if path.name.startswith(".")]
 
@@ -265,7 +265,7 @@ def test_reader_skips_nothing_that_comes_between_two_looks(
         reader, found = RunReader(folder), []
         with monkeypatch.context() as patch:
             meanwhile = Meanwhile(
-                patch, at, lambda f=folder, j=journal, e=expected: e.extend(story(f, j))
+                patch, at, lambda f=folder, j=journal, e=expected: e.extend(story(f, j))  # type: ignore[misc]
             )
             while new := reader.read(limit):
                 found += [entry.record.position for entry in new]

@@ -110,7 +110,7 @@ def _write(folder: Path) -> RunFolder:
         journal = Journal(run, keeps=lambda event: True)
         for record in told:
             if record.attempt == attempt and (attempt, type(record.event)) != (1, RunEnded):
-                journal.append(record.event, record.time)
+                journal.append(record.event, record.time)  # type: ignore[arg-type]
         journal.close()
     [lost] = [r for r in told if r.attempt == 1 and isinstance(r.event, RunEnded)]
     write_end(run, lost)
