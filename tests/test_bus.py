@@ -1230,6 +1230,19 @@ def test_sinks_with_similar_names_are_two(names: tuple[str, str]) -> None:
     assert [3, 3] == [len(sink.records) for sink in sinks.values()]
 
 
+def test_routes_are_told_apart_by_the_names_that_the_bus_has_for_them() -> None:
+    """Two routes that bear one name are two sinks all the same, and neither hides the other."""
+    sinks = MemorySink(), MemorySink()
+    routes = {name: route(sink) for name, sink in zip("ab", sinks, strict=True)}
+    bus = Bus(routes, on_receipt=quiet, flush_secs=5.0)
+    with bus.run() as run:
+        run.log({"loss": 1.0})
+    assert [3, 3] == [len(sink.records) for sink in sinks]
+    reports = bus.receipts[0].sinks
+    assert ["a", "b"] == [report.name for report in reports]
+    assert [(3, 0, 0, 0)] * 2 == [numbers(report) for report in reports]
+
+
 def test_what_a_sink_emits_does_not_come_back(caplog: pytest.LogCaptureFixture) -> None:
     """A sink that logs to its own bus would hear itself for ever; a line says what was dropped."""
     bus: Bus

@@ -107,9 +107,11 @@ MISTYPED: dict[str, Any] = {
 }
 ODD: dict[str, Any] = {
     "masked integers": HistogramLogged(
-        key="k", counts=np.ma.array([1, 2], mask=[0, 1]), edges=np.arange(3.0)  # type: ignore[arg-type]
+        key="k",
+        counts=np.ma.array([1, 2], mask=[False, True]),
+        edges=np.arange(3.0),
     ),
-    "masked floats": ImageLogged(key="k", array=np.ma.array([[1.0, 2.0]], mask=[[0, 1]])),  # type: ignore[arg-type]
+    "masked floats": ImageLogged(key="k", array=np.ma.array([[1.0, 2.0]], mask=[[False, True]])),
     "a long text alone": ImageLogged(key="k", array=np.array("x" * 9_000)),
     "no pixels": ImageLogged(key="k", array=np.zeros((0, 3))),
     "complex": ImageLogged(key="k", array=np.zeros(3, complex)),

@@ -265,7 +265,9 @@ def test_reader_skips_nothing_that_comes_between_two_looks(
         reader, found = RunReader(folder), []
         with monkeypatch.context() as patch:
             meanwhile = Meanwhile(
-                patch, at, lambda f=folder, j=journal, e=expected: e.extend(story(f, j))  # type: ignore[misc]
+                patch,
+                at,
+                lambda f=folder, j=journal, e=expected: e.extend(story(f, j)),  # type: ignore[misc]
             )
             while new := reader.read(limit):
                 found += [entry.record.position for entry in new]
