@@ -69,7 +69,7 @@ class Blobs:
             OSError: it can't be written.
         """
         buffer = io.BytesIO()
-        np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+        np.save(buffer, np.asarray(array, order="C"), allow_pickle=False)
         buffer.seek(0)
         return self._add(buffer, "array.npy")[0]
 

@@ -311,7 +311,7 @@ def _guarded_detach(detach: Detach) -> None:
 
 def _route(name: str, source: SinkSource) -> Route:
     if isinstance(source, Route):
-        return source
+        return msgspec.structs.replace(source, name=name)
     if isinstance(source, Sink):
         return Route(
             name=name,

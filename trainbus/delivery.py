@@ -278,6 +278,9 @@ class SinkWorker:
         self._cursor = self._where_to_begin(found)
         self._reader = self._read_from(self._cursor)
         self._reader.add(self._extra)
+        if found is None:
+            # A sink that gets nothing of this attempt is owed it in the next one.
+            self._save(0.0)
         return True
 
     def _where_to_begin(self, found: Cursor | None) -> Cursor:

@@ -16,14 +16,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from trainbus import exits, normalize, redact
 from trainbus.errors import SinkError
 from trainbus.events import (
-    AlertRaised,
-    CheckpointSaved,
-    EpochEnded,
     Event,
     RunEnded,
     RunStarted,
@@ -42,9 +37,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("trainbus")
 
 _MAX_NESTING = 3
-
-_CHECKED = (RunStarted, EpochEnded, CheckpointSaved, AlertRaised)
-"""Events with fields that a person may mistype: unchecked they would be written and never read."""
 
 
 class Emitter:
@@ -166,18 +158,16 @@ class Emitter:
     def _take(self, event: Event) -> None:
         try:
             event_name(event)
-            event, refused = normalize.event(event)
+            event, left_out = normalize.event(event)
             event = redact.event(event, self._bus.secret_keys)
-            if type(event) in _CHECKED:
-                event = msgspec.convert(msgspec.to_builtins(event), type(event))
         except Exception as error:
             what = f"dropped a {type(event).__qualname__} that is no event of the schema: {error}"
             self._warn(what, what)
             if self._delivery is not None:
                 self._delivery.dropped += 1
             return
-        for name in refused:
-            self._warn(f"metric {name}", f"left out metric {name!r}: expected a number")
+        for what in left_out:
+            self._warn(f"{type(event)} {what}", f"left out of {event_name(event)}: {what}")
         if self._run is not None and type(event) is not RunStarted:
             self._record(event)
         elif isinstance(event, RunStarted):

@@ -21,6 +21,7 @@ from trainbus.events import (
     MetricsLogged,
     ModelDescribed,
     Resumed,
+    RunEnded,
 )
 
 _MAX_DEPTH = 16
@@ -31,6 +32,8 @@ _MAX_BITS = 8192  # Python refuses to write much longer integers as decimals
 _CONTAINERS = (Mapping, list, tuple, set, frozenset, np.ndarray)
 _FLOATS = {float}
 _PARTS = (Best, Failure, Resumed)
+_ARRAYS = ("array", "x", "y", "matrix", "counts", "edges")
+_NAMES = ("classes", "columns", "tags", "aliases", "paths")
 _NUMBERS: dict[type[Any], tuple[str, ...]] = {
     MetricsLogged: ("values",),
     CheckpointSaved: ("metrics",),
@@ -74,11 +77,21 @@ def metrics(values: Any) -> tuple[dict[str, float], list[str]]:
 
 
 def event(value: Any) -> tuple[Any, list[str]]:
-    """Return an event whose values all encode, and the names of the metrics it had to leave out."""
+    """Return an event that encodes and can be read again, and what had to be left out of it.
+
+    Raises:
+        msgspec.ValidationError: a field that the event can't do without has another type.
+    """
     refused: list[str] = []
     if type(value) is MetricsLogged and _is_plain(value):
         return value, refused
-    return _struct(value, refused), refused
+    value = _struct(value, refused)
+    said = [f"metric {name!r}: expected a number" for name in refused]
+    try:
+        return _convert(value), said
+    except msgspec.ValidationError:
+        value, wrong = _without_mistyped(value)
+        return _convert(value), said + wrong
 
 
 def _is_plain(value: MetricsLogged) -> bool:
@@ -105,26 +118,80 @@ def _struct(value: Any, refused: list[str]) -> Any:
     changed: dict[str, Any] = {}
     for field in value.__struct_fields__:
         found = getattr(value, field)
-        kind = type(found)
-        if found is None or kind is bool or kind is float:
-            continue
-        if kind is str:
-            new: Any = found if found.isascii() else _utf8(found)
-        elif kind is int and abs(found) < 2**63:
-            continue
-        elif isinstance(found, _PARTS):
-            new = _struct(found, refused)
-        elif isinstance(found, np.ndarray):
-            new = _array(found)
-        elif field in _NUMBERS.get(type(value), ()):
-            new = _metrics(found, field, refused)
-        elif kind is list:  # classes and rows must stay as many as they are
-            new = [plain(item) for item in found]
-        else:
-            new = plain(found)
+        try:
+            new = _field(value, field, found, refused)
+        except Exception:  # an object that does not even tell what it is
+            new = _repr(found)
         if new is not found:
             changed[field] = new
     return msgspec.structs.replace(value, **changed) if changed else value
+
+
+def _field(value: Any, field: str, found: Any, refused: list[str]) -> Any:
+    kind = type(found)
+    if found is None or kind is bool or kind is float or (kind is int and abs(found) < 2**63):
+        return found
+    if kind is str:
+        return found if found.isascii() else _utf8(found)
+    if isinstance(found, _PARTS):
+        return _struct(found, refused)
+    if isinstance(found, np.ndarray) and field in _ARRAYS:
+        return _array(found)
+    if field in _NUMBERS.get(type(value), ()):
+        return _metrics(found, field, refused)
+    if field in _NAMES:
+        return _names(found)
+    if field == "rows":
+        found = [list(row) if isinstance(row, tuple) else row for row in found]
+    if type(found) is list:  # classes and rows must stay as many as they are
+        return [plain(item) for item in found]
+    return plain(found)
+
+
+def _names(found: Any) -> Any:
+    """Return names as texts: frameworks number columns, and keep classes by their index."""
+    if isinstance(found, Mapping):
+        found = list(found.values())
+    if isinstance(found, str) or not isinstance(found, Iterable):
+        return plain(found)
+    return [_key(item) for item in found]
+
+
+def _convert(value: Any) -> Any:
+    """Return the event with the types of the schema: what is written otherwise is never read."""
+    fields = {name: _builtins(getattr(value, name)) for name in value.__struct_fields__}
+    return msgspec.convert(fields, type(value), strict=False, dec_hook=_to_array)
+
+
+def _without_mistyped(value: Any) -> tuple[Any, list[str]]:
+    """Return the event with the defaults of the fields whose values have another type."""
+    changed, wrong = {}, []
+    for field in msgspec.structs.fields(value):
+        try:
+            found = _builtins(getattr(value, field.name))
+            msgspec.convert(found, field.type, strict=False, dec_hook=_to_array)
+        except msgspec.ValidationError as error:
+            if not field.required:
+                changed[field.name] = field.default
+                if field.default is msgspec.NODEFAULT:
+                    changed[field.name] = field.default_factory()
+                wrong.append(f"{field.name}: {error}")
+            elif isinstance(value, RunEnded):  # whatever it says, the run is over
+                changed[field.name] = "failed"
+                wrong.append(f"{field.name}: {error}")
+    return msgspec.structs.replace(value, **changed), wrong
+
+
+def _builtins(value: Any) -> Any:
+    return msgspec.structs.asdict(value) if isinstance(value, _PARTS) else value
+
+
+def _to_array(kind: type, value: Any) -> Any:
+    """Return what stands where an array is expected as one, for numbers in lists."""
+    array = value if isinstance(value, np.ndarray) else np.asarray(value)
+    if array is not value and array.dtype.kind not in "biuf":
+        raise ValueError(f"Expected an array of numbers, got {type(value).__name__}")
+    return array
 
 
 def _metrics(values: Any, field: str, refused: list[str]) -> Any:
@@ -177,6 +244,8 @@ def _container(value: Any, inside: tuple[int, ...], left: list[int]) -> Any:
 
 def _array(value: Array) -> Array:
     """Return the array if JSON has numbers for it, else one with text in it."""
+    if isinstance(value, np.ma.MaskedArray):
+        value = np.ma.filled(value.astype(np.float64), np.nan)
     kind, size = value.dtype.kind, value.dtype.itemsize
     if kind in "biu" or (kind == "f" and size <= 8):
         return value

@@ -283,13 +283,17 @@ class RunReader:
         while True:
             if self._attempt is None and not self._next():
                 return []
-            if found := self._read(limit):
+            found = self._read(limit)
+            is_last = True
+            if not found:
+                # Asked first: once there is a further attempt, this one gets no more.
+                is_last = self._attempt == self._last_attempt()
+                found = self._read(limit)
+            if found:
                 self._after = found[-1].record.position
                 return found
-            if self._extra and self._attempt == self._last_attempt():
-                return self._read_extra()
-            if self._attempt == self._last_attempt():
-                return []
+            if is_last:
+                return self._read_extra() if self._extra else []
             self._leave()
 
     def close(self) -> None:
