@@ -24,8 +24,9 @@ LAYERS = [
     ["interfaces", "redact"],
     ["normalize", "transforms", "registry", "checks", "runfolder"],
     ["receipt", "blobs", "identity", "lanes", "exits"],
-    ["journal"],
+    ["journal", "hooking"],
     ["reading"],
+    ["ranks"],
     ["delivery"],
     ["sidecar"],
     ["workers"],
@@ -147,7 +148,8 @@ def test_only_the_configuration_reads_the_environment() -> None:
         for node in ast.walk(ast.parse(core(name).read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv")
     }
-    assert {"config", "sidecar"} == readers  # which hands its own on to the process it starts
+    # The sidecar hands its own on; a launcher says in it which processes belong together.
+    assert {"config", "sidecar", "ranks"} == readers
 
 
 def test_only_the_sidecar_starts_a_process() -> None:
@@ -176,12 +178,12 @@ def test_the_training_never_imports_what_the_sidecar_runs() -> None:
 
 @pytest.mark.parametrize("path", PLUGINS, ids=lambda path: path.stem)
 def test_a_plugin_imports_the_contract_only(path: Path) -> None:
-    """Adapters and sinks know events, interfaces, errors, and files that bear their own name."""
+    """Plugins know events, interfaces, errors, hooking, and files that bear their own name."""
     own = f"{path.parent.name}._{path.stem.lstrip('_').partition('_')[0]}"
     for imported in imports_of(path):
         module = ours(imported)
         assert (
-            module in (None, "events", "interfaces", "errors")
+            module in (None, "events", "interfaces", "errors", "hooking")
             or f"{module}_".startswith(f"{own}_")
             or (imported.target.startswith(f"trainbus.{own}_"))
         ), imported.target

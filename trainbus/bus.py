@@ -231,16 +231,20 @@ class Bus:
 
     def open_journal(self, run: str, attempt: int) -> Journal | NoJournal:
         """Create the journal of an attempt, where one can be written; called by emitters."""
-        wanted = Path(self.journal.dir)
-        spare = Path(tempfile.gettempdir()) / f"trainbus-runs-{getpass.getuser()}"
+        wanted, spare = self.journal_folders()
         try:
             folder = RunFolder.create([wanted, spare], run)
-            if folder.path.parent != wanted.expanduser().absolute():
+            if folder.path.parent != wanted:
                 logger.warning("%s can't be written, the journal is in %s", wanted, folder.path)
             return Journal(folder, attempt, max_bytes=self.journal.max_bytes, keeps=self._keeper())
         except JournalError as error:
             logger.warning("training goes on, but this run is not logged: %s", error)
             return NoJournal(run, attempt)
+
+    def journal_folders(self) -> tuple[Path, Path]:
+        """Return where journals are written, and where if that can't be; called by emitters."""
+        spare = Path(tempfile.gettempdir()) / f"trainbus-runs-{getpass.getuser()}"
+        return Path(self.journal.dir).expanduser().absolute(), spare
 
     def open_delivery(self, run: RunInfo, journal: Journal | NoJournal) -> Delivery:
         """Start what takes a run's records to the sinks; called by emitters."""

@@ -14,9 +14,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainbus import exits, normalize, redact
+from trainbus import exits, normalize, ranks, redact
 from trainbus.errors import SinkError
 from trainbus.events import (
     Event,
@@ -28,6 +29,7 @@ from trainbus.events import (
 from trainbus.identity import identify, mark
 from trainbus.interfaces import RunInfo
 from trainbus.journal import Journal, NoJournal
+from trainbus.reading import true_end
 from trainbus.receipt import Receipt
 from trainbus.workers import Delivery, delivering
 
@@ -54,6 +56,7 @@ class Emitter:
         self._delivery: Delivery | None = None
         self._owner = 0
         self._helps: bool | None = False
+        self._shares_run = False
         self._ended_once = False
         self._warned: set[str] = set()
 
@@ -78,9 +81,7 @@ class Emitter:
         Raises:
             SinkError: a sink with `on_error: raise` can't be opened.
         """
-        if os.getpid() != self._pid:
-            # A forked child shares the parent's files and must not write to them.
-            self._warn("fork", "a forked process logs nothing: its parent has the run")
+        if os.getpid() != self._pid and not self._is_adopted():
             return
         if self._helps is None:
             self._helps = _is_helper()
@@ -106,6 +107,27 @@ class Emitter:
                 self._busy = False
                 self._nesting = 0
                 exits.settle()
+
+    def failed_on(self, rank: int, error: BaseException) -> None:
+        """Tell what ended another rank, so that the run of rank 0 ends with the true cause."""
+        try:
+            folders = [Path(folder) for folder in self._bus.journal_folders()]
+            if not ranks.report(folders, rank, error, time.time()):
+                self._warn("rank", f"rank {rank} found no run to tell its failure to: {error!r}")
+        except Exception as second:
+            self._warn("rank", f"the failure of rank {rank} can't be told: {second}")
+
+    def _is_adopted(self) -> bool:
+        """Return whether this forked process logs: it does if its parent had no run to go on with.
+
+        A forked child shares the parent's files and must not write to them.
+        """
+        if self._shares_run:
+            self._warn("fork", "a forked process logs nothing: its parent has the run")
+            return False
+        self._pid = os.getpid()
+        self._helps = None
+        return True
 
     def may_be_helper(self) -> None:
         """Find out, when the first event comes, whether this process only helps a training."""
@@ -141,6 +163,7 @@ class Emitter:
         """Let go of everything in a forked child, which shares the files of its parent."""
         self._lock = threading.RLock()
         self._run, delivery = None, self._delivery
+        self._shares_run = True
         if delivery is not None:
             delivery.abandon()
 
@@ -200,6 +223,7 @@ class Emitter:
             except (OSError, ValueError) as error:
                 self._warn("marker", f"a resumed training will not find this run again: {error}")
         record = self._journal.append(event, time.time())
+        self._announce()
         self._delivery = self._bus.open_delivery(self._run, self._journal)
         self._bus.dispatch(record)
         self._delivery.poke()
@@ -209,9 +233,20 @@ class Emitter:
             self._record(ended_by(error))
             raise
 
+    def _announce(self) -> None:
+        folder = self._journal.folder if self._journal is not None else None
+        if folder is not None and self._run is not None:
+            try:
+                ranks.announce(folder, self._run.attempt)
+            except OSError as error:
+                self._warn("job", f"failures of other ranks will not be told: {error}")
+
     def _record(self, event: Event) -> None:
         assert self._journal is not None
         assert self._run is not None
+        if isinstance(event, RunEnded) and self._journal.folder is not None:
+            event = true_end(self._journal.folder, self._run.attempt, event)
+            ranks.withdraw(self._journal.folder)
         if self._delivery is None:  # Ctrl-C came while the run was started
             self._delivery = self._bus.open_delivery(self._run, self._journal)
         try:
@@ -255,6 +290,9 @@ class MutedEmitter:
     def every(self, phase: str) -> int | None:
         """Ask for nothing."""
         return None
+
+    def failed_on(self, rank: int, error: BaseException) -> None:
+        """Do nothing."""
 
 
 def reopen(rebuild: Callable[[], Bus] | None) -> Emitter | MutedEmitter:

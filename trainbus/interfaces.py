@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import msgspec
@@ -126,9 +127,21 @@ class Emit(Protocol):
     def every(self, phase: str) -> int | None:
         """Return the interval in steps at which a sink asks for step values, None if none does."""
 
+    def failed_on(self, rank: int, error: BaseException) -> None:
+        """Tell what ended a process of a distributed training whose run rank 0 has.
+
+        Rank 0 only sees its connection break; its run ends with what is told here.
+        """
+
 
 Detach: TypeAlias = Callable[[], None]
 """Takes an adapter's hooks out of the framework again; calling it twice does nothing more."""
 
 Adapter: TypeAlias = Callable[[Any, Emit], Detach]
 """`attach(target, emit) -> detach`: hang hooks into a framework's object that emit events."""
+
+Hook: TypeAlias = Callable[[ModuleType, Callable[[object], object]], None]
+"""`hook(module, attach)`: have the framework call `attach` with every trainer that it makes.
+
+It is called under `trainbus run`, once the module it is registered for was imported.
+"""

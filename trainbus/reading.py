@@ -409,10 +409,32 @@ def recover(folder: RunFolder, *, now: float, upto: int | None = None) -> int:
         time = max(last.time, path.stat().st_mtime) if last else now
         error = Failure(type="ProcessLost", message=REASON_LOST)
         event = RunEnded(status="failed", reason=REASON_LOST, error=error)
+        event = true_end(folder, attempt, event)
         run = last.run if last else folder.run
         end = Record(seq=seq + 1, run=run, time=time, event=event, attempt=attempt)
         count += write_end(folder, end)
     return count
+
+
+def true_end(folder: RunFolder, attempt: int, end: RunEnded) -> RunEnded:
+    """Return the end of a run, with the failure of another rank as its cause if there is one."""
+    if end.status == "finished":
+        return end
+    found: list[tuple[float, int, Failure]] = []
+    for rank in folder.ranks(attempt):
+        if rank == 0:
+            continue
+        file = RecordFile(folder, folder.records(attempt, rank))
+        for entry in file.read():
+            event = entry.record.event
+            if isinstance(event, RunEnded) and event.status == "failed" and event.error:
+                found.append((entry.record.time, rank, event.error))
+        file.close()
+    if not found:
+        return end
+    _, rank, error = min(found, key=lambda item: item[:2])
+    reason = f"rank {rank}: {error.type}: {error.message}"
+    return RunEnded(status="failed", reason=reason, error=error, best=end.best)
 
 
 def _with(record: Record, **fields: Any) -> Record:

@@ -10,6 +10,7 @@ from trainbus.interfaces import Adapter, Sink
 
 SINKS = "trainbus.sinks"
 ADAPTERS = "trainbus.adapters"
+HOOKS = "trainbus.hooks"
 
 
 def plugins(group: str) -> dict[str, EntryPoint]:
@@ -45,7 +46,9 @@ def adapter_for(target: object) -> Adapter:
     """
     known = plugins(ADAPTERS)
     for cls in type(target).__mro__:
-        framework = cls.__module__.split(".", 1)[0]
+        framework, *rest = cls.__module__.split(".")
+        if [framework, *rest[:1]] == ["trainbus", "adapters"] and len(rest) > 1:
+            framework = rest[1]  # a callback that the adapter itself gives out
         if framework in known:
             found = _load(known[framework])
             if not callable(found):

@@ -27,13 +27,15 @@ from trainbus.events import (
     TextLogged,
     ended_by,
 )
+from trainbus.ranks import current_rank
 
 
 class Run:
     """One training, logged by hand; made by `bus.run(…)` and used in a `with` statement.
 
     The run ends with the `with` block: finished, or failed or stopped by the exception that leaves
-    it, which passes through unchanged. Nothing else in here raises because a sink fails.
+    it, which passes through unchanged. Nothing else in here raises because a sink fails. In a
+    distributed training rank 0 logs; the other ranks tell only what ends them.
     """
 
     def __init__(self, emit: Emitter, started: RunStarted) -> None:
@@ -42,9 +44,11 @@ class Run:
         self._unsaid: RunStarted | None = started
         self._epoch: int | None = None
         self._left: EpochEnded | None = None
+        self._rank: int | None = None
 
     def __enter__(self) -> Run:
         self._unsaid, self._left = self._started, None
+        self._rank = current_rank()
         self._emit()
         return self
 
@@ -56,6 +60,8 @@ class Run:
     ) -> None:
         if error is not None:
             self._left = None
+        if self._rank and error is not None:
+            self._emitter.failed_on(self._rank, error)
         self._emit(ended_by(error))
 
     @property
@@ -233,6 +239,10 @@ class Run:
         self._emit(AlertRaised(title=title, text=text, level=level))
 
     def _emit(self, *events: Event) -> None:
+        if self._rank is None:
+            self._rank = current_rank()
+        if self._rank:  # rank 0 has the run
+            return
         # A run that is used without `with` starts with what is first said of it.
         started, self._unsaid = self._unsaid, None
         left, self._left = self._left, None

@@ -61,6 +61,8 @@ class Training:
         fail_at: arranges that an exception is raised inside the user's part of the training, such
             as a callback or a data loader of theirs, in an epoch after the first.
         resume: sets up the training that goes on where this one failed, if the framework can.
+        stop_early: arranges that the framework's own early stopping ends the training before its
+            last epoch, if it has one.
     """
 
     target: Any
@@ -68,6 +70,7 @@ class Training:
     result: Callable[[], Hashable]
     fail_at: Callable[[BaseException], None]
     resume: Callable[[], Training] | None = None
+    stop_early: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +104,12 @@ class AdapterConformance(ABC):
     pickles_with: ClassVar[str] = "pickle"
     """Module that the framework pickles its callbacks with; some use `cloudpickle`."""
 
+    has_epochs: ClassVar[bool] = True
+    """Whether the framework counts epochs, or something that stands for them."""
+
+    knows_its_run: ClassVar[bool] = True
+    """Whether a resumed training finds the run that it goes on with, by where it saves."""
+
     _scratch: ClassVar[Scratch]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -133,6 +142,11 @@ class AdapterConformance(ABC):
     def test_reports_every_epoch(self) -> None:
         """Epochs 0 to n - 1 start, end completed, and have metrics of the training in them."""
         for recording, count in zip(self._one_and_three(), (1, _EPOCHS), strict=True):
+            if not self.has_epochs:
+                logged = recording.of(MetricsLogged)
+                assert count <= len({e.step for e in logged if e.phase == "train" and e.values})
+                assert [] == recording.of(EpochStarted)
+                continue
             expected = list(range(count))
             assert expected == [event.epoch for event in recording.of(EpochStarted)]
             ended = recording.of(EpochEnded)
@@ -177,6 +191,21 @@ class AdapterConformance(ABC):
         assert recording.raised in (None, error)
         assert [] == check_grammar(recording.records)
         assert "stopped" == recording.ended.status
+
+    def test_ends_as_finished_when_it_stops_early(self) -> None:
+        """A training that its own early stopping ends went well, and says why it ended."""
+        training = self.start(self._scratch.folder / "early", _EPOCHS)
+        if training.stop_early is None:
+            raise SkipTest("the framework stops no training early")
+        training.stop_early()
+        recording = self._record(_ListeningBus(), training)
+        assert recording.raised is None
+        assert [] == check_grammar(recording.records)
+        assert "finished" == recording.ended.status
+        assert recording.ended.reason is not None
+        assert recording.ended.reason.startswith("early stop")
+        if self.has_epochs:
+            assert 0 < len(recording.of(EpochStarted)) < _EPOCHS
 
     def test_survives_failing_subscribers_and_sinks(self) -> None:
         """With a subscriber and sinks that always raise, training ends as it does without."""
@@ -259,10 +288,13 @@ class AdapterConformance(ABC):
         recording = self._record(_ListeningBus(), failed.training.resume())
         assert recording.raised is None
         assert [] == check_grammar(recording.records)
-        assert failed.records[0].run == recording.records[0].run
         (started,) = recording.of(RunStarted)
         assert started.resumed is not None
-        assert failed.records[0].attempt + 1 == recording.records[0].attempt
+        if self.knows_its_run:
+            assert failed.records[0].run == recording.records[0].run
+            assert failed.records[0].attempt + 1 == recording.records[0].attempt
+        if not self.has_epochs:
+            return
         before = [event.epoch for event in failed.of(EpochStarted)]
         after = [event.epoch for event in recording.of(EpochStarted)]
         assert 0 < after[0] <= before[-1] + 1

@@ -1,0 +1,269 @@
+"""What adapters have in common: hooks that can't hurt a training, and a run told in a few calls.
+
+Guarantees: an exception that leaves the framework's entry call passes through unchanged, and ends
+the run; what goes wrong in a hook is said once and costs the events of that hook alone; numbers
+leave as plain floats and counters as plain ints.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import update_wrapper, wraps
+from typing import Any, Literal, TypeVar
+
+from trainbus import normalize
+from trainbus.errors import AttachError, SinkError
+from trainbus.events import (
+    Best,
+    EpochEnded,
+    EpochStarted,
+    Event,
+    MetricsLogged,
+    RunEnded,
+    RunStarted,
+    ended_by,
+)
+from trainbus.interfaces import Detach, Emit
+
+logger = logging.getLogger("trainbus")
+
+_Hook = TypeVar("_Hook", bound=Callable[..., Any])
+
+
+def number(value: Any) -> float | None:
+    """Return a number, numpy scalar or tensor of one element as a float, None for anything else."""
+    found, _ = normalize.metrics({"": value})
+    return found.get("")
+
+
+def guarded(hook: _Hook) -> _Hook:
+    """Decorate a method that a framework calls: what goes wrong in it never reaches the training.
+
+    A guarded hook that fails returns None, and says so once. Only a sink with `on_error: raise`
+    stops a training.
+    """
+
+    @wraps(hook)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return hook(self, *args, **kwargs)
+        except SinkError:
+            raise
+        except Exception as error:
+            said = self.__dict__.setdefault("_said", set())
+            if hook.__name__ not in said:
+                said.add(hook.__name__)
+                logger.warning(
+                    "%s of %s went wrong, its events are missing: %s: %s",
+                    *(hook.__name__.lstrip("_"), type(self).__module__),
+                    *(type(error).__name__, error),
+                )
+            return None
+
+    return call  # type: ignore[return-value]
+
+
+def wrap(target: Any, name: str, around: Callable[..., Any]) -> Detach:
+    """Have `around(method, *args, **kwargs)` called in the place of one object's method.
+
+    Args:
+        target: the object; others of its class are left alone.
+        name: the method.
+        around: calls `method(*args, **kwargs)` and returns what it returns.
+
+    Returns:
+        A function that puts the object back as it was, whoever wrapped the method since.
+    """
+    wrapped = _Wrapped(target, name, around)
+    setattr(target, name, wrapped)
+
+    def detach() -> None:
+        wrapped.active = False
+        if vars(target).get(name) is wrapped:
+            before = wrapped.before
+            while isinstance(before, _Wrapped) and not before.active:
+                before = before.before
+            if before is None:
+                delattr(target, name)
+            else:
+                setattr(target, name, before)
+
+    return detach
+
+
+class _Wrapped:
+    """Stands in an object's own attributes, before the method of its class."""
+
+    def __init__(self, target: Any, name: str, around: Callable[..., Any]) -> None:
+        update_wrapper(self, getattr(target, name), updated=())
+        # Bound to the object: copies and pickles would hold the original.
+        vars(self).pop("__wrapped__", None)
+        self.target = target
+        self.name = name
+        self.around = around
+        self.before = vars(target).get(name)
+        self.active = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        method = self.before
+        if method is None:
+            method = getattr(type(self.target), self.name).__get__(self.target)
+        if not self.active:
+            return method(*args, **kwargs)
+        return self.around(method, *args, **kwargs)
+
+
+def late_class(module: str, name: str, mixin: type, base: Callable[[], type]) -> Callable[[], Any]:
+    """Return a function that makes a class of `mixin` and a framework's own base class, once.
+
+    An adapter's module gives it out by its `__getattr__`: importing the adapter loads no framework,
+    and the class can be pickled by its name.
+    """
+    made: list[type] = []
+
+    def make() -> type:
+        if not made:
+            about = {"__module__": module, "__qualname__": name, "__doc__": mixin.__doc__}
+            made.append(type(name, (mixin, base()), about))
+        return made[0]
+
+    return make
+
+
+class Reporter:
+    """Tells one training of a framework to the bus: a run at a time, on one rank.
+
+    What is told while no run is open is dropped: frameworks call their hooks in evaluations too.
+    An `emit` of None stands for a callback that was not attached yet.
+    """
+
+    def __init__(self, emit: Emit | None = None) -> None:
+        self.emit = emit
+        self.active = True
+        """Whether it tells anything; an adapter's `detach` sets it to False."""
+        self.is_open = False
+        self.epoch: int | None = None
+        """The epoch that is under way."""
+        self._epoch_began = 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the run out: who is unpickled in another process begins its own."""
+        return {"emit": self.emit, "active": self.active}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["emit"])  # type: ignore[misc]
+        self.active = state["active"]
+
+    def start(self, started: RunStarted) -> None:
+        """Open the run."""
+        if self.active:
+            self.is_open, self.epoch = True, None
+            self.tell(started)
+
+    def tell(self, event: Event) -> None:
+        """Emit an event, if a run is open."""
+        if self.is_open and self.active:
+            if self.emit is None:
+                raise AttachError("this callback has no bus: make it with one, as `…(bus)`")
+            self.emit(event)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Say that an epoch begins, counted from 0."""
+        self.epoch, self._epoch_began = int(epoch), time.monotonic()
+        self.tell(EpochStarted(epoch=self.epoch))
+
+    def end_epoch(
+        self, outcome: Literal["completed", "retried", "recovered"] = "completed"
+    ) -> None:
+        """Say that the epoch is over, if one is under way."""
+        if self.epoch is not None:
+            epoch, self.epoch = self.epoch, None
+            seconds = time.monotonic() - self._epoch_began
+            self.tell(EpochEnded(epoch=epoch, duration_s=seconds, outcome=outcome))
+
+    def metrics(
+        self,
+        values: Mapping[str, Any],
+        phase: str,
+        *,
+        epoch: int | None = None,
+        step: int | None = None,
+        final: bool = False,
+    ) -> None:
+        """Tell those of the values that are numbers, numpy scalars or tensors of one element."""
+        if not self.is_open:
+            return
+        kept, _ = normalize.metrics(values)
+        if kept:
+            self.tell(
+                MetricsLogged(
+                    values=kept,
+                    phase=phase,
+                    epoch=None if epoch is None else int(epoch),
+                    step=None if step is None else int(step),
+                    final=final,
+                )
+            )
+
+    def wants_step(self, step: int, phase: str = "train") -> bool:
+        """Return whether a sink asked for the values of this step, with `every`."""
+        every = self.emit.every(phase) if self.emit is not None and self.is_open else None
+        return every is not None and step % every == 0
+
+    def end(self, reason: str | None = None, best: Best | None = None) -> None:
+        """Say that the training is over and went well, early or not."""
+        self._end(RunEnded(status="finished", reason=reason, best=best))
+
+    def fail(self, error: BaseException, *, rank: int = 0, best: Best | None = None) -> None:
+        """Say what ended the training: stopped by Ctrl-C or an exit, else failed.
+
+        Args:
+            error: what left the framework's entry call.
+            rank: rank of this process; on another one than the main no run is open.
+            best: the best value that was reached.
+        """
+        if rank and self.active and self.emit is not None:
+            self.emit.failed_on(rank, error)
+        else:
+            self._end(ended_by(error, best=best))
+
+    def watch(self, rank: Callable[[], int] = lambda: 0) -> Callable[..., Any]:
+        """Return what `wrap` puts around a framework's entry call: it ends the run by exceptions.
+
+        Args:
+            rank: returns the rank of this process, when it is asked for.
+        """
+        return _Watch(self, rank)
+
+    def _end(self, event: RunEnded) -> None:
+        if event.status == "finished":
+            self.end_epoch()
+        self.tell(event)
+        self.is_open = False
+        self.epoch = None
+
+
+class _Watch:
+    def __init__(self, reporter: Reporter, rank: Callable[[], int]) -> None:
+        self._reporter = reporter
+        self._rank = rank
+
+    def __call__(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except SinkError:
+            raise
+        except BaseException as error:
+            try:
+                self._reporter.fail(error, rank=self._rank())
+            except Exception as second:  # the user's own error is the one to see
+                logger.warning("the end of this run can't be told: %s", second)
+            raise
+
+
+def version(framework: str) -> str | None:
+    """Return the version of a framework that was imported."""
+    return getattr(sys.modules.get(framework), "__version__", None)
