@@ -38,6 +38,19 @@ from ._ultralytics_evaluation import evaluation, number, numbers
 
 logger = logging.getLogger("trainbus.adapters.ultralytics")
 
+TESTED = "8.3.0, 8.3.200, 8.4.90, 8.4.190"
+NEEDS = (
+    "ultralytics.engine.model:Model.add_callback",
+    "ultralytics.engine.model:Model.train",
+    "ultralytics.engine.trainer:BaseTrainer.run_callbacks",
+    "ultralytics.engine.trainer:BaseTrainer.train",
+    "ultralytics.engine.trainer:BaseTrainer.label_loss_items",
+    "ultralytics.engine.trainer:BaseTrainer.add_callback",
+    "ultralytics.utils.metrics:ConfusionMatrix",
+    "ultralytics.utils.torch_utils:EarlyStopping",
+)
+"""What the adapter relies on; `trainbus doctor` looks whether it is there."""
+
 _OWN_LOGGERS = {
     "wandb": "wb",
     "mlflow": "mlflow",
@@ -97,6 +110,25 @@ def attach(target: Any, emit: Emit) -> Detach:
                 target.train = before
 
     return detach
+
+
+def hook(module: Any, attach: Callable[[object], object]) -> None:
+    """Have every trainer that is made attached, unless its model is: multi-GPU children too.
+
+    Args:
+        module: `ultralytics.engine.trainer`.
+        attach: called with the trainer.
+    """
+    made = module.BaseTrainer.__init__
+
+    @wraps(made)
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        heard = (getattr(c, "__self__", None) for hooks in self.callbacks.values() for c in hooks)
+        if not any(isinstance(hooks, _Hooks) and hooks.active for hooks in heard):
+            attach(self)
+
+    module.BaseTrainer.__init__ = make
 
 
 def _underneath(train: Any) -> Any:

@@ -36,7 +36,7 @@ LAYERS = [
     ["schema"],
     ["yamlfile"],
     ["config"],
-    ["replay", "show"],
+    ["auto", "doctor", "replay", "show"],
     ["cli"],
     ["__main__"],
 ]
@@ -129,6 +129,7 @@ def test_the_core_imports_downwards(name: str) -> None:
     [
         ("blinker", {"bus"}),
         ("yaml", {"yamlfile"}),
+        ("wrapt", {"auto"}),
         ("typer", {"cli"}),
         ("wandb", set()),
         ("ultralytics", set()),
@@ -149,7 +150,7 @@ def test_only_the_configuration_reads_the_environment() -> None:
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv")
     }
     # The sidecar hands its own on; a launcher says in it which processes belong together.
-    assert {"config", "sidecar", "ranks"} == readers
+    assert {"auto", "config", "ranks", "sidecar"} == readers
 
 
 def test_only_the_sidecar_starts_a_process() -> None:

@@ -697,4 +697,4 @@ def test_checksum_alone_makes_no_record_of_what_is_none(folder: RunFolder) -> No
     )
     entries, file = read_file(folder)
     assert [] == entries
-    assert 1 == file.damaged
+    assert 4 == file.damaged

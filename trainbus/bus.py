@@ -136,6 +136,15 @@ class Bus:
         self._attached[id(target)] = (target, detach)
         return detach
 
+    def follow(self, target: object) -> None:
+        """Attach to a trainer for as long as it lives, without keeping it alive.
+
+        Raises:
+            NoAdapterError: no installed adapter knows the object's framework.
+            AttachError: the object is not one that its framework trains with.
+        """
+        registry.adapter_for(target)(target, self._emitter())
+
     def run(
         self,
         *,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import trainbus
-from trainbus import config, events, registry
+from trainbus import auto, config, events, registry
 from trainbus.checks import printable
 from trainbus.errors import ConfigError, JournalError, TrainbusError
 from trainbus.runfolder import RunFolder
@@ -29,6 +29,8 @@ from trainbus.schema import json_schema
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
+    from rich.table import Table
+    from rich.text import Text
 
 _WIDTH_WITHOUT_TERMINAL = 200
 
@@ -90,18 +92,50 @@ def validate(
 @app.command()
 def plugins() -> None:
     """List the installed sinks and adapters, and whether they load."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("kind", "name", "package", "entry point", "loads", "about")
+    table = _table("kind", "name", "package", "entry point", "loads", "about")
     for kind, group in (("sink", registry.SINKS), ("adapter", registry.ADAPTERS)):
         for name, point in registry.plugins(group).items():
             package = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown"
             cells = (kind, name, package, point.value, *_loaded(point))
-            table.add_row(*(Text(printable(cell), overflow="fold") for cell in cells))
-    width = None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL
-    Console(width=width).print(table)
+            table.add_row(*(_text(cell) for cell in cells))
+    _print(table)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def run(
+    file: Annotated[str, typer.Option("--config", "-c", help="YAML file with the sinks.")],
+    command: Annotated[
+        list[str], typer.Argument(metavar="-- COMMAND...", help="What trains, with its arguments.")
+    ],
+) -> None:
+    """Run a command, and log every training in it and in its Python children.
+
+    The command needs no line of code for it: `trainbus run -c sinks.yaml -- python train.py`. Its
+    output and exit code are its own.
+    """
+    with _faults():
+        config.load(file)
+        try:
+            auto.become(file, command)
+        except OSError as error:
+            typer.echo(printable(f"{command[0]}: {error.strerror}"), err=True)
+            raise typer.Exit(127 if isinstance(error, FileNotFoundError) else 126) from error
+
+
+@app.command()
+def doctor() -> None:
+    """Show what is installed, what it was tested with, and whether its hooks are still there."""
+    from trainbus.doctor import examine
+
+    sound = True
+    table = _table("package", "installed", "tested with", "state")
+    for finding in examine():
+        sound = sound and not finding.missing
+        cells = (finding.package, finding.installed or "-", finding.tested, finding.state)
+        table.add_row(*(_text(cell) for cell in cells))
+    _print(table)
+    if not sound:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -219,6 +253,25 @@ def schema(
     """Print the JSON Schema of the configuration file, for editors."""
     found = events.json_schema() if of_events else json_schema()
     typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+
+
+def _table(*columns: str) -> Table:
+    from rich.table import Table
+
+    return Table(*columns)
+
+
+def _text(cell: str) -> Text:
+    from rich.text import Text
+
+    return Text(printable(cell), overflow="fold")
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL
+    Console(width=width).print(table)
 
 
 @contextmanager

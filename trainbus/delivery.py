@@ -26,7 +26,14 @@ from trainbus.interfaces import RunInfo, Sink
 from trainbus.lanes import Item, Lane, line
 from trainbus.reading import Entry, Files, RunReader, first_entry
 from trainbus.receipt import SinkReport
-from trainbus.runfolder import RunFolder, open_lock, try_lock, write_atomically
+from trainbus.runfolder import (
+    RunFolder,
+    make_folder,
+    open_lock,
+    open_private,
+    try_lock,
+    write_atomically,
+)
 from trainbus.transforms import Transform, TransformSpec
 
 logger = logging.getLogger("trainbus")
@@ -36,6 +43,7 @@ Isolation: TypeAlias = Literal["auto", "process", "thread", "inline"]
 POLL_S = 0.1
 _BATCH = 500
 _SAVE_S = 1.0
+_MAX_OFFSET = 2**60
 _TAKEN = "another process delivers to this sink"
 
 
@@ -299,7 +307,7 @@ class SinkWorker:
         return RunReader(
             self._folder,
             after=(cursor.attempt, first - 1),
-            offset=0 if cursor.uploads else cursor.offset,
+            offset=0 if cursor.uploads or not 0 <= cursor.offset < _MAX_OFFSET else cursor.offset,
             upto=self._attempt,
         )
 
@@ -444,11 +452,12 @@ class SinkWorker:
             self._cursor.seq = max(self._cursor.seq, record.seq)
             self._cursor.uploads = [s for s in self._cursor.uploads if s != record.seq]
         path = self._folder.dead(self.route.key)
-        letter = msgspec.json.encode({"error": reason, "record": msgspec.Raw(encode(record))})
-        with suppress(OSError):
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-            with open(path, "ab", opener=_private) as file:
-                file.write(letter + b"\n")
+        about: Any = {"run": record.run, "attempt": record.attempt, "seq": record.seq}
+        with suppress(RecursionError):  # what is nested too deep to be written is still counted
+            about = msgspec.Raw(encode(record))
+        letter = msgspec.json.encode({"error": reason, "record": about})
+        with suppress(OSError), open(open_private(path), "ab") as file:
+            file.write(letter + b"\n")
         self._save(0.0)
         if isinstance(record.event, RunEnded):
             self._leave()
@@ -463,8 +472,10 @@ class SinkWorker:
         with self._mutex:
             data = msgspec.json.encode(self._cursor)
         self._saved_at, self._unsaved = now, 0
+        path = self._folder.cursor(self.route.key)
         with suppress(OSError):  # a full disk: records may then come twice after a crash
-            write_atomically(self._folder.cursor(self.route.key), data)
+            make_folder(path.parent)
+            write_atomically(path, data)
 
 
 class _LaneMaker:
@@ -492,7 +503,3 @@ def _read_cursor(path: Any) -> Cursor | None:
         return msgspec.json.decode(path.read_bytes(), type=Cursor)
     except (OSError, msgspec.DecodeError):
         return None
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)

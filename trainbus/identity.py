@@ -21,6 +21,8 @@ logger = logging.getLogger("trainbus")
 MARKER = "trainbus.json"
 """File in a run's save directory that names the run, so that a resumed training finds it again."""
 
+_MAX_ATTEMPT = 10**5
+
 
 def identify(event: RunStarted) -> tuple[str, int]:
     """Return the run's id, and the lowest number that this attempt of it may have, from 1."""
@@ -59,6 +61,6 @@ def _marked(save_dir: str | None) -> tuple[str | None, int]:
     try:
         found = json.loads((Path(save_dir) / MARKER).read_text(encoding="utf-8"))
         run, attempt = str(found["run"]), int(found["attempt"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None, 0
-    return (run, attempt) if is_run_id(run) else (None, 0)
+    return (run, attempt) if is_run_id(run) and 0 <= attempt < _MAX_ATTEMPT else (None, 0)

@@ -180,8 +180,6 @@ class Journal:
             size, seq = self._state.size + len(held.line), max(self._state.seq, held.seq)
             if not self._write(held.line, self._state._replace(size=size, seq=seq), held):
                 break
-        if not self._held:
-            self._held_bytes = 0
 
     def close(self) -> None:
         """Close the file; calling it twice does nothing more."""
@@ -292,6 +290,7 @@ class Journal:
                 self._state = after
                 if held is not None and self._held and self._held[0] is held:
                     self._held.popleft()
+                    self._held_bytes -= len(held.line)
             elif size > self._state.size:
                 os.ftruncate(self._fd, self._state.size)
         except OSError as error:

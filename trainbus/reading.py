@@ -8,6 +8,7 @@ outside its directory, decides how much memory is taken, or raises.
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,8 @@ from trainbus.runfolder import RunFolder, is_being_written, is_run_id, open_with
 
 _CHUNK = 2**20
 _START = b'{"crc":"'
+_MAX_FAULTS = 100
+_MAX_PARTS = 100
 
 REASON_LOST = "the training process was killed, or ended without ending its run"
 
@@ -65,6 +68,9 @@ class Files:
         self._folder = folder
         self._blobs = Blobs(folder)
         self._trusted = None if trusted is None else [Path(t).resolve() for t in trusted]
+        self._nowhere = folder.path / "not-available"
+        while os.path.lexists(self._nowhere):  # put there by who made the journal
+            self._nowhere = folder.path / f"not-available-{secrets.token_hex(8)}"
         self.refused: list[str] = []
         """Paths outside of the directory that records named, and that were not used."""
         self.damaged: list[str] = []
@@ -102,7 +108,7 @@ class Files:
         else:
             self.refused.append(path)
         # A path below the run's directory, where nothing is: sinks say that it can't be read.
-        return str(self._folder.path / "not-available" / Path(path).name)
+        return str(self._nowhere / Path(path).name)
 
     def _may_use(self, path: str) -> bool:
         if self._trusted is None:
@@ -126,6 +132,7 @@ class RecordFile:
         self._rest = b""
         self._skips = False
         self._bad = 0
+        self._is_in_piece = False
         # An attempt begins with 1; the end that was written in its place has any seq.
         is_whole = offset == 0 and not path.stem.endswith("-end")
         self._last_seq: int | None = 0 if is_whole else None
@@ -174,9 +181,8 @@ class RecordFile:
 
     def finish(self) -> None:
         """Count what is damaged at the end of a file that gets no more lines."""
-        if self._bad:
-            self.damaged += 1
-            self._bad = 0
+        self.damaged += self._bad
+        self._bad = 0
 
     def _take(self, end: int, limit: int, found: list[Entry]) -> None:
         """Take lines that are whole from what was read, as many as are wanted."""
@@ -195,10 +201,11 @@ class RecordFile:
     def _line(self, line: bytes, found: list[Entry]) -> None:
         body = unseal(line)
         if body is None:
-            self._bad += 1
+            # A flipped bit may be a line feed, and make two pieces of one line.
+            self._bad += not (self._is_in_piece and not line.startswith(_START))
+            self._is_in_piece = not line.endswith(b"}")
             # A lost line feed makes one line of two, of which the second is whole.
-            at = line.rfind(_START, 1)
-            body = unseal(line[at:]) if at > 0 else None
+            body = _whole_part(line)
             if body is None:
                 return
         try:
@@ -207,7 +214,8 @@ class RecordFile:
             if not is_run_id(record.run):
                 raise JournalError(f"refused a record of run {record.run[:80]!r}")
         except (msgspec.DecodeError, JournalError, ValueError, RecursionError) as error:
-            self.faults.append(str(error))
+            if len(self.faults) < _MAX_FAULTS:
+                self.faults.append(str(error))
             self._bad += 1
             return
         self._count(record.seq)
@@ -219,6 +227,7 @@ class RecordFile:
         self.damaged += damaged
         self.missing += max(gap - damaged, 0)
         self._bad = 0
+        self._is_in_piece = False
         self._last_seq = seq
 
     def _fill(self) -> bool:
@@ -356,6 +365,18 @@ class RunReader:
             self._after = max(self._after, (self._attempt + 1, 0))
             self._offset = 0
         self._attempt = None
+
+
+def _whole_part(line: bytes) -> bytes | None:
+    """Return the whole line that a damaged one ends with, if its line feed was lost."""
+    at = 0
+    for _ in range(_MAX_PARTS):
+        at = line.find(_START, at + 1)
+        if at < 0:
+            break
+        if body := unseal(line[at:]):
+            return body
+    return None
 
 
 def first_entry(folder: RunFolder, attempt: int) -> Entry | None:

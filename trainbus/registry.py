@@ -10,7 +10,6 @@ from trainbus.interfaces import Adapter, Sink
 
 SINKS = "trainbus.sinks"
 ADAPTERS = "trainbus.adapters"
-HOOKS = "trainbus.hooks"
 
 
 def plugins(group: str) -> dict[str, EntryPoint]:

@@ -139,7 +139,11 @@ def open_within(root: Path, path: Path) -> int:
         JournalError: the path leaves the directory, or is a link or no plain file.
         OSError: it can't be opened.
     """
-    if not path.parent.resolve().is_relative_to(root.resolve()):
+    try:
+        is_inside = path.parent.resolve().is_relative_to(root.resolve())
+    except RuntimeError:  # a link that leads to itself
+        is_inside = False
+    if not is_inside:
         raise JournalError(f"refused {path}: it leads out of {root}")
     try:
         fd = os.open(path, os.O_RDONLY | _NO_FOLLOW | _NO_BLOCK)
@@ -173,6 +177,27 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder in a run's directory; a link is refused, it may lead out of it.
+
+    Raises:
+        OSError: it is a link, or can't be created.
+    """
+    path.mkdir(mode=0o700, exist_ok=True)
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+
+
+def open_private(path: Path) -> int:
+    """Return a descriptor for appending to a file that only the user may read, and no link.
+
+    Raises:
+        OSError: it can't be opened.
+    """
+    make_folder(path.parent)
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NO_FOLLOW, 0o600)
+
+
 def try_lock(fd: int) -> bool:
     """Return whether this process has the file to itself now, until the descriptor is closed."""
     if fcntl is None:
@@ -204,7 +229,7 @@ def open_lock(path: Path) -> int:
     Raises:
         OSError: it can't be created.
     """
-    path.parent.mkdir(mode=0o700, exist_ok=True)
+    make_folder(path.parent)
     return os.open(path, os.O_RDWR | os.O_CREAT | _NO_FOLLOW, 0o600)
 
 

@@ -30,7 +30,13 @@ logger = logging.getLogger("trainbus")
 
 _MAX_RESTARTS = 3
 _EXIT_S = 10.0
-_PROGRAM = "import sys; sys.path.pop(0); from trainbus.sidecarmain import main; main()"
+_PROGRAM = """
+import sys
+if sys.path[0] == "":  # the folder that training runs in, unless Python was told to leave it out
+    del sys.path[0]
+from trainbus.sidecarmain import main
+main()
+"""
 
 
 class Task(msgspec.Struct, kw_only=True):

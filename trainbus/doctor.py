@@ -1,0 +1,84 @@
+"""Looks whether the installed frameworks and trackers are those that the plugins were made for.
+
+A framework may rename a hook in any release, and a training would then go on without its metrics:
+each adapter names what it relies on, and this finds what is not there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint, PackageNotFoundError, packages_distributions, version
+
+import msgspec
+
+from trainbus import registry
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of one framework or tracker."""
+
+    package: str
+    installed: str | None
+    tested: str
+    missing: list[str]
+    """What the plugin relies on and this version has not."""
+    fault: str | None = None
+
+    @property
+    def state(self) -> str:
+        """The finding in a few words."""
+        if self.installed is None:
+            return "not installed"
+        if self.missing:
+            return f"these are missing, and events with them: {', '.join(self.missing)}"
+        if self.fault:
+            return f"can't be imported: {self.fault}"
+        known = [each.strip() for each in self.tested.split(",")]
+        return "ok" if self.installed in known else "ok, a version that was not tested"
+
+
+def examine() -> Iterator[Finding]:
+    """Yield what is found of each framework and tracker; imports those that are installed."""
+    names = packages_distributions()
+    for group in (registry.ADAPTERS, registry.SINKS):
+        for point in registry.plugins(group).values():
+            try:
+                plugin = point.load()
+            except Exception as error:
+                fault = f"{type(error).__name__}: {error}"
+                yield Finding(package=point.name, installed="?", tested="", missing=[], fault=fault)
+                continue
+            home = sys.modules[plugin.__module__]
+            package = point.name if group == registry.ADAPTERS else plugin.service
+            if package is not None:
+                yield _examine(point, package, home, names.get(package, [package])[0])
+
+
+def _examine(point: EntryPoint, package: str, home: object, distribution: str) -> Finding:
+    tested = str(getattr(home, "TESTED", ""))
+    try:
+        installed = version(distribution)
+    except PackageNotFoundError:
+        return Finding(package=package, installed=None, tested=tested, missing=[])
+    missing: list[str] = []
+    try:
+        importlib.import_module(package)
+        needs = [need for need in getattr(home, "NEEDS", ()) if need.startswith(f"{package}")]
+        missing = [need for need in needs if not _is_there(need)]
+    except Exception as error:
+        fault = f"{type(error).__name__}: {error}"
+        return Finding(package=package, installed=installed, tested=tested, missing=[], fault=fault)
+    return Finding(package=package, installed=installed, tested=tested, missing=missing)
+
+
+def _is_there(need: str) -> bool:
+    module, _, path = need.partition(":")
+    try:
+        found: object = importlib.import_module(module)
+        for name in path.split(".") if path else ():
+            found = getattr(found, name)
+    except (ImportError, AttributeError):
+        return False
+    return True
