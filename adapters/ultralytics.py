@@ -131,6 +131,11 @@ def hook(module: Any, attach: Callable[[object], object]) -> None:
     module.BaseTrainer.__init__ = make
 
 
+def _only_launches(trainer: Any) -> bool:
+    """Return whether a trainer leaves the training to processes that it starts, one a GPU."""
+    return int(getattr(trainer, "world_size", 0) or 0) > 1 and "LOCAL_RANK" not in os.environ
+
+
 def _underneath(train: Any) -> Any:
     """Return what a model's own `train` was before hooks watched it that are detached by now."""
     while isinstance(train, partial):
@@ -370,9 +375,14 @@ class _Hooks:
         return Resumed(epoch=epoch, step=self._step, save_dir=str(folder))
 
     def _fail(self, error: BaseException) -> None:
+        rank = int(os.environ.get("RANK", "-1"))
+        if self.active and rank > 0:
+            self._emit.failed_on(rank, error)
         if not self._listens() or self._trainer is None:
             return
         if not self._started:
+            if _only_launches(self._trainer):  # its child has the run, and told what ended it
+                return
             self._start(self._trainer)
         self._end(ended_by(error, best=self._best()))
 
@@ -497,12 +507,12 @@ def _warn_of_deaf_children(trainer: Any) -> None:
     """Say so where a multi-GPU training ran in processes that were given no callbacks."""
     from ultralytics.utils import dist
 
-    world_size = int(getattr(trainer, "world_size", 0) or 0)
-    is_parent = world_size > 1 and "LOCAL_RANK" not in os.environ
-    if is_parent and "callbacks" not in getsource(dist.generate_ddp_file):
+    if not _only_launches(trainer) or "TRAINBUS_CONFIG" in os.environ:  # whose hooks they have
+        return
+    if "callbacks" not in getsource(dist.generate_ddp_file):
         logger.warning(
             "nothing was logged: this Ultralytics gives its multi-GPU processes no callbacks; "
-            "update it (8.4.190 does), or train on one GPU"
+            "start it by `trainbus run`, update it (8.4.190 does), or train on one GPU"
         )
 
 

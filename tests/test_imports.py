@@ -129,7 +129,6 @@ def test_the_core_imports_downwards(name: str) -> None:
     [
         ("blinker", {"bus"}),
         ("yaml", {"yamlfile"}),
-        ("wrapt", {"auto"}),
         ("typer", {"cli"}),
         ("wandb", set()),
         ("ultralytics", set()),

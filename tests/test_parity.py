@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from support import wandb_file
 from support.train import weights_hash
 from support.trained import Trained
-from support.wandb_file import WandbRun
+from support.wandb_content import numbers, pictures, tables
 
 PARITY = Path(__file__).parent.parent / "docs" / "parity.md"
 
@@ -28,47 +27,10 @@ OURS_ALONE = {
 }
 """Keys of the history that only trainbus logs."""
 
-TIMED = {"model/speed_PyTorch(ms)"}
-"""Measured in wall time, so never twice the same."""
-
-
-def numbers(run: WandbRun) -> dict[int, dict[str, float]]:
-    """Return the numbers of each epoch, epochs counted from 1."""
-    found: dict[int, dict[str, float]] = {}
-    for row in run.history:
-        values = {
-            k: v
-            for k, v in row.items()
-            if isinstance(v, int | float) and k[0] != "_" and k not in TIMED | OURS_ALONE
-        }
-        if len(values) > 1:
-            found[int(values.pop("epoch"))] = values
-    return found
-
-
-def pictures(run: WandbRun) -> set[tuple[str, str]]:
-    """Return key and digest of every picture."""
-    return {
-        (key, value["sha256"])
-        for row in run.history
-        for key, value in row.items()
-        if isinstance(value, dict) and value.get("_type") == "image-file"
-    }
-
-
-def tables(run: WandbRun) -> dict[str, list[list[Any]]]:
-    """Return the tables of the curves."""
-    return {
-        key: wandb_file.read_table(run, value)[1]
-        for row in run.history
-        for key, value in row.items()
-        if key.startswith("curves/")
-    }
-
 
 def test_the_same_numbers_each_epoch(ours: Trained, builtin: Trained) -> None:
     """Losses, learning rates and metrics agree; only the phantom epoch is missing (F3)."""
-    theirs, here = numbers(builtin.wandb_run), numbers(ours.wandb_run)
+    theirs, here = numbers(builtin.wandb_run, OURS_ALONE), numbers(ours.wandb_run, OURS_ALONE)
     assert list(range(1, 12)) == sorted(theirs)
     assert list(range(1, 11)) == sorted(here)
     assert {epoch: theirs[epoch] for epoch in here} == here
@@ -76,7 +38,7 @@ def test_the_same_numbers_each_epoch(ours: Trained, builtin: Trained) -> None:
 
 def test_the_final_evaluation_is_in_the_summary(ours: Trained, builtin: Trained) -> None:
     """What the built-in callback logs as epoch 11 is kept, under `final/` (F3)."""
-    phantom = numbers(builtin.wandb_run)[11]
+    phantom = numbers(builtin.wandb_run, OURS_ALONE)[11]
     summary = ours.wandb_run.summary
     assert phantom == {k: summary[f"final/{k}"] for k in phantom}
 

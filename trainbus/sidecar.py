@@ -29,6 +29,7 @@ from trainbus.transforms import TransformSpec
 logger = logging.getLogger("trainbus")
 
 _MAX_RESTARTS = 3
+_OF_TRAINING = {"RANK", "LOCAL_RANK", "TRAINBUS_CONFIG"}
 _EXIT_S = 10.0
 _PROGRAM = """
 import sys
@@ -252,7 +253,9 @@ def _json(task: Task) -> bytes:
 def _environment() -> dict[str, str]:
     """Return this process's environment, in which Python finds the modules that it finds here."""
     path = [os.path.abspath(entry) for entry in sys.path if entry is not None]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    # What a launcher says of the training process is not true of this one.
+    kept = {k: v for k, v in os.environ.items() if k not in _OF_TRAINING}
+    return {**kept, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def _private(path: str, flags: int) -> int:

@@ -39,6 +39,8 @@ def join() -> None:
         barrier()
 
     class TorchOnCpu:
+        cuda = SimpleNamespace(current_device=lambda: 0)  # how older versions ask for it
+
         def __getattr__(self, name: str) -> Any:
             return getattr(torch, name)
 
@@ -51,13 +53,21 @@ def join() -> None:
 
 
 def launch(
-    script: Path, folder: Path, environment: dict[str, str]
+    script: Path, folder: Path, environment: dict[str, str], startup: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script that Ultralytics generated for its children, in two processes on CPU."""
+    """Run a script that Ultralytics generated for its children, in two processes on CPU.
+
+    Args:
+        script: what Ultralytics generated.
+        folder: where it runs.
+        environment: of the processes.
+        startup: folder with a `sitecustomize` that is run before the one of this file.
+    """
     hooks = folder / "hooks"
     hooks.mkdir(exist_ok=True)
     (hooks / "sitecustomize.py").write_text(CHILD)
-    path = os.pathsep.join([str(hooks), environment["PYTHONPATH"]])
+    before = [] if startup is None else [str(startup)]
+    path = os.pathsep.join([*before, str(hooks), environment["PYTHONPATH"]])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,24 +1,74 @@
-"""Python imports this file when it starts, as `trainbus run` puts its folder on the path.
+"""What every Python process under `trainbus run` begins with: hooks behind framework imports.
 
-The file of the same name that it hides, if there is one, is run afterwards.
+Python imports this file when it starts, as `trainbus run` puts its folder on the path; the file of
+the same name that it hides, if there is one, is run afterwards. A program that trains nothing
+imports neither trainbus nor numpy by it; what goes wrong here is said once and never reaches the
+program.
 """
 
+from __future__ import annotations
+
+import logging
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+    from types import ModuleType
+
+    from trainbus.bus import Bus
+
+logger = logging.getLogger("trainbus")
 
 
-def _start() -> None:
-    config = os.environ.get("TRAINBUS_CONFIG")
-    if config:
-        try:
-            from trainbus.auto import install
-        except ImportError:
+class Session:
+    """Attaches to every trainer that this process makes; its sinks are opened when one trains."""
+
+    def __init__(self, config: str) -> None:
+        self._config = config
+        self._bus: Bus | None = None
+        self._has_tried = False
+
+    def start(self) -> None:
+        """Have the hooks called once their frameworks are imported."""
+        from functools import partial
+        from importlib.metadata import entry_points
+        from importlib.util import find_spec
+
+        if find_spec("trainbus") is None:
             print(
                 f"trainbus: {sys.executable} has no trainbus; what it trains is not logged",
                 file=sys.stderr,
             )
             return
-        install(config)
+        import wrapt
+
+        for point in entry_points(group="trainbus.hooks"):
+            wrapt.register_post_import_hook(partial(self.hook, point), point.name)
+
+    def hook(self, point: EntryPoint, module: ModuleType) -> None:
+        """Hook into a framework, whose module was imported."""
+        try:
+            point.load()(module, self.attach)
+        except Exception as error:
+            logger.warning("trainings of %s are not logged: %r", point.name, error)
+
+    def attach(self, target: object) -> None:
+        """Attach to a trainer."""
+        from trainbus import SinkError, load
+
+        try:
+            if self._bus is None and not self._has_tried:
+                self._has_tried = True  # one try, and one complaint
+                self._bus = load(self._config)
+            if self._bus is not None:
+                self._bus.follow(target)
+        except SinkError:
+            raise
+        except Exception as error:
+            kind = type(target)
+            logger.warning("%s.%s is not logged: %s", kind.__module__, kind.__qualname__, error)
 
 
 def _run_the_hidden_one() -> None:
@@ -34,5 +84,9 @@ def _run_the_hidden_one() -> None:
         spec.loader.exec_module(module)
 
 
-_start()
+if os.environ.get("TRAINBUS_CONFIG"):
+    try:
+        Session(os.environ["TRAINBUS_CONFIG"]).start()
+    except Exception as error:
+        print(f"trainbus: trainings are not logged: {error!r}", file=sys.stderr)
 _run_the_hidden_one()

@@ -1,0 +1,228 @@
+"""`trainbus run`: a command that trains is logged without a word in it, all others are let be."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from support import ddp, wandb_file
+from support import train as training
+from support.trained import CONFIG, Trained
+from support.wandb_content import numbers, pictures, tables
+from trainbus.events import EpochEnded, Record, RunEnded, RunStarted, decode
+from trainbus.testing import check_grammar
+
+LOCAL = "sinks: {file: {type: jsonl, path: 'records/{run}.jsonl'}}"
+TORCHVISION = "from support import torchvision_cpu\ntorchvision_cpu.install()\n"
+
+
+def run(
+    folder: Path, *command: str, config: str = LOCAL, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command under `trainbus run`, in a folder and environment of its own."""
+    (folder / "trainbus.yaml").write_text(config)
+    ours = [sys.executable, "-m", "trainbus", "run", "-c", "trainbus.yaml", "--"]
+    return subprocess.run(
+        [*ours, *command],
+        cwd=folder,
+        env=training.hermetic(folder) | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def python(folder: Path, code: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a script of the given code under `trainbus run`."""
+    (folder / "script.py").write_text(textwrap.dedent(code))
+    return run(folder, sys.executable, "script.py", **options)  # type: ignore[arg-type]
+
+
+def records_of(folder: Path) -> list[list[Record]]:
+    """Return the records of each run that a command left in the file sink, oldest first."""
+    files = sorted((folder / "records").glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+    return [[decode(line) for line in path.read_bytes().splitlines()] for path in files]
+
+
+# Commands that train nothing ----------------------------------------------------------------------
+
+
+def test_output_and_exit_code_are_the_commands(tmp_path: Path) -> None:
+    """What the command prints and returns comes through unchanged, and nothing is added."""
+    done = python(tmp_path, "import sys; print('out'); print('err', file=sys.stderr); sys.exit(7)")
+    assert (7, "out\n", "err\n") == (done.returncode, done.stdout, done.stderr)
+    assert {"script.py", "trainbus.yaml"} == set(os.listdir(tmp_path))
+
+
+def test_a_signal_reaches_the_command(tmp_path: Path) -> None:
+    """The command is the process itself: who signals it signals the command."""
+    done = python(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
+    assert -signal.SIGTERM == done.returncode
+
+
+def test_a_program_that_trains_nothing_imports_next_to_nothing(tmp_path: Path) -> None:
+    """Neither a sink nor a framework nor the bus is imported before something trains."""
+    code = "import sys; print(*sorted(m for m in sys.modules if m.split('.')[0] in {0!r}))"
+    names = ("trainbus", "numpy", "yaml", "wandb", "torch", "msgspec", "blinker", "rich")
+    done = python(tmp_path, code.format(names))
+    assert [] == done.stdout.split()
+
+
+def test_a_hidden_sitecustomize_is_run(tmp_path: Path) -> None:
+    """A `sitecustomize` of the user's own is run as it is without trainbus."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "sitecustomize.py").write_text("import builtins; builtins.mine = 5\n")
+    done = python(tmp_path, "print(mine)", env={"PYTHONPATH": str(tmp_path / "own")})
+    assert "5\n" == done.stdout, done.stderr
+
+
+def test_a_python_without_trainbus_says_so(tmp_path: Path) -> None:
+    """A Python of another environment runs as it would, and a line says that it logs nothing."""
+    other = str(getattr(sys, "_base_executable", sys.executable))
+    env = {"PYTHONPATH": ""}
+    if (
+        "trainbus"
+        in subprocess.run(
+            [other, "-m", "pip", "list"], capture_output=True, text=True, check=False, env=env
+        ).stdout
+    ):
+        pytest.skip("trainbus is installed in the base interpreter")
+    done = run(tmp_path, other, "-c", "print(1)", env=env)
+    assert (0, "1\n") == (done.returncode, done.stdout)
+    assert "has no trainbus; what it trains is not logged" in done.stderr
+
+
+def test_a_bad_configuration_starts_nothing(tmp_path: Path) -> None:
+    """The command is not begun with sinks that can't be: one line for each fault, exit code 2."""
+    config = "sinks: {a: {type: jsonl, path: 5}}"
+    done = python(tmp_path, "open('started', 'w')", config=config)
+    assert 2 == done.returncode
+    assert "trainbus.yaml:1: sinks.a.path: found the number 5, expected a text" in done.stderr
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize(("name", "code"), [("no-such-command", 127), ("./trainbus.yaml", 126)])
+def test_a_command_that_can_not_be_run_is_one_line(tmp_path: Path, name: str, code: int) -> None:
+    """The exit codes are those that shells have for it."""
+    done = run(tmp_path, name)
+    assert code == done.returncode
+    assert [f"{name}: "] == [line[: len(name) + 2] for line in done.stderr.splitlines()]
+
+
+# Ultralytics --------------------------------------------------------------------------------------
+
+
+def arguments(data: Path, root: Path, epochs: int) -> dict[str, object]:
+    """Return what a YOLO is trained with."""
+    place = {"data": str(data), "project": str(root / "runs"), "name": "train", "epochs": epochs}
+    return {**training.FAST, **place}
+
+
+def yolo(root: Path, data: Path, *, version: str | None = None) -> Sequence[str]:
+    """Train with the `yolo` command line, under `trainbus run`; return its faults."""
+    root.mkdir()
+    (root / "site").mkdir()
+    (root / "site" / "sitecustomize.py").write_text(TORCHVISION)
+    given = [f"{key}={value}" for key, value in arguments(data, root, 2).items()]
+    path = [str(root / "site"), training.hermetic(root, version=version)["PYTHONPATH"]]
+    entry = "from ultralytics.cfg import entrypoint; entrypoint()"
+    command = [sys.executable, "-c", entry, "detect", "train", "model=yolo11n.yaml", *given]
+    config = CONFIG.format(root=root)
+    done = run(root, *command, config=config, env={"PYTHONPATH": os.pathsep.join(path)})
+    assert 0 == done.returncode, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "trainbus: run train_" in done.stderr
+    return [line for line in done.stderr.splitlines() if "not logged" in line]
+
+
+def test_the_yolo_command_gives_what_attach_gives(
+    tmp_path: Path, data: Path, train: object
+) -> None:
+    """The command line, where no callback can be passed, fills W&B as two lines of code do."""
+    attached: Trained = train("attached", epochs=2)  # type: ignore[operator]
+    root = tmp_path / "auto"
+    assert [] == yolo(root, data)
+    (path,) = wandb_file.find_runs(root)
+    found, expected = wandb_file.read_finished(path), attached.wandb_run
+    assert numbers(expected) == numbers(found)
+    assert [1, 2] == sorted(numbers(found))
+    assert pictures(expected) == pictures(found)
+    assert tables(expected) == tables(found)
+    assert expected.charts == found.charts
+    assert [a.type for a in expected.artifacts] == [a.type for a in found.artifacts]
+    places = {"project", "save_dir"}
+    assert {k: v for k, v in expected.config.items() if k not in places} == {
+        k: v for k, v in found.config.items() if k not in places
+    }
+    (records,) = records_of(root)
+    assert [] == check_grammar(records)
+
+
+def test_a_model_that_is_attached_already_is_logged_once(tmp_path: Path, data: Path) -> None:
+    """A script that has its own bus keeps it: `trainbus run` adds no second run."""
+    config = tmp_path / "own.yaml"
+    config.write_text(LOCAL)
+    scenario = training.Scenario(
+        root=str(tmp_path), data=str(data), config=str(config), train={"epochs": 1}
+    )
+    done = run(tmp_path, *trained_by(scenario), config=LOCAL.replace("records", "again"))
+    assert 0 == done.returncode, done.stderr[-3000:]
+    assert 1 == len(records_of(tmp_path))
+    assert not (tmp_path / "again").exists()
+
+
+def trained_by(scenario: training.Scenario) -> list[str]:
+    """Return the command that trains a scenario."""
+    here = training.HERE
+    scripts = [str(here / "torchvision_cpu.py"), str(here / "train.py")]
+    return [sys.executable, *scripts, json.dumps(asdict(scenario))]
+
+
+GENERATE = """
+from ultralytics.utils.dist import generate_ddp_file
+from ultralytics.engine.trainer import BaseTrainer
+def stop(trainer):
+    found["script"] = generate_ddp_file(trainer)
+BaseTrainer.train = stop
+"""
+
+
+@pytest.mark.parametrize("version", [None, "8.4.90"])
+def test_multi_gpu_children_are_one_run(tmp_path: Path, data: Path, version: str | None) -> None:
+    """Ultralytics' own child script, in two processes: one run, with rank 0's metrics once.
+
+    The newest version pickles callbacks for its children and 8.4.90 drops them; both are logged.
+    """
+    scenario = training.Scenario(
+        root=str(tmp_path), data=str(data), before=GENERATE, catch=True, train={"epochs": 2}
+    )
+    env = {"PYTHONPATH": training.hermetic(tmp_path, version=version)["PYTHONPATH"]}
+    done = run(tmp_path, *trained_by(scenario), env=env)
+    assert 0 == done.returncode, done.stderr[-3000:]
+    assert [] == records_of(tmp_path), "the parent trains nothing itself"
+    startup = Path(trainbus_folder()) / "startup"
+    environment = training.hermetic(tmp_path, version=version)
+    environment["TRAINBUS_CONFIG"] = str(tmp_path / "trainbus.yaml")
+    script = Path(training.result(scenario)["script"])
+    process = ddp.launch(script, tmp_path, environment, startup)
+    assert 0 == process.returncode, process.stderr[-3000:]
+    (records,) = records_of(tmp_path)
+    assert [] == check_grammar(records)
+    kinds = [type(record.event) for record in records]
+    assert (1, 2, 1) == tuple(kinds.count(k) for k in (RunStarted, EpochEnded, RunEnded))
+
+
+def trainbus_folder() -> str:
+    """Return where the package lies."""
+    import trainbus
+
+    return str(Path(trainbus.__file__).parent)
