@@ -51,6 +51,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("trainbus.sinks.wandb")
 
+TESTED = "0.31.0"
+NEEDS = (
+    "wandb:init",
+    "wandb:Settings",
+    "wandb:Artifact",
+    "wandb:Error",
+    "wandb:Image",
+    "wandb:Table",
+    "wandb:Histogram",
+    "wandb:Html",
+    "wandb:plot.line",
+    "wandb:plot_table",
+)
+"""What the sink relies on; `trainbus doctor` looks whether it is there."""
+
 _ATTEMPT = "trainbus-attempt.txt"
 """File in an offline run's folder that says which attempt of the run it holds."""
 

@@ -79,6 +79,10 @@ def _is_there(need: str) -> bool:
         found: object = importlib.import_module(module)
         for name in path.split(".") if path else ():
             found = getattr(found, name)
-    except (ImportError, AttributeError):
+    except AttributeError:
         return False
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{module}.".startswith(f"{error.name}."):
+            return False
+        raise
     return True

@@ -1,0 +1,110 @@
+"""`trainbus doctor`: what is installed, what it was tested with, and what a release took away."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from typer.testing import CliRunner
+
+from trainbus import doctor, registry
+from trainbus.cli import app
+from trainbus.doctor import Finding, examine
+
+PLUGIN = """
+TESTED = "1.0, 1.1"
+NEEDS = ({needs})
+
+def attach(target, emit):
+    return lambda: None
+"""
+
+
+def installed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, framework: str, needs: str, version: str
+) -> Finding:
+    """Return what is found of a framework whose one adapter needs what is given."""
+    (folder / "tinyframe.py").write_text(framework)
+    (folder / "tinyadapter.py").write_text(PLUGIN.format(needs=needs))
+    about = folder / "tinyframe-1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: tinyframe\nVersion: {version}\n")
+    (about / "RECORD").write_text("tinyframe.py,,\n")
+    (about / "top_level.txt").write_text("tinyframe\n")
+    monkeypatch.syspath_prepend(str(folder))
+    for name in ("tinyframe", "tinyadapter"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    point = EntryPoint("tinyframe", "tinyadapter:attach", registry.ADAPTERS)
+    monkeypatch.setattr(
+        registry, "plugins", lambda group: {"tinyframe": point} if group == point.group else {}
+    )
+    (finding,) = examine()
+    for name in ("tinyframe", "tinyadapter"):
+        sys.modules.pop(name, None)
+    return finding
+
+
+SOUND = "class Trainer:\n    def fit(self): ...\n"
+
+
+@pytest.mark.parametrize(
+    ("framework", "version", "state"),
+    [
+        (SOUND, "1.1", "ok"),
+        (SOUND, "2.0", "ok, a version that was not tested"),
+        ("class Trainer: ...\n", "2.0", "these are missing, and events with them: "
+         "tinyframe:Trainer.fit"),
+        ("raise RuntimeError('no GPU')", "1.0", "can't be imported: RuntimeError: no GPU"),
+        ("import nowhere_at_all", "1.0", "can't be imported: ModuleNotFoundError: No module named "
+         "'nowhere_at_all'"),
+    ],
+    ids=["sound", "newer", "drifted", "broken", "incomplete"],
+)  # fmt: skip
+def test_a_framework_is_examined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, framework: str, version: str, state: str
+) -> None:
+    """A hook that a release took away is named; a version that is only newer is said to be."""
+    needs = "'tinyframe:Trainer.fit',"
+    found = installed(tmp_path, monkeypatch, framework=framework, needs=needs, version=version)
+    assert ("tinyframe", version, state) == (found.package, found.installed, found.state)
+
+
+def test_a_module_that_is_gone_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of the framework that no longer exists is a hook that is missing, and no fault."""
+    needs = "'tinyframe.callbacks:Callback',"
+    found = installed(tmp_path, monkeypatch, framework=SOUND, needs=needs, version="1.0")
+    assert ["tinyframe.callbacks:Callback"] == found.missing
+
+
+def test_what_is_not_installed_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A framework that nobody installed is listed, with what the adapter was tested with."""
+    home = ModuleType("home")
+    home.TESTED = "1.0"  # type: ignore[attr-defined]
+    home.attach = lambda target, emit: None  # type: ignore[attr-defined]
+    home.attach.__module__ = "home"
+    monkeypatch.setitem(sys.modules, "home", home)
+    point = EntryPoint("no_such_framework", "home:attach", registry.ADAPTERS)
+    monkeypatch.setattr(
+        registry, "plugins", lambda group: {point.name: point} if group == point.group else {}
+    )
+    (found,) = examine()
+    assert ("no_such_framework", None, "1.0", "not installed") == (
+        *(found.package, found.installed, found.tested),
+        found.state,
+    )
+
+
+@pytest.mark.parametrize(("missing", "code"), [([], 0), (["frame:Trainer.fit"], 1)])
+def test_the_command_says_what_is_found(
+    monkeypatch: pytest.MonkeyPatch, missing: list[str], code: int
+) -> None:
+    """One row each; the exit code tells a script whether something drifted."""
+    finding = Finding(package="frame", installed="2.0", tested="1.0, 2.0", missing=missing)
+    monkeypatch.setattr(doctor, "examine", lambda: iter([finding]))
+    done = CliRunner().invoke(app, ["doctor"])
+    assert code == done.exit_code
+    for text in ("frame", "2.0", "1.0, 2.0", *missing):
+        assert text in done.output
