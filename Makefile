@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 OLD_ULTRALYTICS := 8.3.0 8.3.200 8.4.90
 export YOLO_OFFLINE := True
 
-.PHONY: test demo lint types unit build clean
+.PHONY: test demo lint types unit docs build clean
 
 test: lint types unit
 
@@ -34,6 +34,9 @@ unit: $(VENV)/ready
 
 demo: $(VENV)/ready
 	$(BIN)/python tests/support/torchvision_cpu.py examples/ultralytics_wandb.py
+
+docs: $(VENV)/ready
+	$(BIN)/python tests/support/event_table.py
 
 build: $(VENV)/ready
 	$(BIN)/python -m build

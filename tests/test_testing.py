@@ -478,6 +478,16 @@ class LosesItsEmitter(tinytrainer.Reporter):
         return tinytrainer.Callback, ()
 
 
+class KeepsTheReason(tinytrainer.Reporter):
+    def on_fit_end(self, trainer: tinytrainer.Trainer) -> None:
+        self.emit(RunEnded(status="finished"))
+
+
+class StopsWhenItIsEarly(tinytrainer.Reporter):
+    def on_fit_end(self, trainer: tinytrainer.Trainer) -> None:
+        self.emit(RunEnded(status="stopped", reason="early stop"))
+
+
 class StartsAnew(tinytrainer.Reporter):
     def on_fit_start(self, trainer: tinytrainer.Trainer) -> None:
         self.emit(RunStarted(save_dir=str(trainer.folder)))
@@ -549,6 +559,8 @@ def _forget() -> Iterator[None]:
         (HoldsALock, "test_survives_copies_and_pickles", TypeError),
         (LosesItsEmitter, "test_survives_copies_and_pickles", AssertionError),
         (StartsAnew, "test_resumes", AssertionError),
+        (KeepsTheReason, "test_ends_as_finished_when_it_stops_early", AssertionError),
+        (StopsWhenItIsEarly, "test_ends_as_finished_when_it_stops_early", AssertionError),
     ],
 )
 def test_broken_adapter_is_caught(broken: Any, check: str, error: type[Exception]) -> None:
@@ -559,6 +571,18 @@ def test_broken_adapter_is_caught(broken: Any, check: str, error: type[Exception
     suite = type("Suite", (TinySuite,), {"adapter": staticmethod(adapter)})()
     with pytest.raises(error):
         getattr(suite, check)()
+
+
+class StepsSuite(TinySuite):
+    """The suite as for a framework that counts no epochs."""
+
+    has_epochs = False
+
+
+def test_epochs_of_a_framework_that_has_none_are_caught() -> None:
+    """An adapter that makes epochs up, or logs no steps, fails the check for what it reports."""
+    with pytest.raises(AssertionError):
+        StepsSuite().test_reports_every_epoch()
 
 
 class EverywhereSuite(TinySuite):

@@ -42,6 +42,7 @@ class Trainer:
         self.epochs = epochs
         self.callbacks: list[Callback] = []
         self.on_batch: Callable[[int], None] = lambda epoch: None
+        self.patience: int | None = None
         self.resumed = resumed
         self.epoch = json.loads(self.last.read_text())["epoch"] + 1 if resumed else 0
         self.first = self.epoch
@@ -67,6 +68,8 @@ class Trainer:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.last.write_text(json.dumps({"epoch": self.epoch}))
                 self._call("on_epoch_end")
+                if self.patience == epoch - self.first:
+                    break
         except BaseException as error:
             for callback in self.callbacks:
                 callback.on_exception(self, error)
@@ -89,12 +92,16 @@ def setup(folder: Path, epochs: int, *, resumed: bool = False) -> Training:
 
         trainer.on_batch = on_batch
 
+    def stop_early() -> None:
+        trainer.patience = 1
+
     return Training(
         target=trainer,
         run=trainer.fit,
         result=lambda: trainer.weight,
         fail_at=fail_at,
         resume=lambda: setup(folder, epochs, resumed=True),
+        stop_early=stop_early,
     )
 
 
@@ -128,7 +135,9 @@ class Reporter(Callback):
 
     def on_fit_end(self, trainer: Trainer) -> None:
         if trainer.is_main:
-            self.emit(RunEnded(status="finished"))
+            is_early = trainer.epoch + 1 < trainer.epochs
+            reason = f"early stop: patience of {trainer.patience}" if is_early else None
+            self.emit(RunEnded(status="finished", reason=reason))
 
 
 def attach(trainer: Trainer, emit: Emit, kind: type[Reporter] = Reporter) -> Detach:

@@ -1,0 +1,73 @@
+"""Examples and pages of the adapters: each runs as it stands, and the table tells what came."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from support import event_table
+from support.event_table import ROOT, counted, examples, records_of, run_script, title
+from trainbus import registry
+from trainbus.testing import check_grammar
+
+PAGES = sorted(p for p in (ROOT / "docs" / "adapters").glob("*.md") if p.stem != "README")
+PYTHON = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+SUPPLIED: dict[str, Counter[str]] = {}
+
+
+def blocks(page: Path) -> list[str]:
+    """Return the Python blocks of a page."""
+    return PYTHON.findall(page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("example", examples(), ids=title)
+def test_the_example_runs(example: Path, tmp_path: Path) -> None:
+    """With `config/local.yaml` it leaves one run that obeys the grammar, in 30 lines at most."""
+    done = run_script(example, tmp_path)
+    assert 0 == done.returncode, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "config/local.yaml" in example.read_text(encoding="utf-8")
+    assert len(example.read_text(encoding="utf-8").splitlines()) <= 30
+    records = records_of(tmp_path)
+    assert [] == check_grammar(records)
+    SUPPLIED[title(example)] = counted(records)
+
+
+def test_the_table_tells_what_the_examples_supplied() -> None:
+    """The page's table is the one that the trainings of this run make; `make docs` writes it."""
+    if len(SUPPLIED) < len(examples()):
+        pytest.skip("not all examples were run")
+    assert event_table.shown() == event_table.table(SUPPLIED)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_page_begins_with_the_example(page: Path) -> None:
+    """The first block of a page is the example, to the letter."""
+    example = ROOT / "examples" / f"{page.stem}_basic.py"
+    assert example.read_text(encoding="utf-8") == blocks(page)[0]
+
+
+@pytest.mark.parametrize(
+    ("page", "number"),
+    [(page, n) for page in PAGES for n in range(1, len(blocks(page)))],
+    ids=lambda value: value.stem if isinstance(value, Path) else str(value),
+)
+def test_other_blocks_run(page: Path, number: int, tmp_path: Path) -> None:
+    """Every further block of a page is a script that ends well and leaves a whole run."""
+    script = tmp_path / "script.py"
+    script.write_text(blocks(page)[number])
+    done = run_script(script, tmp_path)
+    assert 0 == done.returncode, done.stdout[-2000:] + done.stderr[-4000:]
+    assert [] == check_grammar(records_of(tmp_path))
+
+
+def test_every_adapter_has_a_page_and_an_example() -> None:
+    """Who finds an adapter finds how to use it."""
+    names = set(registry.plugins(registry.ADAPTERS)) - {"pytorch_lightning"}
+    assert names <= {page.stem for page in PAGES}
+    assert names <= {title(example) for example in examples()}
+    index = (ROOT / "docs" / "adapters" / "README.md").read_text(encoding="utf-8")
+    for page in PAGES:
+        assert f"({page.name})" in index
