@@ -24,7 +24,7 @@ LAYERS = [
     ["interfaces", "redact"],
     ["normalize", "transforms", "registry", "checks", "runfolder"],
     ["receipt", "blobs", "identity", "lanes", "exits"],
-    ["journal", "hooking"],
+    ["journal", "hooking", "storing", "drawing"],
     ["reading"],
     ["ranks"],
     ["delivery"],
@@ -45,6 +45,7 @@ PLUGINS = sorted(path for folder in ("adapters", "sinks") for path in (ROOT / fo
 # Heavy or optional: nobody pays for them before they are used.
 HEAVY = ("pandas", "pytest", "rich", "torch", "typer", "ultralytics", "wandb", "yaml")
 SHARED = {"numpy", "msgspec"}
+TOOLS = ("hooking", "storing", "drawing")
 
 
 @dataclass(frozen=True)
@@ -178,12 +179,12 @@ def test_the_training_never_imports_what_the_sidecar_runs() -> None:
 
 @pytest.mark.parametrize("path", PLUGINS, ids=lambda path: path.stem)
 def test_a_plugin_imports_the_contract_only(path: Path) -> None:
-    """Plugins know events, interfaces, errors, hooking, and files that bear their own name."""
+    """Plugins know the contract, the tools for plugins, and files that bear their own name."""
     own = f"{path.parent.name}._{path.stem.lstrip('_').partition('_')[0]}"
     for imported in imports_of(path):
         module = ours(imported)
         assert (
-            module in (None, "events", "interfaces", "errors", "hooking")
+            module in (None, "events", "interfaces", "errors", *TOOLS)
             or f"{module}_".startswith(f"{own}_")
             or (imported.target.startswith(f"trainbus.{own}_"))
         ), imported.target

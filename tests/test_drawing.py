@@ -1,0 +1,113 @@
+"""Pictures of what a tracker has no object for."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trainbus.drawing import drawn, png
+from trainbus.events import (
+    ConfusionMatrixLogged,
+    CurveLogged,
+    HistogramLogged,
+    TableLogged,
+    TextLogged,
+)
+
+NAMES = [f"class {n}" for n in range(50)]
+NASTY = ["$x", "a\0b", "漢字", "", "\u202e", "long " * 20]
+EVENTS: dict[str, Any] = {
+    "curve": CurveLogged(
+        key="k",
+        x=np.linspace(0, 1, 5),
+        y=np.random.default_rng(0).random((3, 5)),
+        classes=NAMES[:3],
+    ),
+    "one curve": CurveLogged(key="k", x=np.zeros(1), y=np.ones((1, 1)), classes=["a"]),
+    "no curve": CurveLogged(key="k", x=np.zeros(0), y=np.zeros((0, 0)), classes=[]),
+    "curve of nothing": CurveLogged(
+        key="k", x=np.zeros(2), y=np.array([[np.nan, np.inf]]), classes=["a"]
+    ),
+    "nasty names": CurveLogged(key="$", x=np.arange(2.0), y=np.zeros((6, 2)), classes=NASTY),
+    "matrix": ConfusionMatrixLogged(key="k", matrix=np.arange(9).reshape(3, 3), classes=NAMES[:3]),
+    "shares": ConfusionMatrixLogged(
+        key="k", matrix=np.eye(2) * np.nan, classes=NASTY[:2], normalized=True
+    ),
+    "large matrix": ConfusionMatrixLogged(key="k", matrix=np.eye(50), classes=NAMES),
+    "histogram": HistogramLogged(key="k", counts=np.array([1, 5]), edges=np.arange(3.0)),
+    "table": TableLogged(key="k", columns=["a", "$b"], rows=[[1, 0.5], [None, "x"]]),
+    "long table": TableLogged(key="k", columns=["a"], rows=[[n] for n in range(500)]),
+    "no table": TableLogged(key="k", columns=[], rows=[]),
+}
+
+
+def pixels(data: bytes) -> np.ndarray[Any, Any]:
+    """Return a PNG's pixels."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as picture:
+        return np.asarray(picture)
+
+
+@pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
+@pytest.mark.filterwarnings("ignore:Attempting to set identical:UserWarning")
+@pytest.mark.parametrize("name", EVENTS)
+def test_an_event_is_drawn(name: str) -> None:
+    """A PNG that shows something, the same one each time."""
+    first, second = drawn(EVENTS[name]), drawn(EVENTS[name])
+    assert first is not None
+    assert first == second
+    assert len(np.unique(pixels(first).reshape(-1, 4), axis=0)) > 1
+
+
+def test_other_events_are_not_drawn() -> None:
+    """What is no picture is None."""
+    assert drawn(TextLogged(key="k", text="t")) is None
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.full((4, 6), 0.5, np.float32),
+        np.full((4, 6, 1), 128, np.uint8),
+        np.full((4, 6, 3), 0.5),
+        np.full((4, 6, 4), 128, np.uint8),
+    ],
+)
+def test_an_array_becomes_a_png(array: Any) -> None:
+    """Grey, RGB and RGBA, as bytes or as floats in 0…1, in the size that they have."""
+    found = pixels(png(array))
+    assert (4, 6) == found.shape[:2]
+    assert {128} == set(np.unique(found))
+
+
+def test_floats_are_cut_to_what_can_be_shown() -> None:
+    """What is not in 0…1, NaN included, is black or white."""
+    found = pixels(png(np.array([[-1.0, 2.0, np.nan, np.inf]])))
+    assert [0, 255, 0, 255] == found.ravel().tolist()
+
+
+@pytest.mark.parametrize("shape", [(3,), (0, 3), (2, 2, 7), (1, 2, 2, 3)])
+def test_what_is_no_picture_is_refused(shape: tuple[int, ...]) -> None:
+    """The error says what was found and expected."""
+    with pytest.raises(ValueError, match=r"expected a picture \(H, W\) or \(H, W, C\), found"):
+        png(np.zeros(shape))
+
+
+def test_the_trainings_own_plots_are_not_touched() -> None:
+    """No figure is open afterwards, and pyplot was not even imported."""
+    code = (
+        "import sys, numpy as np; from trainbus.drawing import drawn; "
+        "from trainbus.events import CurveLogged; "
+        "drawn(CurveLogged(key='k', x=np.arange(2), y=np.zeros((1, 2)), classes=['a'])); "
+        "print('matplotlib.pyplot' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "False" == done.stdout.strip()

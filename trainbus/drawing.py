@@ -1,0 +1,145 @@
+"""Pictures of what a tracker has no object of its own for: curves, matrices, histograms, arrays.
+
+matplotlib draws them, without its global state: a training that plots is not disturbed.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trainbus.errors import MissingPackageError
+from trainbus.events import (
+    Array,
+    ConfusionMatrixLogged,
+    CurveLogged,
+    HistogramLogged,
+    TableLogged,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_INCHES = (8.0, 6.0)
+_MAX_CLASSES = 20
+_MAX_CELLS = 30
+_MAX_ROWS = 40
+
+
+def drawn(event: Any) -> bytes | None:
+    """Return a PNG of a curve, confusion matrix, histogram or table; None for other events.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    match event:
+        case CurveLogged():
+            draw: Any = _curve
+        case ConfusionMatrixLogged():
+            draw = _matrix
+        case HistogramLogged():
+            draw = _histogram
+        case TableLogged():
+            draw = _table
+        case _:
+            return None
+    figure, axes = _figure()
+    draw(axes, event)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
+    return file.getvalue()
+
+
+def png(array: Array) -> bytes:
+    """Return an array (H, W) or (H, W, C), uint8 or floats in 0…1, as a PNG.
+
+    Raises:
+        MissingPackageError: pillow is not installed.
+        ValueError: the array is no picture.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingPackageError("pillow", extra="pictures") from error
+    pixels = np.asarray(array)
+    if pixels.dtype.kind == "f":
+        with np.errstate(invalid="ignore"):
+            pixels = (np.nan_to_num(np.clip(pixels, 0, 1)) * 255).round()
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    if pixels.ndim not in (2, 3) or not pixels.size or (pixels.ndim == 3 and pixels.shape[2] > 4):
+        raise ValueError(f"expected a picture (H, W) or (H, W, C), found {array.shape}")
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, "png")
+    return file.getvalue()
+
+
+def _figure() -> tuple[Figure, Axes]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingPackageError("matplotlib", extra="pictures") from error
+    figure = Figure(figsize=_INCHES, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _curve(axes: Axes, event: CurveLogged) -> None:
+    for name, values in list(zip(event.classes, event.y, strict=False))[:_MAX_CLASSES]:
+        axes.plot(event.x, values, label=_plain(name), linewidth=1.2)
+    if len(event.y) > 1:
+        with np.errstate(all="ignore"):
+            axes.plot(event.x, np.mean(event.y, axis=0), color="black", label="mean", linewidth=2.5)
+    axes.set(
+        xlabel=_plain(event.x_label),
+        ylabel=_plain(event.y_label),
+        title=_plain(event.title or event.key),
+    )
+    if len(event.y):
+        axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+
+
+def _matrix(axes: Axes, event: ConfusionMatrixLogged) -> None:
+    shares = np.asarray(event.matrix, dtype=float)
+    axes.imshow(shares, cmap="Blues")
+    ticks = range(len(event.classes))
+    if len(event.classes) <= _MAX_CELLS:
+        names = [_plain(name) for name in event.classes]
+        axes.set_xticks(ticks, names, rotation=45, ha="right")
+        axes.set_yticks(ticks, names)
+        middle = np.nanmax(shares, initial=0.0) / 2
+        for (row, column), value in np.ndenumerate(shares):
+            text = f"{value:.2f}" if event.normalized else f"{value:g}"
+            colour = "white" if value > middle else "black"
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+    axes.set(xlabel="predicted", ylabel="true", title=_plain(event.key))
+
+
+def _histogram(axes: Axes, event: HistogramLogged) -> None:
+    axes.stairs(np.asarray(event.counts, dtype=float), np.asarray(event.edges), fill=True)
+    axes.set(title=_plain(event.key), ylabel="count")
+
+
+def _table(axes: Axes, event: TableLogged) -> None:
+    axes.axis("off")
+    cells = [[_cell(value) for value in row] for row in event.rows[:_MAX_ROWS]]
+    if cells and event.columns:
+        titles = [_plain(name) for name in event.columns]
+        axes.table(cells, colLabels=titles, loc="upper left").auto_set_font_size(True)
+    left_out = len(event.rows) - len(cells)
+    more = f" ({left_out} more rows)" if left_out > 0 else ""
+    axes.set_title(_plain(event.key) + more)
+
+
+def _cell(value: Any) -> str:
+    return _plain(f"{value:.4g}" if isinstance(value, float) else str(value))[:40]
+
+
+def _plain(text: str) -> str:
+    """Return a text in which matplotlib sees no formula and no character that it can't draw."""
+    return "".join(c if c.isprintable() else "?" for c in text).replace("$", r"\$")
