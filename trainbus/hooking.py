@@ -11,7 +11,8 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import update_wrapper, wraps
+from functools import wraps
+from types import MethodType
 from typing import Any, Literal, TypeVar
 
 from trainbus import normalize
@@ -69,6 +70,8 @@ def guarded(hook: _Hook) -> _Hook:
 def wrap(target: Any, name: str, around: Callable[..., Any]) -> Detach:
     """Have `around(method, *args, **kwargs)` called in the place of one object's method.
 
+    A copy of the object is wrapped too, and a pickle is not: it can be loaded without trainbus.
+
     Args:
         target: the object; others of its class are left alone.
         name: the method.
@@ -77,15 +80,25 @@ def wrap(target: Any, name: str, around: Callable[..., Any]) -> Detach:
     Returns:
         A function that puts the object back as it was, whoever wrapped the method since.
     """
-    wrapped = _Wrapped(target, name, around)
+    layer = _Layer(vars(target).get(name))
+    plain = layer.plain or getattr(type(target), name)
+
+    # Signature and name stay: frameworks ask a method what it takes, and pickle it by its name.
+    @wraps(plain)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        method = MethodType(plain, self)
+        return around(method, *args, **kwargs) if layer.active else method(*args, **kwargs)
+
+    call.__trainbus__ = layer  # type: ignore[attr-defined]
+    wrapped = MethodType(call, target)
     setattr(target, name, wrapped)
 
     def detach() -> None:
-        wrapped.active = False
+        layer.active = False
         if vars(target).get(name) is wrapped:
-            before = wrapped.before
-            while isinstance(before, _Wrapped) and not before.active:
-                before = before.before
+            before = layer.before
+            while (below := _layer_of(before)) is not None and not below.active:
+                before = below.before
             if before is None:
                 delattr(target, name)
             else:
@@ -94,26 +107,29 @@ def wrap(target: Any, name: str, around: Callable[..., Any]) -> Detach:
     return detach
 
 
-class _Wrapped:
-    """Stands in an object's own attributes, before the method of its class."""
+class _Layer:
+    """One wrapping of a method, and what the object's own attribute was before."""
 
-    def __init__(self, target: Any, name: str, around: Callable[..., Any]) -> None:
-        update_wrapper(self, getattr(target, name), updated=())
-        # Bound to the object: copies and pickles would hold the original.
-        vars(self).pop("__wrapped__", None)
-        self.target = target
-        self.name = name
-        self.around = around
-        self.before = vars(target).get(name)
+    def __init__(self, before: Any) -> None:
+        self.before = before
         self.active = True
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        method = self.before
-        if method is None:
-            method = getattr(type(self.target), self.name).__get__(self.target)
-        if not self.active:
-            return method(*args, **kwargs)
-        return self.around(method, *args, **kwargs)
+    @property
+    def plain(self) -> Any:
+        """The function below, with the object as its first argument; None for the class's own."""
+        before = self.before
+        if before is None or isinstance(before, MethodType):
+            return before and before.__func__
+
+        @wraps(before)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return before(*args, **kwargs)
+
+        return call
+
+
+def _layer_of(method: Any) -> _Layer | None:
+    return getattr(method, "__trainbus__", None)
 
 
 def late_class(module: str, name: str, mixin: type, base: Callable[[], type]) -> Callable[[], Any]:

@@ -1,0 +1,267 @@
+"""What adapters have in common: wrapped methods, guarded hooks, and a run told in a few calls."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trainbus import SinkError
+from trainbus.events import EpochEnded, EpochStarted, Event, MetricsLogged, RunEnded, RunStarted
+from trainbus.hooking import Reporter, guarded, late_class, number, wrap
+
+
+class Model:
+    """Something that trains."""
+
+    def __init__(self) -> None:
+        self.trained = 0
+
+    def fit(self, x: int, *, weight: float = 1.0) -> int:
+        """Train."""
+        self.trained += x
+        return self.trained
+
+
+class Heard:
+    """An `emit` that keeps what it is given."""
+
+    services: frozenset[str] = frozenset()
+
+    def __init__(self, every: int | None = None) -> None:
+        self.events: list[Event] = []
+        self.failures: list[tuple[int, BaseException]] = []
+        self._every = every
+
+    def __call__(self, event: Event, /) -> None:
+        self.events.append(event)
+
+    def every(self, phase: str) -> int | None:
+        return self._every
+
+    def failed_on(self, rank: int, error: BaseException) -> None:
+        self.failures.append((rank, error))
+
+
+def counting(calls: list[str], name: str) -> Callable[..., Any]:
+    def around(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return method(*args, **kwargs)
+
+    return around
+
+
+# Wrapped methods ----------------------------------------------------------------------------------
+
+
+def test_a_wrapped_method_is_the_method() -> None:
+    """It does and returns the same, and says the same of itself; other objects are let be."""
+    calls: list[str] = []
+    model = Model()
+    detach = wrap(model, "fit", counting(calls, "a"))
+    assert 3 == model.fit(3, weight=2.0)
+    assert ["a"] == calls
+    assert inspect.signature(Model().fit) == inspect.signature(model.fit)
+    assert (Model.fit.__doc__, "fit") == (model.fit.__doc__, model.fit.__name__)
+    Model().fit(1)
+    assert ["a"] == calls
+    detach()
+    detach()
+    assert {"trained": 3} == vars(model)
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_two_wrappings_come_off_in_any_order(order: str) -> None:
+    """Whichever is taken off first, the other one works on, and nothing is left in the end."""
+    calls: list[str] = []
+    model = Model()
+    detach = {name: wrap(model, "fit", counting(calls, name)) for name in "ab"}
+    model.fit(1)
+    assert ["b", "a"] == calls
+    detach[order[0]]()
+    model.fit(1)
+    assert ["b", "a", order[1]] == calls
+    detach[order[1]]()
+    assert ["trained"] == list(vars(model))
+
+
+def test_a_method_of_the_users_own_comes_back() -> None:
+    """What somebody put on the object before is called, and there again afterwards."""
+    model = Model()
+
+    def own(x: int) -> int:
+        return -x
+
+    model.fit = own  # type: ignore[method-assign,assignment]
+    detach = wrap(model, "fit", counting([], "a"))
+    assert -2 == model.fit(2)
+    detach()
+    assert own is model.fit
+
+
+def test_a_copy_trains_itself() -> None:
+    """A deep copy is wrapped too, and does not train the object it was made of."""
+    calls: list[str] = []
+    model = Model()
+    wrap(model, "fit", counting(calls, "a"))
+    copied = copy.deepcopy(model)
+    copied.fit(5)
+    assert (["a"], 0, 5) == (calls, model.trained, copied.trained)
+
+
+def test_a_pickle_has_nothing_of_ours() -> None:
+    """What is loaded from a pickle is the plain object."""
+    model = Model()
+    wrap(model, "fit", Reporter(Heard()).watch())
+    data = pickle.dumps(model)
+    assert b"trainbus" not in data
+    assert 4 == pickle.loads(data).fit(4)
+
+
+# Hooks --------------------------------------------------------------------------------------------
+
+
+class Hooks:
+    @guarded
+    def on_end(self, error: BaseException) -> str:
+        raise error
+
+
+def test_what_goes_wrong_in_a_hook_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """The training sees nothing of it."""
+    hooks = Hooks()
+    for _ in range(3):
+        assert hooks.on_end(ValueError("no")) is None
+    (text,) = (record.getMessage() for record in caplog.records)
+    assert f"on_end of {__name__} went wrong, its events are missing: ValueError: no" == text
+
+
+@pytest.mark.parametrize("error", [SinkError("no"), KeyboardInterrupt(), SystemExit()])
+def test_what_is_to_stop_a_training_stops_it(error: BaseException) -> None:
+    """A sink that is demanded, Ctrl-C and an exit are not kept back."""
+    with pytest.raises(type(error)):
+        Hooks().on_end(error)
+
+
+# Reports ------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_told_in_a_few_calls() -> None:
+    """Plain numbers and counters, whatever the framework hands over; nothing after the end."""
+    heard = Heard()
+    report = Reporter(heard)
+    report.metrics({"early": 1.0}, "train")
+    report.start(RunStarted(name="a"))
+    report.start_epoch(np.int64(0))  # type: ignore[arg-type]
+    report.metrics({"loss": np.float32(0.5), "text": "x"}, "train", epoch=0, step=np.int64(3))  # type: ignore[arg-type]
+    report.metrics({"text": "x"}, "train", epoch=0)
+    report.end("early stop: it was enough")
+    report.end()
+    started, begun, metrics, over, ended = heard.events
+    assert isinstance(over, EpochEnded)
+    assert [RunStarted(name="a"), EpochStarted(epoch=0)] == [started, begun]
+    assert MetricsLogged(values={"loss": 0.5}, phase="train", epoch=0, step=3) == metrics
+    assert (int, int) == (type(metrics.epoch), type(metrics.step))
+    assert RunEnded(status="finished", reason="early stop: it was enough") == ended
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError("no"), "failed"), (KeyboardInterrupt(), "stopped")]
+)
+def test_a_watched_call_ends_the_run(error: BaseException, status: str) -> None:
+    """An exception passes through unchanged, and the epoch that it broke off does not end."""
+    heard = Heard()
+    report = Reporter(heard)
+
+    def train() -> None:
+        report.start(RunStarted())
+        report.start_epoch(0)
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        report.watch()(train)
+    assert error is raised.value
+    *_, ended = heard.events
+    assert isinstance(ended, RunEnded)
+    assert status == ended.status
+    assert [RunStarted, EpochStarted, RunEnded] == [type(event) for event in heard.events]
+
+
+def test_another_rank_tells_its_failure_alone() -> None:
+    """Rank 0 has the run."""
+    heard, error = Heard(), ValueError("no")
+
+    def train() -> None:
+        raise error
+
+    with pytest.raises(ValueError, match="no"):
+        Reporter(heard).watch(lambda: 2)(train)
+    assert ([], [(2, error)]) == (heard.events, heard.failures)
+
+
+def test_a_reporter_that_is_detached_is_silent() -> None:
+    """Hooks that a framework keeps after a detach say nothing."""
+    heard = Heard()
+    report = Reporter(heard)
+    report.active = False
+    report.start(RunStarted())
+    report.fail(ValueError("no"), rank=1)
+    assert ([], []) == (heard.events, heard.failures)
+
+
+@pytest.mark.parametrize(("every", "expected"), [(None, []), (1, [1, 2, 3, 4]), (2, [2, 4])])
+def test_steps_are_wanted_by_sinks(every: int | None, expected: list[int]) -> None:
+    """Step values are asked for by `every`, and while a run is open."""
+    report = Reporter(Heard(every))
+    assert not report.wants_step(2)
+    report.start(RunStarted())
+    assert expected == [step for step in range(1, 5) if report.wants_step(step)]
+
+
+def test_what_is_no_number_is_none() -> None:
+    """Tensors and numpy scalars are numbers, texts and vectors are not."""
+    given = (1, True, np.float32(0.5), np.ones(1), "1", None, np.ones(2))
+    assert [1.0, 1.0, 0.5, 1.0, None, None, None] == [number(value) for value in given]
+
+
+class Mixin:
+    """Hooks."""
+
+
+def test_a_late_class_is_made_once() -> None:
+    """It bears its module's name, so that it can be pickled by it."""
+    asked = []
+
+    def base() -> type:
+        asked.append(1)
+        return Model
+
+    make = late_class(__name__, "BusCallback", Mixin, base)
+    assert [] == asked
+    made = make()
+    assert made is make()
+    assert (1, "Hooks.") == (len(asked), made.__doc__)
+    assert (Mixin, Model) == made.__bases__
+    assert (__name__, "BusCallback") == (made.__module__, made.__qualname__)
+
+
+def test_a_callback_without_a_bus_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """Who forgot the bus is told how to give it, and training goes on."""
+
+    class Lonely:
+        def __init__(self) -> None:
+            self.report = Reporter()
+
+        @guarded
+        def on_start(self) -> None:
+            self.report.start(RunStarted())
+
+    with caplog.at_level(logging.WARNING):
+        Lonely().on_start()
+    assert "this callback has no bus: make it with one" in caplog.text
