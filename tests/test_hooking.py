@@ -33,6 +33,7 @@ class Heard:
     """An `emit` that keeps what it is given."""
 
     services: frozenset[str] = frozenset()
+    run_id: str | None = None
 
     def __init__(self, every: int | None = None) -> None:
         self.events: list[Event] = []

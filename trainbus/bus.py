@@ -292,6 +292,7 @@ class Bus:
     def _emitter(self) -> Emitter:
         emitter = Emitter(self)
         self._emitters.append(emitter)
+        emitter.watch_other_rank()
         return emitter
 
 

@@ -110,6 +110,8 @@ class Emitter:
 
     def failed_on(self, rank: int, error: BaseException) -> None:
         """Tell what ended another rank, so that the run of rank 0 ends with the true cause."""
+        if not isinstance(error, Exception):  # who leaves by an exit or by Ctrl-C is no cause
+            return
         try:
             folders = [Path(folder) for folder in self._bus.journal_folders()]
             if not ranks.report(folders, rank, error, time.time()):
@@ -134,9 +136,19 @@ class Emitter:
         self._helps = None
 
     def end(self, error: BaseException | None = None) -> None:
-        """End the run that is open, if one is: as failed or stopped by `error`, else finished."""
+        """End the run that is open, if one is: as failed or stopped by `error`, else finished.
+
+        On another rank, where none is, the error is told to the run of rank 0.
+        """
         if self._run is not None:
             self(ended_by(error))
+        elif error is not None and (rank := ranks.current_rank()):
+            self.failed_on(rank, error)
+
+    def watch_other_rank(self) -> None:
+        """Have what ends this process told, if it is not the one that has the run."""
+        if ranks.current_rank():
+            exits.watch(self)
 
     def interrupt(self, event: RunEnded, flush_secs: float) -> bool:
         """End the run from a signal handler; False if that is done when the emit under way is over.
@@ -283,6 +295,7 @@ class MutedEmitter:
     """Stands where an emitter was, in a process that has no configuration to make a bus from."""
 
     services: frozenset[str] = frozenset()
+    run_id: str | None = None
 
     def __call__(self, event: Event, /) -> None:
         """Do nothing."""

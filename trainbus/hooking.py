@@ -80,7 +80,7 @@ def wrap(target: Any, name: str, around: Callable[..., Any]) -> Detach:
     Returns:
         A function that puts the object back as it was, whoever wrapped the method since.
     """
-    layer = _Layer(vars(target).get(name))
+    layer = _Layer(vars(target).get(name), around)
     plain = layer.plain or getattr(type(target), name)
 
     # Signature and name stay: frameworks ask a method what it takes, and pickle it by its name.
@@ -110,8 +110,9 @@ def wrap(target: Any, name: str, around: Callable[..., Any]) -> Detach:
 class _Layer:
     """One wrapping of a method, and what the object's own attribute was before."""
 
-    def __init__(self, before: Any) -> None:
+    def __init__(self, before: Any, around: Callable[..., Any]) -> None:
         self.before = before
+        self.around = around
         self.active = True
 
     @property
@@ -126,6 +127,12 @@ class _Layer:
             return before(*args, **kwargs)
 
         return call
+
+
+def around_of(target: Any, name: str) -> Any:
+    """Return what `wrap` has put around an object's method last, None if there is nothing."""
+    layer = _layer_of(vars(target).get(name))
+    return layer.around if layer is not None and layer.active else None
 
 
 def _layer_of(method: Any) -> _Layer | None:
@@ -208,6 +215,7 @@ class Reporter:
         epoch: int | None = None,
         step: int | None = None,
         final: bool = False,
+        on_request: bool = False,
     ) -> None:
         """Tell those of the values that are numbers, numpy scalars or tensors of one element."""
         if not self.is_open:
@@ -221,11 +229,12 @@ class Reporter:
                     epoch=None if epoch is None else int(epoch),
                     step=None if step is None else int(step),
                     final=final,
+                    on_request=on_request,
                 )
             )
 
     def wants_step(self, step: int, phase: str = "train") -> bool:
-        """Return whether a sink asked for the values of this step, with `every`."""
+        """Return whether a sink asked for the values of this step; they are then `on_request`."""
         every = self.emit.every(phase) if self.emit is not None and self.is_open else None
         return every is not None and step % every == 0
 

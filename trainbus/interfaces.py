@@ -124,6 +124,10 @@ class Emit(Protocol):
     def services(self) -> frozenset[str]:
         """Import names of the trackers that this bus feeds."""
 
+    @property
+    def run_id(self) -> str | None:
+        """Id of the run that is open, None when none is."""
+
     def every(self, phase: str) -> int | None:
         """Return the interval in steps at which a sink asks for step values, None if none does."""
 

@@ -8,6 +8,7 @@ outside its directory, decides how much memory is taken, or raises.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -441,7 +442,7 @@ def true_end(folder: RunFolder, attempt: int, end: RunEnded) -> RunEnded:
     """Return the end of a run, with the failure of another rank as its cause if there is one."""
     if end.status == "finished":
         return end
-    found: list[tuple[float, int, Failure]] = []
+    found: list[tuple[bool, float, int, Failure]] = []
     for rank in folder.ranks(attempt):
         if rank == 0:
             continue
@@ -449,13 +450,22 @@ def true_end(folder: RunFolder, attempt: int, end: RunEnded) -> RunEnded:
         for entry in file.read():
             event = entry.record.event
             if isinstance(event, RunEnded) and event.status == "failed" and event.error:
-                found.append((entry.record.time, rank, event.error))
+                is_effect = _lost_connection(event.error)
+                found.append((is_effect, entry.record.time, rank, event.error))
         file.close()
     if not found:
         return end
-    _, rank, error = min(found, key=lambda item: item[:2])
+    is_effect, _, rank, error = min(found, key=lambda item: item[:3])
+    if is_effect and end.error is not None and not _lost_connection(end.error):
+        return end
     reason = f"rank {rank}: {error.type}: {error.message}"
     return RunEnded(status="failed", reason=reason, error=error, best=end.best)
+
+
+def _lost_connection(error: Failure) -> bool:
+    """Return whether a failure is what one rank sees of another one's end."""
+    text = f"{error.type}: {error.message}"
+    return re.search(r"\b(gloo|NCCL|Dist\w*Error|[Cc]onnection \w+)\b", text) is not None
 
 
 def _with(record: Record, **fields: Any) -> Record:
