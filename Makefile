@@ -6,6 +6,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Ultralytics is tested in these versions too, each in a folder of its own.
 OLD_ULTRALYTICS := 8.3.0 8.3.200 8.4.90
 export YOLO_OFFLINE := True
+# Ultralytics logs by itself into every tracker that is installed; dvclive's part of it then ends
+# a training that is in no DVC repository.
+export YOLO_CONFIG_DIR := $(abspath $(VENV))/yolo
 
 .PHONY: test demo lint types unit docs build clean
 
@@ -20,6 +23,8 @@ $(VENV)/ready: pyproject.toml constraints.txt Makefile
 	$(BIN)/python -c "import cv2" 2>/dev/null || $(PIP) install -q --force-reinstall --no-deps opencv-python-headless
 	set -e; for v in $(OLD_ULTRALYTICS); do \
 	  $(PIP) install -q --no-deps --target $(VENV)/ultralytics/$$v ultralytics==$$v; done
+	mkdir -p $(YOLO_CONFIG_DIR)
+	$(BIN)/python tests/support/torchvision_cpu.py tests/support/quiet.py
 	touch $@
 
 lint: $(VENV)/ready

@@ -131,6 +131,7 @@ def arguments(data: Path, root: Path, epochs: int) -> dict[str, object]:
 def yolo(root: Path, data: Path, *, version: str | None = None) -> Sequence[str]:
     """Train with the `yolo` command line, under `trainbus run`; return its faults."""
     root.mkdir()
+    training.save_below(root)
     (root / "site").mkdir()
     (root / "site" / "sitecustomize.py").write_text(TORCHVISION)
     given = [f"{key}={value}" for key, value in arguments(data, root, 2).items()]

@@ -46,6 +46,8 @@ def run_script(script: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a script in a folder with a copy of the examples and of their configuration."""
     for name in ("examples", "config"):
         copytree(ROOT / name, folder / name, ignore=ignore_patterns("__pycache__"))
+    if "ultralytics" in script.read_text(encoding="utf-8"):
+        train.save_below(folder)
     return subprocess.run(
         [sys.executable, str(SHIM), str(script)],
         cwd=folder,
@@ -103,8 +105,8 @@ def main() -> None:
             assert done.returncode == 0, done.stderr[-3000:]
             columns[title(example)] = counted(records_of(Path(folder)))
             print(f"{example.name}: {columns[title(example)].total()} events")
-    text = PAGE.read_text().replace(shown(), table(columns))
-    PAGE.write_text(text)
+    old, new = (f"{BEGIN}{text}{END}" for text in (shown(), table(columns)))
+    PAGE.write_text(PAGE.read_text().replace(old, new))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,11 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parent))
+
+from support.quiet import OWN_LOGGERS_OFF  # noqa: E402  found by the line above
+
 MODELS = {
     "detect": "yolo11n.yaml",
     "segment": "yolo11n-seg.yaml",
@@ -109,12 +114,11 @@ def hermetic(root: Path, *, version: str | None = None) -> dict[str, str]:
 def save_below(root: Path) -> None:
     """Make trainings that are run with `hermetic(root)` and name no absolute place save below root.
 
-    Ultralytics would save below the git repository that its package lies in, if there is one.
+    Ultralytics would save below the git repository that its package lies in, if there is one, and
+    log by itself into every tracker that is installed.
     """
     script = root / "save_below.py"
-    script.write_text(
-        f"from ultralytics import settings\nsettings.update(runs_dir={str(root / 'runs')!r})\n"
-    )
+    script.write_text(f"{OWN_LOGGERS_OFF}settings.update(runs_dir={str(root / 'runs')!r})\n")
     subprocess.run(
         [sys.executable, str(HERE / "torchvision_cpu.py"), str(script)],
         env=hermetic(root),
@@ -145,7 +149,8 @@ def main(scenario: Scenario) -> None:
     """Train as the scenario says."""
     from ultralytics import YOLO, settings
 
-    settings.update({"wandb": scenario.builtin, "sync": False})
+    exec(OWN_LOGGERS_OFF, {})
+    settings.update({"wandb": scenario.builtin})
     root = Path(scenario.root)
     model = YOLO(scenario.model or MODELS[scenario.task])
     bus: Any = None
