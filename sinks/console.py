@@ -34,6 +34,8 @@ Values: TypeAlias = Mapping[str, Mapping[str, float]]  # phase → name → valu
 
 _STYLES = {"warning": "yellow", "error": "red", "stopped": "yellow", "failed": "red"}
 
+_STEP_LINE_S = 10.0
+
 
 class ConsoleOptions(Options, frozen=True, kw_only=True):
     """Options of the `console` sink."""
@@ -69,6 +71,7 @@ class ConsoleSink(Sink):
         self._is_live = False
         self._last = (0, 0)
         self._begun, self._epochs = 0.0, 0
+        self._has_epochs = False
         self._goals = run.started.goals
         self._values: dict[str, dict[str, float]] = {}
         self._best: Best | None = None
@@ -100,16 +103,21 @@ class ConsoleSink(Sink):
                 epochs = event.params.get("epochs")
                 self._epochs = epochs if type(epochs) is int else self._epochs
             case EpochStarted() as event:
+                self._has_epochs = True
                 self._values, self._begun = {}, record.time
                 self._live(console, event.epoch, record.time, {})
             case MetricsLogged(final=True) as event:
                 self._line(console, ["final"], {event.phase: event.values})
-            case MetricsLogged(step=None) as event:
+            case MetricsLogged(on_request=True) as event:
+                self._live(console, event.epoch, record.time, {event.phase: event.values})
+            case MetricsLogged() as event:
                 self._values.setdefault(event.phase, {}).update(event.values)
                 self._rank(event)
                 self._live(console, event.epoch, record.time, self._values)
-            case MetricsLogged() as event:
-                self._live(console, event.epoch, record.time, {event.phase: event.values})
+                # Where nothing has epochs, such as reinforcement learning, time has to do.
+                if not self._has_epochs and record.time - self._begun >= _STEP_LINE_S:
+                    self._begun = record.time
+                    self._line(console, [f"step {event.step or 0}"], self._values)
             case EpochEnded() as event:
                 took = record.time - self._begun if event.duration_s is None else event.duration_s
                 outcome = [] if event.outcome == "completed" else [event.outcome]

@@ -390,7 +390,7 @@ sinks:
     type: demo
     project: x
     tgas: [a]
---> :5: sinks.a.tgas: found an unknown key, expected one of api_key, every, exclude, include, isolation, labels, mode, on_error, port, project, rate, rename, server, tags, type, verbose, did you mean 'tags'?
+--> :5: sinks.a.tgas: found an unknown key, expected one of api_key, every, exclude, include, isolation, labels, mode, on_error, phase, port, project, rate, rename, server, tags, type, verbose, did you mean 'tags'?
 
 === enum
 sinks:
@@ -580,7 +580,7 @@ sinks:
 --> :1: version: found the number 3, expected 1
 --> :2: run.nmae: found an unknown key, expected one of group, job_type, name, notes, project, tags, did you mean 'name'?
 --> :4: sinks.a.every.train: found 'x', expected a whole number (at least 1)
---> :4: sinks.a.pth: found an unknown key, expected one of every, exclude, include, isolation, on_error, path, rename, type, did you mean 'path'?
+--> :4: sinks.a.pth: found an unknown key, expected one of every, exclude, include, isolation, on_error, path, phase, rename, type, did you mean 'path'?
 --> :5: sinks.b.port: found 'x', expected a whole number (at least 1, at most 65535)
 --> :5: sinks.b.rate: found 'y', expected a number
 --> :5: sinks.b.project: found nothing, expected a demo project name: small letters and -
@@ -854,9 +854,9 @@ def test_several_merges() -> None:
     """
     assert [
         "4: sinks.b.pth: found an unknown key, expected one of every, exclude, include, isolation, on_error, "
-        "path, rename, type, did you mean 'path'?",
+        "path, phase, rename, type, did you mean 'path'?",
         "4: sinks.c.pth: found an unknown key, expected one of every, exclude, include, isolation, on_error, "
-        "path, rename, type, did you mean 'path'?",
+        "path, phase, rename, type, did you mean 'path'?",
     ] == problems(text)
     bus = config.loads(text.replace(", pth: 1", ""))
     assert "one" == options(bus)[2].path

@@ -213,3 +213,22 @@ def test_any_pattern_is_good(patterns: list[str], rename: dict[str, str], name: 
     names(TransformSpec(include=patterns, exclude=patterns, rename=rename), {name: 1.0})
     assert [name] == names(TransformSpec(include=[name]), {name: 1.0})
     assert ["new"] == names(TransformSpec(rename={name: "new"}), {name: 1.0})
+
+
+@pytest.mark.parametrize(
+    ("phases", "expected"),
+    [
+        (["*"], ["train", "validation", "test"]),
+        (["validation"], ["validation"]),
+        (["t*"], ["train", "test"]),
+    ],
+)
+def test_phase_lets_metrics_of_some_phases_through(phases: list[str], expected: list[str]) -> None:
+    """Metrics of other phases are left out, and events that have no phase pass."""
+    transform = Transform(TransformSpec(phase=phases))
+    found = []
+    for phase in ("train", "validation", "test"):
+        seen = transform(record(MetricsLogged(values={"loss": 1.0}, phase=phase, epoch=0)))
+        found += [] if seen is None else [phase]
+    assert expected == found
+    assert transform(record(TextLogged(key="k", text="t"))) is not None

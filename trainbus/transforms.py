@@ -30,6 +30,14 @@ class TransformSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         ),
     ] = ("*",)
     exclude: Annotated[Sequence[str], Meta(description="Names that the sink does not get")] = ()
+    phase: Annotated[
+        Sequence[str],
+        Meta(
+            min_length=1,
+            description="Phases, such as `validation`, whose metrics the sink gets",
+            extra={"expected": "a list of one phase or more, or no metric would ever arrive"},
+        ),
+    ] = ("*",)
     rename: Annotated[
         Mapping[str, Annotated[str, Meta(min_length=1)]],
         Meta(description="Name → its name in this sink; `*` in both stands for the same text"),
@@ -47,6 +55,7 @@ class Transform:
         self._spec = spec
         self._include = [_pattern(glob) for glob in spec.include]
         self._exclude = [_pattern(glob) for glob in spec.exclude]
+        self._phases = [_pattern(glob) for glob in spec.phase]
         self._renames = [(_pattern(old), new) for old, new in spec.rename.items()]
         self._last_step: dict[str, int] = {}
         self._changes_names = bool(list(spec.include) != ["*"] or spec.exclude or spec.rename)
@@ -57,7 +66,7 @@ class Transform:
         if not self._changes_names and type(event) is not MetricsLogged:
             return record
         if isinstance(event, MetricsLogged):
-            if not self._due(event):
+            if not self._is_phase(event.phase) or not self._due(event):
                 return None
             if not self._changes_names:
                 return record
@@ -96,6 +105,9 @@ class Transform:
         return any(pattern.fullmatch(key) for pattern in self._include) and not any(
             pattern.fullmatch(key) for pattern in self._exclude
         )
+
+    def _is_phase(self, phase: str) -> bool:
+        return any(pattern.fullmatch(phase) for pattern in self._phases)
 
     def _due(self, event: MetricsLogged) -> bool:
         if event.step is None:

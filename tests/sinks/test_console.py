@@ -382,3 +382,34 @@ def test_a_configured_console_prints_here(monkeypatch: pytest.MonkeyPatch) -> No
     assert "finished" == status
     assert receipt.startswith("trainbus: run ")
     assert "  screen   console: 8 taken" in stream.getvalue().splitlines()
+
+
+def test_an_epoch_shows_the_latest_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainers that log by steps show in each epoch what they logged last, and their best."""
+
+    def logged(phase: str, step: int, **values: float) -> MetricsLogged:
+        return MetricsLogged(values=values, phase=phase, epoch=0, step=step)
+
+    events = [
+        EpochStarted(epoch=0),
+        logged("train", 1, loss=2.0),
+        logged("train", 2, loss=1.0),
+        MetricsLogged(values={"batch": 9.0}, phase="train", epoch=0, step=2, on_request=True),
+        logged("validation", 2, eval_loss=3.0),
+        EpochEnded(epoch=0, duration_s=1.0, outcome="completed"),
+        RunEnded(status="finished"),
+    ]
+    lines = show(monkeypatch, events, started=RunStarted(goals={"eval_loss": "min"})).splitlines()
+    assert "epoch 1  1.0s  train: loss 1  val: eval_loss 3" == lines[0]
+    assert "  best value  eval_loss 3 in epoch 1" == lines[2]
+
+
+def test_a_training_without_epochs_shows_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing has epochs, a line comes every ten seconds of the training."""
+    events = [MetricsLogged(values={"reward": n}, phase="train", step=n * 100) for n in range(25)]
+    shown = show(monkeypatch, [*events, RunEnded(status="finished")])
+    assert [
+        "step 800  train: reward 8",
+        "step 1800  train: reward 18",
+        "finished",
+    ] == shown.splitlines()
