@@ -16,6 +16,7 @@ from msgspec import DecodeError, Meta
 from trainbus.errors import SinkError
 from trainbus.events import Record, decode, encode
 from trainbus.interfaces import Options, RunInfo, Sink
+from trainbus.storing import check_folder
 
 
 class JsonlOptions(Options, frozen=True, kw_only=True):
@@ -39,6 +40,14 @@ class JsonlSink(Sink):
         self._path: Path | None = None
         self._fd: int | None = None
         self._last = (0, 0)
+
+    def check(self) -> str:
+        """Make sure that the file can be written.
+
+        Raises:
+            SinkError: it can't.
+        """
+        return check_folder(Path(self.options.path).parent)
 
     def open(self, run: RunInfo) -> None:
         """Open the file, and find the last record of this run in it.

@@ -42,6 +42,7 @@ from trainbus.events import (
     TextLogged,
 )
 from trainbus.interfaces import RunInfo, Sink
+from trainbus.storing import check_folder
 
 from ._wandb_options import WandbOptions, artifact_name, project_name, run_id, run_name
 
@@ -56,6 +57,7 @@ NEEDS = (
     "wandb:init",
     "wandb:Settings",
     "wandb:Artifact",
+    "wandb:Api",
     "wandb:Error",
     "wandb:Image",
     "wandb:Table",
@@ -91,6 +93,30 @@ class WandbSink(Sink):
         super().__init__(options)
         self._run: WandbRun | None = None
         self._where: str | None = None
+
+    def check(self) -> str:
+        """Log in, or make sure that the folder of an offline run can be written.
+
+        Raises:
+            MissingPackageError: wandb is not installed.
+            SinkError: W&B knows no such login, can't be reached, or the folder can't be written.
+        """
+        try:
+            import wandb
+        except ImportError as error:
+            raise MissingPackageError("wandb", extra="wandb") from error
+        mode = self.options.mode or os.environ.get("WANDB_MODE", "online")
+        if mode in ("offline", "disabled"):
+            folder = check_folder(self.options.dir) if self.options.dir else "nothing to log in to"
+            return f"{mode}, {folder}"
+        try:
+            user = wandb.Api(timeout=10).viewer.username
+        except (wandb.Error, OSError, ValueError) as error:
+            raise SinkError(
+                f"W&B can't be used ({error}); run `wandb login`, set WANDB_API_KEY, check the "
+                "network, or set `mode: offline`"
+            ) from error
+        return f"logged in as {user}"
 
     def open(self, run: RunInfo) -> None:
         """Start the W&B run, go on in the one that is resumed, or use the one that is active.

@@ -262,3 +262,35 @@ def test_plugins_that_do_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert ["unknown", "no_such_package_of_ours:Sink", "no"] == rows["gone"][:3]
     assert "ModuleNotFoundError" in out
+
+
+def test_validate_check_tries_each_sink(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was found is a line a sink; what would fail is one on stderr, and exit code 2."""
+    (folder / "file").write_text("")
+    (folder / "a.yaml").write_text(
+        "sinks:\n  good: {type: jsonl, path: 'out/{run}.jsonl'}\n"
+        "  bad: {type: jsonl, path: file/below.jsonl}\n"
+        "  offline: {type: wandb, mode: offline}\n  screen: {type: console}\n"
+    )
+    code, out, err = run("validate", "--check", "a.yaml")
+    assert 2 == code
+    assert [
+        "a.yaml: ok, 4 sinks: good (jsonl), bad (jsonl), offline (wandb), screen (console)",
+        f"  good (jsonl): ok, {folder}/out can be written",
+        "  offline (wandb): ok, offline, nothing to log in to",
+        "  screen (console): ok",
+    ] == out.splitlines()
+    said = f"  bad (jsonl): can't write below {folder}/file: Not a directory; set another folder\n"
+    assert said == err
+    assert {"a.yaml", "file"} == set(os.listdir(folder)), "nothing was started or written"
+
+
+def test_validate_check_needs_a_login(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a login W&B's sink says how to get one."""
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    (folder / "a.yaml").write_text("sinks: {tracking: {type: wandb, mode: online}}")
+    code, _, err = run("validate", "--check", "a.yaml")
+    assert 2 == code
+    assert "  tracking (wandb): W&B can't be used (" in err
+    assert "run `wandb login`, set WANDB_API_KEY" in err

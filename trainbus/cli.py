@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import trainbus
-from trainbus import auto, config, events, registry
+from trainbus import auto, config, events, redact, registry
 from trainbus.checks import printable
+from trainbus.delivery import Route
 from trainbus.errors import ConfigError, JournalError, TrainbusError
 from trainbus.runfolder import RunFolder
 from trainbus.schema import json_schema
@@ -71,6 +72,10 @@ def _options(
 @app.command()
 def validate(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="YAML files to check.")],
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Try each sink's login, address and rights; starts no run."),
+    ] = False,
 ) -> None:
     """Check configuration files without starting anything."""
     sound = True
@@ -85,8 +90,24 @@ def validate(
             count = "1 sink" if len(routes) == 1 else f"{len(routes)} sinks"
             sinks = ", ".join(f"{route.name} ({route.kind})" for route in routes)
             typer.echo(printable(f"{file}: ok, {count}: {sinks}"))
+            if check:
+                found = [_try(route) for route in routes]
+                sound = sound and all(found)
     if not sound:
         raise typer.Exit(2)
+
+
+def _try(route: Route) -> bool:
+    """Try what a sink needs, and say what was found."""
+    about = f"  {route.name} ({route.kind}): "
+    try:
+        found = route.make().check()
+    except Exception as error:
+        text = str(error) if isinstance(error, TrainbusError) else repr(error)
+        typer.echo(printable(about + " ".join(redact.text(text).split())), err=True)
+        return False
+    typer.echo(printable(f"{about}ok{f', {found}' if found else ''}"))
+    return True
 
 
 @app.command()

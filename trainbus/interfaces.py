@@ -75,6 +75,17 @@ class Sink(ABC):
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
 
+    def check(self) -> str | None:
+        """Try what `open` needs, without starting a run: package, login, address, rights.
+
+        Returns:
+            What was found, in a few words; None where there is nothing to try.
+
+        Raises:
+            TrainbusError: `open` would fail; the text says what to do.
+        """
+        return None
+
     def open(self, run: RunInfo) -> None:  # noqa: B027
         """Prepare to take the records of `run`; import heavy packages here, not at the top."""
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainbus.errors import SinkError
 from trainbus.events import Record
 from trainbus.runfolder import write_atomically
 
@@ -77,6 +81,24 @@ class Names:
                 found = f"{found[: self._longest - 7]}_{mark}"
             self._given[name] = found
         return self._given[name]
+
+
+def check_folder(path: str | Path) -> str:
+    """Return a folder as text, after making sure that files can be written there or below it.
+
+    Raises:
+        SinkError: they can't.
+    """
+    wanted = Path(str(path).partition("{run}")[0] or ".").expanduser().absolute()
+    existing = next(p for p in (wanted, *wanted.parents) if p.exists())
+    try:
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        with tempfile.TemporaryFile(dir=existing):
+            return f"{wanted} can be written"
+    except OSError as error:
+        text = f"can't write below {existing}: {error.strerror}; set another folder"
+        raise SinkError(text) from error
 
 
 def axis(event: Any) -> int:
