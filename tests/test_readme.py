@@ -215,9 +215,9 @@ def test_the_sink_passes_its_suite(package: Path) -> None:
 
 
 def test_the_sink_is_found_by_its_type(package: Path) -> None:
-    """With the entry point, `type: csv` takes the metrics of a loop into a CSV file."""
-    (package / "csv.yaml").write_text("sinks: {table: {type: csv, path: out.csv}}")
-    assert "csv.yaml: ok, 1 sink: table (csv)\n" == (
+    """With the entry point, `type: metrics_csv` takes the metrics of a loop into a CSV file."""
+    (package / "csv.yaml").write_text("sinks: {table: {type: metrics_csv, path: out.csv}}")
+    assert "csv.yaml: ok, 1 sink: table (metrics_csv)\n" == (
         run(package, "trainbus", "validate", "csv.yaml").stdout
     )
     code = (
