@@ -227,3 +227,102 @@ def trainbus_folder() -> str:
     import trainbus
 
     return str(Path(trainbus.__file__).parent)
+
+
+# Other trainers -----------------------------------------------------------------------------------
+
+LIGHTNING = """
+import os, sys
+from support import torchvision_cpu
+torchvision_cpu.install()
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+class Line(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.line = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch):
+        loss = torch.nn.functional.mse_loss(self.line(batch[0]), batch[1])
+        self.log("train_loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+if __name__ == "__main__":
+    pl.seed_everything(0)
+    x = torch.linspace(0, 1, 64)[:, None]
+    data = DataLoader(TensorDataset(x, 3 * x + 1), batch_size=16)
+    options = {"devices": int(os.environ.get("WORLD_SIZE", 1)), "strategy": "auto"}
+    trainer = pl.Trainer(
+        max_epochs=3, log_every_n_steps=2, accelerator="cpu", logger=False,
+        callbacks=[pl.callbacks.ModelCheckpoint("saved", monitor="train_loss_epoch")], **options,
+    )
+    ATTACH
+    trainer.fit(Line(), data)
+"""
+WANDB = """
+sinks:
+  tracking: {type: wandb, mode: offline, dir: tracked}
+  file: {type: jsonl, path: 'records/{run}.jsonl'}
+"""
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    """Return the numbers of the rows of the one W&B run in a folder, without times."""
+    (path,) = wandb_file.find_runs(folder)
+    return [
+        {k: v for k, v in row.items() if isinstance(v, int | float) and k[0] != "_"}
+        for row in wandb_file.read_finished(path).history
+    ]
+
+
+def test_a_lightning_script_gives_what_attach_gives(tmp_path: Path) -> None:
+    """A script that knows nothing of trainbus fills W&B as one with two lines of it does."""
+    by = {name: tmp_path / name for name in ("attach", "auto")}
+    for folder in by.values():
+        folder.mkdir()
+    attach = "import trainbus; bus = trainbus.load('trainbus.yaml'); bus.attach(trainer)"
+    (by["attach"] / "trainbus.yaml").write_text(WANDB)
+    (by["attach"] / "script.py").write_text(LIGHTNING.replace("ATTACH", attach))
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=by["attach"],
+        env=training.hermetic(by["attach"]),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert 0 == done.returncode, done.stderr[-3000:]
+    done = python(by["auto"], LIGHTNING.replace("ATTACH", ""), config=WANDB)
+    assert 0 == done.returncode, done.stderr[-3000:]
+    (records,) = records_of(by["auto"])
+    assert [] == check_grammar(records)
+    assert rows(by["attach"]) == rows(by["auto"])
+    assert len(rows(by["auto"])) >= 3
+
+
+def test_torchrun_gives_one_run(tmp_path: Path) -> None:
+    """Two processes of `torchrun` are one run, with rank 0's metrics once."""
+    (tmp_path / "script.py").write_text(LIGHTNING.replace("ATTACH", ""))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    port = str(ddp.free_port())
+    done = run(
+        tmp_path,
+        *[*launcher, "--master_port", port, "script.py"],
+        config=WANDB,
+        env={"OMP_NUM_THREADS": "1"},
+    )
+    assert 0 == done.returncode, done.stderr[-3000:]
+    (records,) = records_of(tmp_path)
+    assert [] == check_grammar(records)
+    ended = [record.event.epoch for record in records if isinstance(record.event, EpochEnded)]
+    assert [0, 1, 2] == ended
+    (started,) = (r.event for r in records if isinstance(r.event, RunStarted))
+    assert 2 == started.world_size
+    losses = [row["train_loss_epoch"] for row in rows(tmp_path) if "train_loss_epoch" in row]
+    assert 3 == len(losses)

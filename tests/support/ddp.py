@@ -52,6 +52,13 @@ def join() -> None:
     validator.torch = TorchOnCpu()
 
 
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def launch(
     script: Path, folder: Path, environment: dict[str, str], startup: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
@@ -68,9 +75,7 @@ def launch(
     (hooks / "sitecustomize.py").write_text(CHILD)
     before = [] if startup is None else [str(startup)]
     path = os.pathsep.join([*before, str(hooks), environment["PYTHONPATH"]])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     return subprocess.run(
         [*command, "--master_port", str(port), str(script)],
