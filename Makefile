@@ -23,6 +23,8 @@ $(VENV)/ready: pyproject.toml constraints.txt Makefile
 	$(BIN)/python -c "import cv2" 2>/dev/null || $(PIP) install -q --force-reinstall --no-deps opencv-python-headless
 	set -e; for v in $(OLD_ULTRALYTICS); do \
 	  $(PIP) install -q --no-deps --target $(VENV)/ultralytics/$$v ultralytics==$$v; done
+	# The pages of runs are looked at in a browser, where there is one.
+	command -v chromium > /dev/null || { apt-get update -q && apt-get install -yq chromium; } || true
 	mkdir -p $(YOLO_CONFIG_DIR)
 	$(BIN)/python tests/support/torchvision_cpu.py tests/support/quiet.py
 	touch $@
@@ -42,6 +44,8 @@ demo: $(VENV)/ready
 
 docs: $(VENV)/ready
 	$(BIN)/python tests/support/event_table.py
+	$(BIN)/python tests/support/option_tables.py
+	$(BIN)/python tests/support/screenshots.py
 
 build: $(VENV)/ready
 	$(BIN)/python -m build

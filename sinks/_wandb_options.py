@@ -43,17 +43,29 @@ class WandbOptions(Options, frozen=True, kw_only=True):
     project: Project | None = None
     entity: Annotated[str, Meta(description="User or team that owns the project")] | None = None
     name: Annotated[str, Meta(max_length=128, description="Display name of the run")] | None = None
-    group: str | None = None
-    job_type: str | None = None
-    tags: list[Tag] | None = None
-    notes: str | None = None
-    mode: Literal["online", "offline", "disabled", "shared"] | None = None
+    group: Annotated[str, Meta(description="Group that runs are gathered in")] | None = None
+    job_type: Annotated[str, Meta(description="What the run does, such as `train`")] | None = None
+    tags: Annotated[list[Tag], Meta(description="Tags, over those of the training")] | None = None
+    notes: Annotated[str, Meta(description="A longer description of the run")] | None = None
+    mode: (
+        Annotated[
+            Literal["online", "offline", "disabled", "shared"],
+            Meta(description="Where the run goes; by default `WANDB_MODE`, else online"),
+        ]
+        | None
+    ) = None
     dir: (
         Annotated[str, Meta(description="Folder for wandb's files; by default the save directory")]
         | None
     ) = None
     id: RunId | None = None
-    resume: Literal["allow", "never", "must", "auto"] | None = None
+    resume: (
+        Annotated[
+            Literal["allow", "never", "must", "auto"],
+            Meta(description="What an id that W&B knows means; by default `allow` for a resume"),
+        ]
+        | None
+    ) = None
     save_checkpoints: Annotated[
         Literal["best", "last", "all", "none"], Meta(description="Checkpoints kept as artifacts")
     ] = "best"
@@ -62,7 +74,7 @@ class WandbOptions(Options, frozen=True, kw_only=True):
         Meta(description="Each class and the mean in one chart, or the mean alone"),
     ] = "per_class"
     curve_points: Annotated[int, Meta(ge=2, le=10_000, description="Points of each curve")] = 100
-    log_images: bool = True
+    log_images: Annotated[bool, Meta(description="Whether pictures are sent")] = True
     init_timeout_secs: Annotated[
         float,
         Meta(gt=0, description="How long the start of the run may take"),

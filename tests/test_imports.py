@@ -36,7 +36,7 @@ LAYERS = [
     ["schema"],
     ["yamlfile"],
     ["config"],
-    ["auto", "doctor", "replay", "show"],
+    ["auto", "compare", "doctor", "replay", "show"],
     ["cli"],
     ["__main__"],
 ]
@@ -44,7 +44,7 @@ CORE = [name for layer in LAYERS for name in layer]
 PLUGINS = sorted(path for folder in ("adapters", "sinks") for path in (ROOT / folder).glob("*.py"))
 # Heavy or optional: nobody pays for them before they are used.
 HEAVY = ("pandas", "pytest", "rich", "torch", "typer", "ultralytics", "wandb", "yaml")
-SHARED = {"numpy", "msgspec"}
+SHARED = {"numpy", "msgspec", "PIL"}  # trackers take pictures as objects of PIL
 TOOLS = ("hooking", "storing", "drawing")
 
 
@@ -192,7 +192,7 @@ def test_a_plugin_imports_the_contract_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PLUGINS, ids=lambda path: path.stem)
 def test_a_plugin_has_one_library(path: Path) -> None:
-    """Besides numpy and msgspec, a plugin imports the one third-party package it is for."""
+    """Besides numpy, msgspec and PIL, a plugin imports the one third-party package it is for."""
     libraries = third_party(path) - SHARED
     assert len(libraries) <= 1, libraries
 

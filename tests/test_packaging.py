@@ -207,7 +207,8 @@ def test_the_installed_command_lists_the_built_ins(installed: Path) -> None:
 @pytest.mark.parametrize("folder", ["adapters", "sinks"])
 def test_every_entry_point_is_a_file_of_its_name(folder: str) -> None:
     """A built-in's name, and that of its module, are its file's name."""
-    points = PROJECT["project"]["entry-points"][f"trainbus.{folder}"]
+    points = dict(PROJECT["project"]["entry-points"][f"trainbus.{folder}"])
+    points.pop("pytorch_lightning", None)  # the package has been called by two names
     names = sorted(name for place, name in BUILT_IN if place == folder)
     assert names == sorted(points)
     assert [f"trainbus.{folder}.{name}" for name in names] == [

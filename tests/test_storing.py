@@ -31,6 +31,20 @@ def test_what_comes_again_is_left_out(tmp_path: Path) -> None:
     ]
 
 
+def test_what_could_not_be_stored_comes_again() -> None:
+    """A record whose storing raised is given out anew, and those before it are not."""
+    taken, batch = Taken(), [record(1, 1), record(1, 2)]
+
+    def store() -> None:
+        for each in taken.new(batch):
+            if each.seq == 2:
+                raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        store()
+    assert [(1, 2)] == [r.position for r in taken.new(batch)]
+
+
 def test_what_was_not_saved_comes_again(tmp_path: Path) -> None:
     """A position is kept only once the store has what it stands for."""
     path = tmp_path / "position.json"

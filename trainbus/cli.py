@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -263,6 +264,27 @@ def show(
         run = RunFolder.existing(folder)
         width = None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL
         shows.show(run, follow=follow, width=width)
+
+
+@app.command()
+def compare(
+    folders: Annotated[
+        list[str], typer.Argument(metavar="DIR...", help="Directories or pages of runs.")
+    ],
+    out: Annotated[
+        str, typer.Option("--out", "-o", help="Folder of the page.")
+    ] = "trainbus-pages/compare",
+    files_from: Annotated[
+        list[str] | None,
+        typer.Option("--files-from", help="Folder whose files may be shown; may be repeated."),
+    ] = None,
+) -> None:
+    """Write one page over several runs: metrics in common charts, parameters that differ."""
+    from trainbus.compare import compare as write
+
+    with _faults():
+        page = write([Path(folder) for folder in folders], Path(out), files_from or [])
+        typer.echo(printable(str(page.absolute())))
 
 
 @app.command()

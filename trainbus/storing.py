@@ -35,11 +35,15 @@ class Taken:
         self.last = max(last, _read(path))
 
     def new(self, records: Sequence[Record]) -> Iterator[Record]:
-        """Yield the records that are not in the store, each once."""
+        """Yield the records that are not in the store, each once.
+
+        A record counts as taken when the next one is asked for: one that could not be stored comes
+        again.
+        """
         for record in records:
             if record.position > self.last:
-                self.last = record.position
                 yield record
+                self.last = record.position
 
     def save(self) -> None:
         """Keep the position, after the store has everything up to it.

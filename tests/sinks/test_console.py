@@ -390,7 +390,7 @@ def test_an_epoch_shows_the_latest_of_its_steps(monkeypatch: pytest.MonkeyPatch)
     def logged(phase: str, step: int, **values: float) -> MetricsLogged:
         return MetricsLogged(values=values, phase=phase, epoch=0, step=step)
 
-    events = [
+    events: list[Event] = [
         EpochStarted(epoch=0),
         logged("train", 1, loss=2.0),
         logged("train", 2, loss=1.0),
@@ -406,7 +406,10 @@ def test_an_epoch_shows_the_latest_of_its_steps(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_training_without_epochs_shows_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing has epochs, a line comes every ten seconds of the training."""
-    events = [MetricsLogged(values={"reward": n}, phase="train", step=n * 100) for n in range(25)]
+    rewards = range(25)
+    events: list[Event] = [
+        MetricsLogged(values={"reward": n}, phase="train", step=n * 100) for n in rewards
+    ]
     shown = show(monkeypatch, [*events, RunEnded(status="finished")])
     assert [
         "step 800  train: reward 8",

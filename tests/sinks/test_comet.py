@@ -1,0 +1,438 @@
+"""The `comet` sink, read back from the messages in Comet's offline archives."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import numpy as np
+import pytest
+from trainbus.sinks.comet import CometOptions, CometSink, _comet, experiment_key
+
+import trainbus
+from trainbus import RunInfo, config
+from trainbus.errors import ConfigError, SinkError
+from trainbus.events import (
+    EVENT_TYPES,
+    ArtifactLogged,
+    Best,
+    ConfusionMatrixLogged,
+    CurveLogged,
+    EpochEnded,
+    EpochStarted,
+    Event,
+    Failure,
+    HistogramLogged,
+    ImageLogged,
+    MetricsLogged,
+    ParamsUpdated,
+    Record,
+    RunEnded,
+    RunStarted,
+    TableLogged,
+    TextLogged,
+)
+from trainbus.testing import SinkConformance
+
+# Comet's own imports warn, and it leaves sockets and files to the collector.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore:unclosed:ResourceWarning"
+)
+
+
+@pytest.fixture(autouse=True)
+def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comet finds no configuration and no key here, and waits less before it looks again."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in [name for name in os.environ if name.startswith("COMET_")]:
+        monkeypatch.delenv(name)
+    streamer = _comet().streamer.offline
+    wait, make = streamer.wait_for_done, streamer.BaseStreamer.__init__
+    monkeypatch.setattr(
+        streamer,
+        "wait_for_done",
+        lambda *args, **given: wait(*args, **{**given, "sleep_time": 0.01}),
+    )
+    monkeypatch.setattr(
+        streamer.BaseStreamer, "__init__", lambda self, queue_timeout: make(self, 0.01)
+    )
+
+
+class TestComet(SinkConformance):
+    package = "comet_ml"
+    extra = "comet"
+    heavy = ("matplotlib", "PIL")
+    # Without run.started there is no run; epochs are nothing that Comet shows.
+    keeps = tuple(set(EVENT_TYPES) - {RunStarted, EpochStarted, EpochEnded})
+    reopens = False  # an archive can't be asked, or gone on in: what is taken anew is a second one
+
+    def make(self, folder: Path) -> CometSink:
+        return CometSink(CometOptions(mode="offline", dir=str(folder), save_checkpoints="all"))
+
+    def read(self, folder: Path) -> object:
+        return sorted(
+            (content(path) for path in folder.glob("*.zip")),
+            key=lambda found: (found["experiment"]["offline_id"], repr(found)),
+        )
+
+
+_UNREPEATABLE = ("start_time", "stop_time", "local_timestamp", "message_id", "imageId", "assetId")
+
+
+def content(path: Path) -> dict[str, Any]:
+    """Return what an archive holds, without what no two share, such as times and random names."""
+    with ZipFile(path) as archive:
+
+        def same(value: Any) -> Any:
+            if isinstance(value, list):
+                return [same(item) for item in value]
+            if not isinstance(value, dict):
+                return value
+            kept = {k: same(v) for k, v in value.items() if k not in _UNREPEATABLE}
+            if "file_path" in kept:
+                kept["file_path"] = archive.read(kept["file_path"])
+            return kept
+
+        lines = archive.read("messages.json").decode().splitlines()
+        return {
+            "experiment": same(json.loads(archive.read("experiment.json"))),
+            "messages": [same(json.loads(line)) for line in lines],
+        }
+
+
+class Archive:
+    """What a person finds in an archive."""
+
+    def __init__(self, path: Path) -> None:
+        found = content(path)
+        self.experiment = found["experiment"]
+        by_type: dict[str, list[Any]] = {}
+        for message in found["messages"]:
+            by_type.setdefault(message["type"], []).append(message["payload"])
+        metrics = [payload["metric"] for payload in by_type.get("metric_msg", [])]
+        self.metrics = [(m["metricName"], m["metricValue"], m["step"], m["epoch"]) for m in metrics]
+        params = [p.get("param") or p["params"] for p in by_type.get("parameter_msg", [])]
+        self.params = {p["paramName"]: p["paramValue"] for p in params}
+        self.others = {p["key"]: p["value"] for p in by_type.get("log_other", [])}
+        self.files = by_type.get("file_upload", [])
+
+    def named(self, name: str) -> Any:
+        """Return the data of a file."""
+        names = ("fileName", "figName")
+        (found,) = [
+            file for file in self.files if name in (file["additional_params"].get(n) for n in names)
+        ]
+        return found["file_path"]
+
+
+def records(*events: Event, attempt: int = 1) -> list[Record]:
+    return [
+        Record(seq=seq, run="r", time=0.0, event=event, attempt=attempt)
+        for seq, event in enumerate(events, 1)
+    ]
+
+
+def archives(folder: Path) -> list[Archive]:
+    return [Archive(path) for path in sorted(folder.glob("*.zip"), key=os.path.getmtime)]
+
+
+def log(
+    folder: Path,
+    *events: Event,
+    started: RunStarted | None = None,
+    attempt: int = 1,
+    **options: Any,
+) -> Archive:
+    """Log events of one run, and return its newest archive."""
+    sink = CometSink(CometOptions(mode="offline", dir=str(folder), **options))
+    first = started or RunStarted()
+    sink.open(RunInfo(id="r", started=first, attempt=attempt))
+    sink.write(records(first, *events, attempt=attempt))
+    sink.close()
+    return archives(folder)[-1]
+
+
+def metrics(value: float, **about: Any) -> MetricsLogged:
+    return MetricsLogged(values={"loss": value}, phase="train", **about)
+
+
+def test_values_and_steps_are_exact(tmp_path: Path) -> None:
+    """Values by step stand at their step, those of an epoch at the epochs done, all as they are."""
+    values = [0.1, math.nan, math.inf, -math.inf, 5e-324]
+    found = log(
+        tmp_path,
+        *(metrics(v, epoch=i) for i, v in enumerate(values)),
+        metrics(2.0, step=70, epoch=9),
+        metrics(3.0, final=True),
+    )
+    shown = [0.1, "NaN", "Infinity", "-Infinity", 5e-324]
+    expected = [("loss", v, i, i) for i, v in enumerate(shown, 1)]
+    assert [*expected, ("loss", 2.0, 70, 10), ("final/loss", 3.0, 70, 10)] == found.metrics
+
+
+def test_names_stay_apart(tmp_path: Path) -> None:
+    """Names that Comet would cut or refuse stay different, and those that it takes are as given."""
+    names = ["x" * 150 + "a", "x" * 150 + "b", "", " ", "a\nb", "a_b", "~", "µ/loss", "a b"]
+    values = {name: float(i) for i, name in enumerate(names)}
+    found = log(tmp_path, MetricsLogged(values=values, phase="train", epoch=0)).metrics
+    assert list(values.values()) == [value for _, value, _, _ in found]
+    assert len(names) == len({name for name, *_ in found})
+    assert {"a_b", "µ/loss", "a b"} <= {name for name, *_ in found}
+    assert 100 >= max(len(name) for name, *_ in found)
+
+
+def test_params_are_flat_and_updated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nested parameters have dotted names; a text that is cut is told of."""
+    params: dict[str, Any] = {"a": {"b": 1, "c": [1, 2]}, "none": None, "long": "x" * 5000}
+    params |= {f"p{i}": i for i in range(500)}
+    found = log(tmp_path, ParamsUpdated(params={"a": {"b": 2}}), started=RunStarted(params=params))
+    assert (2, [1, 2], None, 499) == tuple(found.params[k] for k in ("a.b", "a.c", "none", "p499"))
+    assert "x" * 1000 == found.params["long"]
+    assert "'long': Comet can show 1000 of its 5000 characters" in caplog.text
+
+
+def test_the_run_is_described(tmp_path: Path) -> None:
+    """Project, name, tags, group and notes arrive; those of the options win."""
+    started = RunStarted(name="n", project="p", tags=["a"], group="g", notes="text")
+    found = log(tmp_path, started=started, project="mine", workspace="w", tags=("b",))
+    about = {k: found.experiment[k] for k in ("project_name", "workspace")}
+    assert {"project_name": "mine", "workspace": "w"} == about
+    assert {"a", "b"} == set(found.experiment["tags"])
+    assert ("n", "g", "text") == tuple(found.others[k] for k in ("Name", "group", "notes"))
+
+
+def test_charts_are_comets_own(tmp_path: Path) -> None:
+    """Curves, a matrix, a histogram, a table, a text and a picture are what Comet has for them."""
+    found = log(
+        tmp_path,
+        CurveLogged(
+            key="pr",
+            x=np.array([0.0, 0.5]),
+            y=np.array([[1, 2], [math.nan, 3]]),
+            classes=["a", "b"],
+        ),
+        ConfusionMatrixLogged(key="m", matrix=np.array([[2, 1], [0, 1]]), classes=["a", "b"]),
+        HistogramLogged(key="h", counts=np.array([3, 1]), edges=np.array([1.0, 2.0, 4.0])),
+        TableLogged(key="t", columns=["c", "d"], rows=[["µ", None]]),
+        TextLogged(key="note", text="a\nb"),
+        TextLogged(key="path", text=__file__),
+        ImageLogged(key="i", array=np.zeros((2, 2)), epoch=0, caption="c"),
+        ImageLogged(key="file", path=__file__),
+    )
+    curves = [json.loads(found.named(f"pr/{name}")) for name in "ab"]
+    assert {"x": [0.0, 0.5], "y": [1.0, 2.0], "name": "pr/a"} == curves[0]
+    assert ([0.5], [3.0]) == (curves[1]["x"], curves[1]["y"])
+    matrix = json.loads(found.named("m.json"))
+    assert (["a", "b"], [[2, 1], [0, 1]]) == (matrix["labels"], matrix["matrix"])
+    assert 4 == sum(json.loads(found.named("h"))["index_values"][i][1] for i in range(2))
+    assert "c,d\r\nµ,\r\n" == found.named("t.csv").decode()
+    texts = [f["file_path"] for f in found.files if f["upload_type"] == "text-sample"]
+    assert ["a\nb", f"{__file__}\n"] == [text.decode() for text in texts]
+    assert b"\x89PNG" == found.named("i.png")[:4]
+    assert Path(__file__).read_bytes() == found.named("file.py")
+
+
+def test_a_matrix_with_nan_is_a_picture(tmp_path: Path) -> None:
+    """What Comet's matrix can't hold is drawn."""
+    matrix = ConfusionMatrixLogged(key="m", matrix=np.array([[math.nan]]), classes=["a"])
+    assert b"\x89PNG" == log(tmp_path, matrix).named("m.png")[:4]
+
+
+def test_what_can_not_be_shown_costs_only_itself(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Files that are gone and arrays that are no picture are counted; the rest arrives."""
+    sink = CometSink(CometOptions(mode="offline", dir=str(tmp_path)))
+    sink.open(RunInfo(id="r", started=RunStarted()))
+    gone = str(tmp_path / "gone.png")
+    broken: list[Event] = [
+        ImageLogged(key="gone", path=gone),
+        ImageLogged(key="none", array=np.zeros((2, 2, 7))),
+        ArtifactLogged(name="a", paths=[gone]),
+    ]
+    sink.write(records(RunStarted(), *broken, metrics(1.0, epoch=0)))
+    sink.close()
+    assert (3, [("loss", 1.0, 1, 1)]) == (sink.lost, archives(tmp_path)[0].metrics)
+    assert "'gone' can't be shown in Comet" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("ended", "crashed"),
+    [
+        (RunEnded(status="finished", best=Best(metric="acc", value=0.5, epoch=1)), False),
+        (RunEnded(status="stopped", reason="KeyboardInterrupt"), False),
+        (
+            RunEnded(status="failed", reason="E: no", error=Failure(type="E", message="no")),
+            True,
+        ),
+    ],
+)
+def test_the_end_is_told(tmp_path: Path, ended: RunEnded, crashed: bool) -> None:
+    """A failure is an error of the experiment, every end is among the others."""
+    found = log(tmp_path, ended)
+    assert (ended.status, ended.reason) == (found.others["status"], found.others.get("ended"))
+    assert crashed == found.experiment["customer_error_reported"]
+    if ended.best:
+        assert (0.5, 2) == (found.others["best/acc"], found.others["best/epoch"])
+
+
+def test_attempts_are_one_experiment(tmp_path: Path) -> None:
+    """A resumed run is a second archive, which an upload adds to the experiment of the first."""
+    log(tmp_path, metrics(1.0, epoch=0))
+    log(tmp_path, metrics(2.0, epoch=1), attempt=2)
+    first, second = archives(tmp_path)
+    for found in (first, second):
+        about = (found.experiment["offline_id"], found.experiment["resume_strategy"])
+        assert (experiment_key("r"), "get_or_create") == about
+    assert ([1.0], [2.0]) == tuple([m[1] for m in found.metrics] for found in (first, second))
+
+
+@pytest.mark.parametrize("run", ["", "a b/ä", "x" * 300, "\ud800"])
+def test_every_run_has_a_key_that_comet_takes(run: str) -> None:
+    """Whatever the run is called, its key is 32 to 50 letters and digits."""
+    key = experiment_key(run)
+    assert (True, True) == (key.isalnum(), 32 <= len(key) <= 50)
+
+
+def test_what_an_abandoned_sink_took_is_there_once(tmp_path: Path) -> None:
+    """A process that was killed leaves no archive that could be uploaded beside the whole one."""
+    events = records(RunStarted(), *(metrics(float(i), epoch=i) for i in range(4)))
+    first = CometSink(CometOptions(mode="offline", dir=str(tmp_path)))
+    first.open(RunInfo(id="r", started=RunStarted()))
+    first.write(events[:3])
+    second = CometSink(CometOptions(mode="offline", dir=str(tmp_path)))
+    second.open(RunInfo(id="r", started=RunStarted(), again=True))
+    second.write(events)
+    second.close()
+    (found,) = archives(tmp_path)
+    assert [0.0, 1.0, 2.0, 3.0] == [value for _, value, _, _ in found.metrics]
+    first.close()
+
+
+@pytest.mark.parametrize(
+    ("save", "expected"),
+    [("none", []), ("best", ["best"]), ("last", ["last"]), ("all", ["best", "last", "periodic-1"])],
+)
+def test_save_checkpoints_chooses(tmp_path: Path, save: Any, expected: Sequence[str]) -> None:
+    """`best`, `last`, `all` or `none` of the checkpoints are models, as they were at the end."""
+    options = CometOptions(mode="offline", dir=str(tmp_path / "out"), save_checkpoints=save)
+    files = {kind: tmp_path / f"{kind}.pt" for kind in ("best", "last", "periodic")}
+    bus = trainbus.Bus({"c": CometSink(options)}, on_receipt=lambda r: None)
+    with bus, bus.run() as run:
+        for number in range(2):
+            for kind in ("best", "last"):
+                files[kind].write_text(f"{kind} of {number}")
+                run.checkpoint(files[kind], kind=kind, epoch=number)
+        files["periodic"].write_text("periodic of 1")
+        run.checkpoint(files["periodic"], kind="periodic", epoch=0)
+    (found,) = archives(tmp_path / "out")
+    models = {
+        file["additional_params"]["groupingName"]: file["file_path"].decode()
+        for file in found.files
+        if file["upload_type"] == "model-element"
+    }
+    assert {name: f"{name.split('-')[0]} of 1" for name in expected} == models
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Iterator[Any]:
+    """An experiment of the user's own."""
+    from comet_ml import OfflineExperiment
+
+    experiment = OfflineExperiment(
+        offline_directory=str(tmp_path / "mine"),
+        log_code=False,
+        log_env_details=False,
+        log_git_metadata=False,
+        auto_output_logging=False,
+    )
+    yield experiment
+    experiment.end()
+
+
+def test_the_users_experiment_goes_on(tmp_path: Path, mine: Any) -> None:
+    """An experiment that was active before stays active, and gets nothing of ours."""
+    import comet_ml
+
+    log(tmp_path / "out", metrics(1.0, epoch=0))
+    assert mine is comet_ml.get_global_experiment()
+    assert mine.alive
+    assert {} == mine.metrics
+
+
+def test_two_runs_at_a_time_are_two_experiments(tmp_path: Path) -> None:
+    """Runs that are open at once do not end each other."""
+
+    def make() -> CometSink:
+        return CometSink(CometOptions(mode="offline", dir=str(tmp_path)))
+
+    bus = trainbus.Bus({"c": make}, on_receipt=lambda r: None)
+    with bus, bus.run(name="a") as first, bus.run(name="b") as second:
+        for i in range(2):
+            first.log({"x": i})
+            second.log({"y": i})
+    found = {a.others["Name"]: [name for name, *_ in a.metrics] for a in archives(tmp_path)}
+    assert {"a": ["train/x"] * 2, "b": ["train/y"] * 2} == found
+
+
+def test_the_process_is_left_as_it_was(tmp_path: Path) -> None:
+    """No hook of Comet's is left in the interpreter."""
+    hook, finders, out = sys.excepthook, list(sys.meta_path), sys.stdout
+    log(tmp_path, metrics(1.0, epoch=0))
+    assert (hook, finders, out) == (sys.excepthook, sys.meta_path, sys.stdout)
+    assert not any("comet" in type(finder).__module__ for finder in sys.meta_path)
+    assert "comet" not in getattr(sys.excepthook, "__module__", "")
+
+
+def test_an_unreachable_server_may_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Online, a missing key is an error for good, a server that is down one to try again."""
+    sink = CometSink(CometOptions(dir=str(tmp_path)))
+    run = RunInfo(id="r", started=RunStarted())
+    with pytest.raises(SinkError, match=r"no API key for Comet; set COMET_API_KEY") as caught:
+        sink.open(run)
+    assert not caught.value.retry
+    monkeypatch.setenv("COMET_API_KEY", "secret-key-of-comet-01234")
+    monkeypatch.setenv("COMET_URL_OVERRIDE", "http://127.0.0.1:9/")
+    for name in ("GET_OR_ADD_EXPERIMENT_RETRY_TOTAL", "HTTP_SESSION_RETRY_TOTAL"):
+        monkeypatch.setenv(f"COMET_{name}", "0")
+    with pytest.raises(SinkError, match=r"can't start the experiment .* `mode: offline`") as caught:
+        sink.open(run)
+    assert caught.value.retry
+    assert "secret-key" not in str(caught.value)
+    sink.close()
+
+
+def test_options_are_checked() -> None:
+    """A mode that there is not is refused where the configuration is read."""
+    with pytest.raises(ConfigError, match="mode"):
+        config.loads("sinks: {c: {type: comet, mode: disabled}}")
+
+
+def test_says_what_can_not_be_written(tmp_path: Path) -> None:
+    """A folder that can't be made is named, with what to change."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SinkError, match=r"can't write .*/file/x: .*; set another `dir`"):
+        log(tmp_path / "file/x")
+
+
+def test_a_configured_bus_writes_an_archive(tmp_path: Path) -> None:
+    """A run through a YAML configuration arrives, and `where` is the command that uploads it."""
+    text = f"sinks: {{c: {{type: comet, mode: offline, dir: '{tmp_path}/my out'}}}}"
+    with config.loads(text) as bus, bus.run(name="n") as run:
+        for i in run.epochs(2):
+            run.log({"loss": i})
+    where = bus.receipts[0].sinks[0].where
+    assert where is not None
+    command, upload, path = shlex.split(where)
+    assert ("comet", "upload") == (command, upload)
+    found = [m for m in Archive(Path(path)).metrics if m[0] == "train/loss"]
+    assert [("train/loss", 0.0, 1, 1), ("train/loss", 1.0, 2, 2)] == found
