@@ -10,7 +10,7 @@ export YOLO_OFFLINE := True
 # a training that is in no DVC repository.
 export YOLO_CONFIG_DIR := $(abspath $(VENV))/yolo
 
-.PHONY: test demo lint types unit docs build clean
+.PHONY: test demo lint types unit docs extras build clean
 
 test: lint types unit
 
@@ -46,6 +46,10 @@ docs: $(VENV)/ready
 	$(BIN)/python tests/support/event_table.py
 	$(BIN)/python tests/support/option_tables.py
 	$(BIN)/python tests/support/screenshots.py
+
+# Downloads much: each sink's extra alone, in an environment of its own.
+extras: $(VENV)/ready
+	$(BIN)/python tests/support/extras.py
 
 build: $(VENV)/ready
 	$(BIN)/python -m build

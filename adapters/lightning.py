@@ -264,6 +264,16 @@ class _Hooks:
     def _fail(self, trainer: Any, error: BaseException) -> None:
         if self._is_over:
             return
+        try:
+            self._tell_failure(trainer, error)
+        except SinkError:
+            raise
+        except Exception:
+            # Lightning's handler of SIGTERM talks to the other ranks, and raises wherever the
+            # signal finds this one if they are gone.
+            self._tell_failure(trainer, error)
+
+    def _tell_failure(self, trainer: Any, error: BaseException) -> None:
         self._is_over = True
         if not self.report.is_open:  # it failed while it was set up
             with contextlib.suppress(SinkError):  # the user's own error is the one to see
