@@ -543,10 +543,10 @@ def test_faults_of_the_configuration_are_named(line: str, message: str) -> None:
         config.loads(f"sinks:\n  m:\n    type: mlflow\n    {line}\n")
 
 
-def configured(folder: Path, uri: str) -> Bus:
-    """Return the bus of a YAML text, whose sink lives in a process of its own."""
+def configured(folder: Path, uri: str, others: str = "") -> Bus:
+    """Return the bus of a YAML text, whose sinks live in a process of their own."""
     return config.loads(
-        f"sinks:\n  m:\n    type: mlflow\n    tracking_uri: {uri}\n    experiment: e\n"
+        f"sinks:\n  m:\n    type: mlflow\n    tracking_uri: {uri}\n    experiment: e\n{others}"
         f"flush_secs: 90\njournal:\n  dir: {folder}/journal\n"
     )
 
@@ -645,8 +645,14 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def test_a_server_that_is_away_for_a_while_loses_nothing(tmp_path: Path, server: Server) -> None:
-    """What was logged while it was stopped is there once it is back: all of it, and once."""
-    bus = configured(tmp_path, server.uri)
+    """What was logged while it was stopped is there once it is back: all of it, and once.
+
+    Meanwhile the training and the other sinks go on.
+    """
+    file = tmp_path / "records.jsonl"
+    bus = configured(tmp_path, server.uri, f"  file:\n    type: jsonl\n    path: {file}\n")
+    heard: list[Any] = []
+    bus.subscribe(heard.append)
     odd = {"nan": math.nan, "inf": math.inf, "minus": -math.inf, "µ": -0.0}
     with bus, bus.run(name="served", params={"lr": 0.1, "empty": "", "µ": "µ" * 10}) as run:
         for number in run.epochs(6):
@@ -654,12 +660,15 @@ def test_a_server_that_is_away_for_a_while_loses_nothing(tmp_path: Path, server:
                 wait_for(lambda: len(history(tmp_path)) == 2)
                 server.stop()
             if number == 4:
+                wait_for(lambda: len(file.read_bytes().splitlines()) == len(heard))
+                assert 2 == len(history(tmp_path))
                 server.start()
             run.log({"loss": float(number), **odd})
             run.image("a picture/µ", np.zeros((4, 4), dtype=np.uint8))
             run.text("note", f"text {number}")
-    (report,) = bus.receipts[0].sinks
+    report, other = bus.receipts[0].sinks
     assert (0, 0, 0) == (report.dead, report.pending, report.lost)
+    assert (len(heard), 0) == (other.taken, other.pending)
     assert re.fullmatch(rf"{server.uri}/#/experiments/1/runs/\w+", report.where or "")
     (found,) = content(tmp_path, server.uri)
     assert ("served", "FINISHED") == (found["name"], found["status"])
