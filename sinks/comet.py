@@ -44,7 +44,7 @@ from trainbus.events import (
     TextLogged,
 )
 from trainbus.interfaces import Options, RunInfo, Sink
-from trainbus.storing import Names, Taken, axis, flat, metric_name
+from trainbus.storing import Names, Taken, axis, check_folder, flat, metric_name
 
 logger = logging.getLogger("trainbus.sinks.comet")
 
@@ -109,6 +109,18 @@ class CometSink(Sink):
         super().__init__(options)
         self._experiment: Any = None
         self._where: str | None = None
+
+    def check(self) -> str:
+        """Look for the API key, or make sure that the folder of an archive can be written.
+
+        Raises:
+            MissingPackageError: comet_ml is not installed.
+            SinkError: there is no key, or the folder can't be written.
+        """
+        _comet()
+        if self.options.mode == "online" and not _has_api_key():
+            raise SinkError(f"found no API key for Comet; {_ADVICE}")
+        return f"{self.options.mode}, {check_folder(self.options.dir)}"
 
     def open(self, run: RunInfo) -> None:
         """Start the experiment, or go on in it.

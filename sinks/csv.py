@@ -31,7 +31,7 @@ from trainbus.events import (
     TableLogged,
 )
 from trainbus.interfaces import Options, RunInfo, Sink
-from trainbus.storing import Names, Taken, flat
+from trainbus.storing import Names, Taken, check_folder, flat
 
 from ._csv_table import Table, encoded, replace
 
@@ -73,6 +73,14 @@ class CsvSink(Sink):
         super().__init__(options)
         self._folder: Path | None = None
         self._is_open = False
+
+    def check(self) -> str:
+        """Make sure that the folder can be written.
+
+        Raises:
+            SinkError: the folder can't be written.
+        """
+        return check_folder(self.options.dir)
 
     def open(self, run: RunInfo) -> None:
         """Make the folder, and read what it holds of this run.

@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,7 +40,7 @@ from trainbus.events import (
     TextLogged,
 )
 from trainbus.interfaces import Options, RunInfo, Sink
-from trainbus.storing import Names, Taken, axis, metric_name
+from trainbus.storing import Names, Taken, axis, check_folder, metric_name
 
 logger = logging.getLogger("trainbus.sinks.dvclive")
 
@@ -100,6 +101,17 @@ class DvcliveSink(Sink):
         super().__init__(options)
         self._live: Any = None
         self._folder: Path | None = None
+
+    def check(self) -> str:
+        """Make sure that the package is there and the folder can be written.
+
+        Raises:
+            MissingPackageError: dvclive is not installed.
+            SinkError: the folder can't be written.
+        """
+        if find_spec("dvclive") is None:
+            raise MissingPackageError("dvclive", extra="dvclive")
+        return check_folder(self.options.dir)
 
     def open(self, run: RunInfo) -> None:
         """Open the folder of the run, or go on in it.

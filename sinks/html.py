@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +31,7 @@ from trainbus.events import (
     RunStarted,
 )
 from trainbus.interfaces import Options, RunInfo, Sink
-from trainbus.storing import Taken
+from trainbus.storing import Taken, check_folder
 
 from ._html_data import Data, Gatherer, Picture
 from ._html_page import page
@@ -84,6 +85,17 @@ class HtmlSink(Sink):
         super().__init__(options)
         self._folder: Path | None = None
         self._is_open = False
+
+    def check(self) -> str:
+        """Make sure that the package is there and the folder can be written.
+
+        Raises:
+            MissingPackageError: plotly is not installed.
+            SinkError: the folder can't be written.
+        """
+        if find_spec("plotly") is None:
+            raise MissingPackageError("plotly", extra="html")
+        return check_folder(self.options.dir)
 
     def open(self, run: RunInfo) -> None:
         """Make the folder, and go on with what it holds of the run.

@@ -42,7 +42,7 @@ from trainbus.events import (
     encode,
 )
 from trainbus.interfaces import Options, RunInfo, Sink
-from trainbus.storing import Names, Taken, axis, flat, metric_name
+from trainbus.storing import Names, Taken, axis, check_folder, flat, metric_name
 
 logger = logging.getLogger("trainbus.sinks.mlflow")
 
@@ -141,6 +141,23 @@ class MlflowSink(Sink):
         self._client: Any = None
         self._id: str | None = None
         self._where: str | None = None
+
+    def check(self) -> str:
+        """Ask the server, or make sure that the database can be written.
+
+        Raises:
+            MissingPackageError: mlflow is not installed.
+            PermissionError: the server refuses.
+            SinkError: the server is down, or the database's folder can't be written.
+        """
+        self._mlflow = _imported()
+        given = self.options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        self._uri = _absolute(given or "sqlite:///mlflow.db")
+        if self._uri.startswith("sqlite:///"):
+            return check_folder(Path(self._uri.removeprefix("sqlite:///")).parent)
+        with self._asking():
+            self._mlflow.MlflowClient(self._uri).search_experiments(max_results=1)
+        return "the server answers"
 
     def open(self, run: RunInfo) -> None:
         """Find the experiment, or make it, and what it has of this run.

@@ -30,7 +30,7 @@ from trainbus.events import (
     RunStarted,
 )
 from trainbus.interfaces import Options, RunInfo, Sink
-from trainbus.storing import Taken
+from trainbus.storing import Taken, check_folder
 
 logger = logging.getLogger("trainbus.sinks.notify")
 
@@ -138,6 +138,17 @@ class NotifySink(Sink):
         self._services: list[_Service] = []
         self._where: str | None = None
 
+    def check(self) -> str:
+        """Have Apprise read the addresses; nothing is sent.
+
+        Raises:
+            MissingPackageError: Apprise is not installed.
+            SinkError: Apprise refuses an address, or the state can't be kept.
+        """
+        self._load()
+        check_folder(self.options.state)
+        return f"messages to {', '.join(service.label for service in self._services)}"
+
     def open(self, run: RunInfo) -> None:
         """Load the services, and find out what was sent of this run.
 
@@ -145,25 +156,7 @@ class NotifySink(Sink):
             MissingPackageError: Apprise is not installed.
             SinkError: Apprise refuses an address, or the state can't be kept.
         """
-        try:
-            import apprise
-        except ImportError as error:
-            raise MissingPackageError("apprise", extra="notify") from error
-        # Nothing is sent in a thread of Apprise's, whose log could not be told from others.
-        asset = apprise.AppriseAsset(app_id="trainbus", async_mode=False, service_timeout=0)
-        self._services = []
-        for number, url in enumerate(self.options.urls, 1):
-            one = apprise.Apprise(asset=asset)
-            with _quiet():
-                is_taken = one.add([url])
-            if not is_taken:
-                scheme = re.match(r"[a-z0-9]{1,20}://", url)
-                text = f"found a URL that Apprise does not take, number {number} of `urls`"
-                raise SinkError(
-                    f"{text} ({scheme[0] if scheme else 'without ://'}…, the rest is not shown), "
-                    "expected one as in https://github.com/caronc/apprise/wiki"
-                )
-            self._services.append(_Service(str(one[0].service_name), one.notify))
+        self._load()
         key = hashlib.sha256(repr([self.options.urls, [*self.options.when]]).encode()).hexdigest()[
             :8
         ]
@@ -187,6 +180,27 @@ class NotifySink(Sink):
         is_ranked = self._goal(self.options.metric) if self.options.metric else run.started.goals
         if "best" in self.options.when and not is_ranked:
             logger.warning("found no goal, so no best value is told; set `metric` and `goal`")
+
+    def _load(self) -> None:
+        try:
+            import apprise
+        except ImportError as error:
+            raise MissingPackageError("apprise", extra="notify") from error
+        # Nothing is sent in a thread of Apprise's, whose log could not be told from others.
+        asset = apprise.AppriseAsset(app_id="trainbus", async_mode=False, service_timeout=0)
+        self._services = []
+        for number, url in enumerate(self.options.urls, 1):
+            one = apprise.Apprise(asset=asset)
+            with _quiet():
+                is_taken = one.add([url])
+            if not is_taken:
+                scheme = re.match(r"[a-z0-9]{1,20}://", url)
+                text = f"found a URL that Apprise does not take, number {number} of `urls`"
+                raise SinkError(
+                    f"{text} ({scheme[0] if scheme else 'without ://'}…, the rest is not shown), "
+                    "expected one as in https://github.com/caronc/apprise/wiki"
+                )
+            self._services.append(_Service(str(one[0].service_name), one.notify))
 
     def write(self, records: Sequence[Record]) -> None:
         """Send what there is to tell of the records that are new.

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.error import HTTPError
@@ -34,7 +35,7 @@ from trainbus.events import (
     event_name,
 )
 from trainbus.interfaces import Options, RunInfo, Sink
-from trainbus.storing import Names, metric_name
+from trainbus.storing import Names, check_folder, metric_name
 
 if TYPE_CHECKING:
     from http.server import ThreadingHTTPServer
@@ -149,6 +150,31 @@ class PrometheusSink(Sink):
         self._is_open = False
         self._where: str | None = None
         self._server: ThreadingHTTPServer | None = None
+
+    def check(self) -> str:
+        """Make sure that the port is free and the file's folder can be written.
+
+        Raises:
+            MissingPackageError: prometheus_client is not installed.
+            SinkError: the port is taken, or the folder can't be written.
+        """
+        if find_spec("prometheus_client") is None:
+            raise MissingPackageError("prometheus_client", extra="prometheus")
+        options, found = self.options, []
+        if options.textfile is not None:
+            found.append(check_folder(Path(options.textfile).parent))
+        if options.port is not None or (options.textfile is None and options.pushgateway is None):
+            port = _PORT if options.port is None else options.port
+            family = socket.AF_INET6 if ":" in options.address else socket.AF_INET
+            try:
+                with socket.socket(family) as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind((options.address, port))
+            except OSError as error:
+                text = f"can't listen on port {port} of {options.address} ({error.strerror})"
+                raise SinkError(f"{text}; set another `port` or `address`") from error
+            found.append(f"port {port} is free")
+        return ", ".join(found) or "the Pushgateway is not tried"
 
     def open(self, run: RunInfo) -> None:
         """Begin to be scraped, and go on with the metrics that the run's file has.

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -48,7 +49,7 @@ from trainbus.events import (
     TextLogged,
 )
 from trainbus.interfaces import Options, RunInfo, Sink
-from trainbus.storing import Names, Taken, axis, flat, metric_name
+from trainbus.storing import Names, Taken, axis, check_folder, flat, metric_name
 
 logger = logging.getLogger("trainbus.sinks.swanlab")
 
@@ -144,6 +145,17 @@ class SwanlabSink(Sink):
         self._folder: Path | None = None
         self._taken = Taken()
         self._where: str | None = None
+
+    def check(self) -> str:
+        """Make sure that the package is there and the folder can be written.
+
+        Raises:
+            MissingPackageError: swanlab is not installed.
+            SinkError: the folder can't be written.
+        """
+        if find_spec("swanlab") is None:
+            raise MissingPackageError("swanlab", extra="swanlab")
+        return check_folder(self.options.logdir or "swanlog")
 
     def open(self, run: RunInfo) -> None:
         """Start a SwanLab run, or one that goes on with the run of the same id.

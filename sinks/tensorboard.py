@@ -14,6 +14,7 @@ import re
 import shlex
 import struct
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ from msgspec import Meta
 from trainbus.errors import MissingPackageError, SinkError
 from trainbus.events import Record
 from trainbus.interfaces import Options, RunInfo, Sink
-from trainbus.storing import Taken
+from trainbus.storing import Taken, check_folder
 
 TESTED = "2.21.0"
 NEEDS = (
@@ -70,6 +71,17 @@ class TensorboardSink(Sink):
         super().__init__(options)
         self._fd: int | None = None
         self._where: str | None = None
+
+    def check(self) -> str:
+        """Make sure that the package is there and the folder can be written.
+
+        Raises:
+            MissingPackageError: tensorboard is not installed.
+            SinkError: the folder can't be written.
+        """
+        if find_spec("tensorboard") is None:
+            raise MissingPackageError("tensorboard", extra="tensorboard")
+        return check_folder(self.options.logdir)
 
     def open(self, run: RunInfo) -> None:
         """Open the attempt's event file, and find out what it and the earlier ones hold.

@@ -41,7 +41,7 @@ from trainbus.events import (
     TextLogged,
 )
 from trainbus.interfaces import Options, RunInfo, Sink
-from trainbus.storing import Names, Taken, axis, flat, metric_name
+from trainbus.storing import Names, Taken, axis, check_folder, flat, metric_name
 
 logger = logging.getLogger("trainbus.sinks.trackio")
 
@@ -116,6 +116,18 @@ class TrackioSink(Sink):
         self._where: str | None = None
         self._run: str | None = None
         self._rows: list[dict[str, Any]] = []
+
+    def check(self) -> str:
+        """Make sure that the package is there and its folder can be written.
+
+        Raises:
+            MissingPackageError: trackio is not installed.
+            SinkError: the folder can't be used.
+        """
+        _imported(self.options.dir)
+        from trackio import utils
+
+        return check_folder(str(utils.TRACKIO_DIR))
 
     def open(self, run: RunInfo) -> None:
         """Find the database of the project, and what it has of this run.

@@ -294,3 +294,49 @@ def test_validate_check_needs_a_login(folder: Path, monkeypatch: pytest.MonkeyPa
     assert 2 == code
     assert "  tracking (wandb): W&B can't be used (" in err
     assert "run `wandb login`, set WANDB_API_KEY" in err
+
+
+QUIET = {"TRACKIO_DIR": "trackio", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1"}
+CHECKED = """
+sinks:
+  board: {type: tensorboard, logdir: 'board/{run}'}
+  registry: {type: mlflow, tracking_uri: 'sqlite:///mlflow.db'}
+  local: {type: trackio}
+  page: {type: html}
+  tables: {type: csv}
+  comet: {type: comet, mode: offline}
+  swan: {type: swanlab, mode: offline}
+  dvc: {type: dvclive}
+  messages: {type: notify, urls: ['json://127.0.0.1:9/']}
+  live: {type: prometheus, port: 0}
+"""
+
+
+def test_validate_check_tries_every_kind_of_sink(folder: Path) -> None:
+    """Each sink says what it found, and none starts a run or leaves a file."""
+    (folder / "a.yaml").write_text(CHECKED)
+    done = run_process(folder, "validate", "--check", "a.yaml", HOME=str(folder.parent), **QUIET)
+    assert 0 == done.returncode, done.stderr
+    lines = done.stdout.splitlines()[1:]
+    assert 10 == len(lines)
+    for line in lines:
+        assert "): ok, " in line, line
+    assert {"a.yaml"} == {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("sink", "text"),
+    [
+        ("{type: mlflow, tracking_uri: 'http://127.0.0.1:9'}", "no MLflow server answers at http"),
+        ("{type: notify, urls: ['nonsense://x']}", "found a URL that Apprise does not take"),
+        ("{type: csv, dir: 'a.yaml/{run}'}", "can't write below"),
+        ("{type: comet, mode: online}", "found no API key for Comet"),
+        ("{type: prometheus, address: 203.0.113.1}", "can't listen on port 9464 of 203.0.113.1"),
+    ],
+)
+def test_validate_check_says_what_would_fail(folder: Path, sink: str, text: str) -> None:
+    """A server that is down, a wrong address, a missing key: one line that says what to do."""
+    (folder / "a.yaml").write_text(f"sinks: {{one: {sink}}}")
+    done = run_process(folder, "validate", "--check", "a.yaml", HOME=str(folder.parent), **QUIET)
+    assert 2 == done.returncode
+    assert text in done.stderr
