@@ -305,6 +305,7 @@ sinks:
   page: {type: html}
   tables: {type: csv}
   comet: {type: comet, mode: offline}
+  clear: {type: clearml}
   swan: {type: swanlab, mode: offline}
   dvc: {type: dvclive}
   messages: {type: notify, urls: ['json://127.0.0.1:9/']}
@@ -318,7 +319,7 @@ def test_validate_check_tries_every_kind_of_sink(folder: Path) -> None:
     done = run_process(folder, "validate", "--check", "a.yaml", HOME=str(folder.parent), **QUIET)
     assert 0 == done.returncode, done.stderr
     lines = done.stdout.splitlines()[1:]
-    assert 10 == len(lines)
+    assert 11 == len(lines)
     for line in lines:
         assert "): ok, " in line, line
     assert {"a.yaml"} == {path.name for path in folder.iterdir()}

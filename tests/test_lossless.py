@@ -158,13 +158,18 @@ def test_a_mistyped_end_ends_the_run_all_the_same(tmp_path: Path, end: RunEnded)
 
 
 @pytest.mark.parametrize("field", ["name", "params", "tags", "save_dir"])
-def test_an_object_that_says_nothing_of_itself_raises_nothing(tmp_path: Path, field: str) -> None:
+def test_an_object_that_says_nothing_of_itself_raises_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
     """Not even an object whose every question ends in an error without a text stops a training."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     inside: Any = {"params": {"a": Masked()}, "tags": [Masked()]}.get(field, Masked())
     heard, arrived, receipt = emitted(tmp_path, RunStarted(**{field: inside}))
     assert heard
     assert [record.seq for record in heard] == [record.seq for record in arrived]
     assert 0 == receipt.pending
+    assert [] == list(Path().iterdir()), "what is no path is no place to write to"
 
 
 @MODERATE

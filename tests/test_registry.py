@@ -33,9 +33,9 @@ def test_a_name_finds_the_class() -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("jsonll", "no sink is named 'jsonll', did you mean 'jsonl'?; installed: comet, "),
-        ("WandB", "no sink is named 'WandB', did you mean 'wandb'?; installed: comet, "),
-        ("zzz", "no sink is named 'zzz'; installed: comet, console, csv, dvclive, html, jsonl, "),
+        ("jsonll", "no sink is named 'jsonll', did you mean 'jsonl'?; installed: clearml, comet, "),
+        ("WandB", "no sink is named 'WandB', did you mean 'wandb'?; installed: clearml, comet, "),
+        ("zzz", "no sink is named 'zzz'; installed: clearml, comet, console, csv, "),
     ],
 )
 def test_an_unknown_name_gets_the_nearest(name: str, text: str) -> None:

@@ -6,6 +6,7 @@ Nothing here raises on a value: what can't be kept as it is becomes text.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
@@ -33,6 +34,7 @@ _CONTAINERS = (Mapping, list, tuple, set, frozenset, np.ndarray)
 _FLOATS = {float}
 _PARTS = (Best, Failure, Resumed)
 _ARRAYS = ("array", "x", "y", "matrix", "counts", "edges")
+_PATHS = ("save_dir", "path")
 _NAMES = ("classes", "columns", "tags", "aliases", "paths")
 _NUMBERS: dict[type[Any], tuple[str, ...]] = {
     MetricsLogged: ("values",),
@@ -121,7 +123,7 @@ def _struct(value: Any, refused: list[str]) -> Any:
         try:
             new = _field(value, field, found, refused)
         except Exception:  # an object that does not even tell what it is
-            new = _repr(found)
+            new = [_repr(found)] if field in _PATHS else _repr(found)
         if new is not found:
             changed[field] = new
     return msgspec.structs.replace(value, **changed) if changed else value
@@ -133,6 +135,8 @@ def _field(value: Any, field: str, found: Any, refused: list[str]) -> Any:
         return found
     if kind is str:
         return found if found.isascii() else _utf8(found)
+    if field in _PATHS and not isinstance(found, os.PathLike):
+        return [_repr(found)]  # the text of an object is no place to write to: this is refused
     if isinstance(found, _PARTS):
         return _struct(found, refused)
     if isinstance(found, np.ndarray) and field in _ARRAYS:
