@@ -36,7 +36,7 @@ from ultralytics import YOLO
 model = YOLO("yolo11n.yaml")
 with trainbus.load("everything.yaml") as bus:
     bus.attach(model)
-    model.train(data={data!r}, project="runs", name="train", **{arguments!r})
+    model.train(data={data!r}, name="train", **{arguments!r})
 """
 LIGHTNING = """
 import lightning.pytorch as pl
@@ -95,7 +95,8 @@ def fed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     """A training of each kind, with a real MLflow server."""
     folder = tmp_path_factory.mktemp(request.param)
     data = shapes.make_dataset(folder / "data", images=16, val_images=8, size=64)
-    arguments = train.FAST | {"epochs": 3}
+    # Below the git repository of its own package, if there is one, is where it would save else.
+    arguments = train.FAST | {"epochs": 3, "project": str(folder / "runs")}
     script = {"yolo": YOLO.format(data=str(data), arguments=arguments), "lightning": LIGHTNING}
     (folder / "script.py").write_text(script[request.param])
     (folder / "everything.yaml").write_text(CONFIG.read_text(encoding="utf-8"))
