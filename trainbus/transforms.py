@@ -56,6 +56,7 @@ class Transform:
         self._include = [_pattern(glob) for glob in spec.include]
         self._exclude = [_pattern(glob) for glob in spec.exclude]
         self._phases = [_pattern(glob) for glob in spec.phase]
+        self._takes_all_phases = list(spec.phase) == ["*"]
         self._renames = [(_pattern(old), new) for old, new in spec.rename.items()]
         self._last_step: dict[str, int] = {}
         self._changes_names = bool(list(spec.include) != ["*"] or spec.exclude or spec.rename)
@@ -107,7 +108,7 @@ class Transform:
         )
 
     def _is_phase(self, phase: str) -> bool:
-        return any(pattern.fullmatch(phase) for pattern in self._phases)
+        return self._takes_all_phases or any(p.fullmatch(phase) for p in self._phases)
 
     def _due(self, event: MetricsLogged) -> bool:
         if event.step is None:
