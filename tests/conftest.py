@@ -7,7 +7,7 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 
 import shapes
 from support.trained import Trained, train_once
-from trainbus import JournalSpec, bus
+from trainbus import JournalSpec, bus, exits
 
 # Read when the packages are imported, so they are set before any test can; nothing is written home.
 SETTINGS = tempfile.mkdtemp(prefix="trainbus-")
@@ -35,6 +35,13 @@ def journals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "trainbus-runs"
     monkeypatch.setattr(bus, "JournalSpec", functools.partial(JournalSpec, dir=str(folder)))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def end_runs() -> Iterator[None]:
+    """Runs that a test leaves open end with it, as they would with its process."""
+    yield
+    exits._at_exit()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -13,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from trainbus import replay
-from trainbus.events import RunEnded
+from trainbus import Bus, replay
+from trainbus.events import MetricsLogged, RunEnded
 from trainbus.reading import RunReader, recover
 from trainbus.runfolder import RunFolder
 from trainbus.testing import check_grammar
@@ -132,6 +133,37 @@ def test_handlers_of_others_stay(tmp_path: Path) -> None:
     )
     assert 0 == done.returncode, done.stderr
     assert "mine\n" == done.stdout
+
+
+def test_a_handler_that_calls_ours_decides(tmp_path: Path) -> None:
+    """A framework that handles SIGTERM also calls what it found: that does not end the process."""
+    source = """
+    import signal, threading
+    found = signal.getsignal(signal.SIGTERM)
+    def handle(number, frame):
+        found(number, frame)
+        print("handled")
+    signal.signal(signal.SIGTERM, handle)
+    os.kill(os.getpid(), signal.SIGTERM)
+    run.log({"loss": 2.0}, step=2)
+    run.__exit__(None, None, None)
+    """
+    done, events = ended(tmp_path, source)
+    assert (0, "handled\n") == (done.returncode, done.stdout), done.stderr
+    assert "finished" == events[-1].status
+    assert 2 == sum(type(event) is MetricsLogged for event in events)
+
+
+def test_another_rank_keeps_its_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process without the run tells what it dies of, but of a signal there is nothing to tell."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = sys.excepthook, signal.getsignal(signal.SIGTERM)
+    with Bus() as bus:
+        bus.run()
+        assert before[0] is not sys.excepthook
+        assert before[1] is signal.getsignal(signal.SIGTERM)
+    assert before == (sys.excepthook, signal.getsignal(signal.SIGTERM))
 
 
 def test_sigterm_in_the_midst_of_an_emit(tmp_path: Path) -> None:

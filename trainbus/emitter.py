@@ -142,13 +142,15 @@ class Emitter:
         """
         if self._run is not None:
             self(ended_by(error))
-        elif error is not None and (rank := ranks.current_rank()):
+            return
+        if error is not None and (rank := ranks.current_rank()):
             self.failed_on(rank, error)
+        exits.unwatch(self)
 
     def watch_other_rank(self) -> None:
         """Have what ends this process told, if it is not the one that has the run."""
         if ranks.current_rank():
-            exits.watch(self)
+            exits.watch(self, of_signals=False)
 
     def interrupt(self, event: RunEnded, flush_secs: float) -> bool:
         """End the run from a signal handler; False if that is done when the emit under way is over.

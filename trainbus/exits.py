@@ -50,8 +50,8 @@ _mutex = threading.RLock()
 _once: set[str] = set()
 
 
-def watch(run: OpenRun) -> None:
-    """Take care of a run from here on."""
+def watch(run: OpenRun, *, of_signals: bool = True) -> None:
+    """Take care of a run from here on; not `of_signals` where it is only told of errors."""
     with _mutex:
         _open.add(run)
         if not _once:
@@ -63,7 +63,7 @@ def watch(run: OpenRun) -> None:
             _before["excepthook"], sys.excepthook = sys.excepthook, _on_exception
             _before["thread"], threading.excepthook = threading.excepthook, _on_thread_exception
         is_main = threading.current_thread() is threading.main_thread()
-        if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        if of_signals and is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, _on_sigterm)
 
 
@@ -114,6 +114,10 @@ def _at_exit() -> None:
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:
     global _killed_by
+    if signal.getsignal(number) is not _on_sigterm:
+        # A handler that found this one calls it after its own work, as Lightning's does. Without
+        # trainbus it would have found none: whether the training goes on is for it to say.
+        return
     _killed_by = number
     event = RunEnded(status="stopped", reason="SIGTERM")
     is_over = [run.interrupt(event, _SIGTERM_FLUSH_S) for run in list(_open)]

@@ -510,6 +510,7 @@ def test_a_tracker_can_be_copied_and_pickled(tmp_path: Path, bus: Bus) -> None:
     assert isinstance(revived.report.emit, MutedEmitter)
     assert not copied.report.is_open
     assert not revived.report.is_open
+    bus.close()
 
 
 def test_an_attached_accelerator_has_the_trackers_it_had(bus: Bus) -> None:

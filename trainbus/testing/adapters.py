@@ -273,6 +273,7 @@ class AdapterConformance(ABC):
         assert revived, "found no emitter in the unpickled handles"
         for emitter in revived:
             emitter(MetricsLogged(values={"train/loss": 1.0}, phase="train"))
+            emitter(RunEnded(status="finished"))
         assert [] == bus.raw, "what was unpickled emits into the bus of this process"
         for emitter in copied:
             emitter(MetricsLogged(values={"train/loss": 1.0}, phase="train"))
@@ -347,7 +348,7 @@ class AdapterConformance(ABC):
         except BaseException as error:
             raised = error
         result = training.result() if raised is None else None
-        for emitter in bus.emitters:
+        for emitter in bus._emitters:
             emitter.end(raised)
         return Recording(
             training=training,
@@ -369,12 +370,11 @@ class _ListeningBus(Bus):
         super().__init__(sinks, on_receipt=lambda receipt: None)
         self.raw: list[Event] = []
         self.records: list[Record] = []
-        self.emitters: list[Emitter] = []
         self.subscribe(self.records.append)
 
     def _emitter(self) -> Emitter:
         emitter = _ListeningEmitter(self)
-        self.emitters.append(emitter)
+        self._emitters.append(emitter)
         return emitter
 
 
