@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from trainbus.drawing import drawn, png
+from trainbus.drawing import drawn, picture, png
 from trainbus.events import (
     ConfusionMatrixLogged,
     CurveLogged,
     HistogramLogged,
+    ImageLogged,
     TableLogged,
     TextLogged,
 )
@@ -111,3 +113,16 @@ def test_the_trainings_own_plots_are_not_touched() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert "False" == done.stdout.strip()
+
+
+def test_every_event_to_be_seen_has_a_picture(tmp_path: Path) -> None:
+    """A file's bytes as they are, an array or a curve as a PNG; nothing else can be shown."""
+    (tmp_path / "a.jpg").write_bytes(b"jpeg")
+    array = np.zeros((2, 2))
+    assert (b"jpeg", ".jpg") == picture(ImageLogged(key="k", path=str(tmp_path / "a.jpg")))
+    assert (png(array), ".png") == picture(ImageLogged(key="k", array=array))
+    assert (drawn(EVENTS["curve"]), ".png") == picture(EVENTS["curve"])
+    with pytest.raises(ValueError, match="neither a path nor an array"):
+        picture(ImageLogged(key="k"))
+    with pytest.raises(FileNotFoundError):
+        picture(ImageLogged(key="k", path=str(tmp_path / "none.png")))

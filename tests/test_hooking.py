@@ -13,8 +13,26 @@ import numpy as np
 import pytest
 
 from trainbus import SinkError
-from trainbus.events import EpochEnded, EpochStarted, Event, MetricsLogged, RunEnded, RunStarted
-from trainbus.hooking import Reporter, guarded, late_class, number, wrap
+from trainbus.events import (
+    Best,
+    EpochEnded,
+    EpochStarted,
+    Event,
+    MetricsLogged,
+    ModelDescribed,
+    RunEnded,
+    RunStarted,
+)
+from trainbus.hooking import (
+    Reporter,
+    current_rank,
+    described,
+    guarded,
+    late_class,
+    number,
+    patch,
+    wrap,
+)
 
 
 class Model:
@@ -134,6 +152,43 @@ class Hooks:
         raise error
 
 
+def test_a_class_is_patched_once() -> None:
+    """For all objects, those of a class below too, and with the method's own signature."""
+
+    class Patched(Model):
+        pass
+
+    class Below(Patched):
+        def fit(self, x: int, *, weight: float = 1.0) -> int:
+            return super().fit(2 * x)
+
+    calls: list[str] = []
+    patch(Patched, "fit", counting(calls, "first"))
+    patch(Patched, "fit", counting(calls, "second"))
+    patch(Below, "fit", counting(calls, "below"))
+    assert (3, ["first"]) == (Patched().fit(3), calls)
+    assert (6, ["first", "below", "first"]) == (Below().fit(3), calls)
+    assert inspect.signature(Model.fit) == inspect.signature(Patched.fit)
+    assert 1 == Model().fit(1)
+    assert 3 == len(calls)
+
+
+def test_a_function_below_a_patched_one_is_patched_too() -> None:
+    """A class that has its method from the class above gets a layer of its own."""
+
+    class Above(Model):
+        pass
+
+    class Below(Above):
+        pass
+
+    calls: list[str] = []
+    patch(Above, "fit", counting(calls, "above"))
+    patch(Below, "fit", counting(calls, "below"))
+    Below().fit(1)
+    assert ["below", "above"] == calls
+
+
 def test_what_goes_wrong_in_a_hook_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     """The training sees nothing of it."""
     hooks = Hooks()
@@ -192,6 +247,33 @@ def test_a_watched_call_ends_the_run(error: BaseException, status: str) -> None:
     assert isinstance(ended, RunEnded)
     assert status == ended.status
     assert [RunStarted, EpochStarted, RunEnded] == [type(event) for event in heard.events]
+
+
+def test_a_watched_call_that_fails_has_its_best() -> None:
+    """It is asked for when the error comes."""
+    heard, best = Heard(), Best(metric="loss", value=0.5)
+    report = Reporter(heard)
+
+    def train() -> None:
+        report.start(RunStarted())
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        report.watch(best=lambda: best)(train)
+    *_, ended = heard.events
+    assert isinstance(ended, RunEnded)
+    assert best == ended.best
+
+
+def test_a_callback_is_connected_again_after_a_detach() -> None:
+    """A second bus hears what the first one does no longer."""
+    first, second = Heard(), Heard()
+    report = Reporter()
+    report.connect(first)()
+    report.start(RunStarted())
+    report.connect(second)
+    report.start(RunStarted())
+    assert ([], 1) == (first.events, len(second.events))
 
 
 def test_another_rank_tells_its_failure_alone() -> None:
@@ -266,3 +348,37 @@ def test_a_callback_without_a_bus_says_so(caplog: pytest.LogCaptureFixture) -> N
     with caplog.at_level(logging.WARNING):
         Lonely().on_start()
     assert "this callback has no bus: make it with one" in caplog.text
+
+
+class Parameter:
+    """A tensor, as far as it is counted."""
+
+    def __init__(self, size: int, *, requires_grad: bool) -> None:
+        self.size = size
+        self.requires_grad = requires_grad
+
+    def numel(self) -> int:
+        """Return the number of elements."""
+        return self.size
+
+
+def test_parameters_are_counted_once() -> None:
+    """Weights that two models share are one."""
+    free, frozen = Parameter(3, requires_grad=True), Parameter(4, requires_grad=False)
+    expected = ModelDescribed(parameters=7, gradients=3, layers=2)
+    assert expected == described([free, frozen, free], layers=2)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [({}, 0), ({"RANK": "3", "LOCAL_RANK": "1"}, 3), ({"LOCAL_RANK": "1"}, 1), ({"RANK": "-1"}, 0)],
+)
+def test_a_launcher_tells_the_rank(
+    variables: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch is not distributed yet, its variables are there."""
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+        if name in variables:
+            monkeypatch.setenv(name, variables[name])
+    assert expected == current_rank()

@@ -23,7 +23,7 @@ LAYERS = [
     ["events", "errors"],
     ["interfaces", "redact"],
     ["normalize", "transforms", "registry", "checks", "runfolder"],
-    ["receipt", "blobs", "identity", "lanes", "exits"],
+    ["receipt", "blobs", "identity", "lanes", "exits", "wrapping"],
     ["journal", "hooking", "storing", "drawing"],
     ["reading"],
     ["ranks"],
@@ -150,7 +150,7 @@ def test_only_the_configuration_reads_the_environment() -> None:
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv")
     }
     # The sidecar hands its own on; a launcher says in it which processes belong together.
-    assert {"auto", "config", "ranks", "sidecar"} == readers
+    assert {"auto", "config", "hooking", "ranks", "sidecar"} == readers
 
 
 def test_only_the_sidecar_starts_a_process() -> None:

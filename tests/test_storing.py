@@ -9,8 +9,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainbus.events import EpochStarted, MetricsLogged, Record
-from trainbus.storing import Names, Taken, axis, flat, metric_name
+from trainbus.events import (
+    ArtifactLogged,
+    CheckpointSaved,
+    EpochStarted,
+    MetricsLogged,
+    ModelDescribed,
+    Record,
+)
+from trainbus.storing import (
+    Names,
+    Overwritten,
+    Taken,
+    Wanted,
+    axis,
+    flat,
+    folder_of,
+    is_wanted,
+    metric_name,
+    model_values,
+    side_by_side,
+)
 
 
 def record(attempt: int, seq: int) -> Record:
@@ -95,3 +114,79 @@ def test_nested_parameters_get_dotted_names() -> None:
     """An empty dict is a value; lists stay what they are."""
     nested = {"a": {"b": {"c": 1}, "d": {}}, "e": [{"f": 1}], "g": None}
     assert {"a.b.c": 1, "a.d": {}, "e": [{"f": 1}], "g": None} == flat(nested)
+
+
+def saved(*kinds: Any) -> list[CheckpointSaved]:
+    return [CheckpointSaved(path=f"{i}.pt", kind=kind) for i, kind in enumerate(kinds)]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ("best", ["last", "best"]),
+        ("last", ["last"]),
+        ("all", ["periodic", "last", "best"]),
+        ("none", []),
+    ],
+)
+def test_which_checkpoints_may_be_kept(wanted: Wanted, expected: list[str]) -> None:
+    """The last one may be all there is, where the best is wanted; artifacts are kept anyhow."""
+    events = saved("periodic", "last", "best")
+    assert expected == [event.kind for event in events if is_wanted(wanted, event)]
+    assert is_wanted(wanted, ArtifactLogged(name="a", kind="data", paths=[]))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "at_once", "at_end"),
+    [
+        ("best", [], ["4.pt"]),
+        ("last", [], ["5.pt"]),
+        ("all", ["0.pt", "3.pt"], ["5.pt", "4.pt"]),
+        ("none", [], []),
+    ],
+)
+def test_what_a_trainer_overwrites_is_stored_at_the_end(
+    wanted: Wanted, at_once: list[str], at_end: list[str]
+) -> None:
+    """Periodic checkpoints are stored as they come, of the others the newest when all is over."""
+    overwritten = Overwritten(wanted)
+    events = saved("periodic", "last", "best", "periodic", "best", "last")
+    assert at_once == [event.path for event in events if not overwritten.put_off(event)]
+    assert at_end == [event.path for event in overwritten.at_end()]
+
+
+def test_the_last_checkpoint_stands_in_for_the_best() -> None:
+    """Where a training names none its best, there is still one to go on with."""
+    overwritten = Overwritten("best")
+    (last,) = saved("last")
+    assert overwritten.put_off(last)
+    assert [last] == overwritten.at_end()
+
+
+def test_what_is_known_of_a_model() -> None:
+    """What is not known is left out."""
+    event = ModelDescribed(parameters=5, speed_ms={"inference": 2.5}, extra={"depth": 3.0})
+    expected = {"model/parameters": 5, "model/speed_inference(ms)": 2.5, "model/depth": 3.0}
+    assert expected == model_values(event)
+
+
+def test_an_option_names_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the run's id in it, and whole."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/user")
+    assert tmp_path / "runs" / "run_1" == folder_of("runs/{run}", "run_1")
+    assert Path("/home/user/runs") == folder_of("~/runs", "run_1")
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (["/a/x.txt", "/b/c/y.txt"], ["x.txt", "y.txt"]),
+        (["/a/b/x.txt", "/a/c/x.txt", "/a/y.txt"], ["b/x.txt", "c/x.txt", "y.txt"]),
+        (["/a/x.txt", "/a/x.txt"], ["x.txt", "x.txt"]),
+        ([], []),
+    ],
+)
+def test_files_lie_side_by_side(paths: list[str], expected: list[str]) -> None:
+    """By their names, or by their folders too where two have one name."""
+    assert dict(zip(paths, expected, strict=True)) == side_by_side(paths)

@@ -6,6 +6,7 @@ matplotlib draws them, without its global state: a training that plots is not di
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,6 +52,23 @@ def drawn(event: Any) -> bytes | None:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
     return file.getvalue()
+
+
+def picture(event: Any) -> tuple[bytes, str]:
+    """Return the bytes of an event's picture and the suffix of its file; drawn if it has none.
+
+    Raises:
+        MissingPackageError: matplotlib or pillow is not installed.
+        OSError: its file can't be read.
+        ValueError: there is nothing to be seen.
+    """
+    path, array = getattr(event, "path", None), getattr(event, "array", None)
+    if path is not None:
+        return Path(path).read_bytes(), Path(path).suffix
+    found = drawn(event) if array is None else png(array)
+    if found is None:
+        raise ValueError("it has neither a path nor an array")
+    return found, ".png"
 
 
 def png(array: Array) -> bytes:

@@ -26,6 +26,7 @@ from trainbus.events import (
     ended_by,
     event_name,
 )
+from trainbus.hooking import current_rank
 from trainbus.identity import identify, mark
 from trainbus.interfaces import RunInfo
 from trainbus.journal import Journal, NoJournal
@@ -143,13 +144,13 @@ class Emitter:
         if self._run is not None:
             self(ended_by(error))
             return
-        if error is not None and (rank := ranks.current_rank()):
+        if error is not None and (rank := current_rank()):
             self.failed_on(rank, error)
         exits.unwatch(self)
 
     def watch_other_rank(self) -> None:
         """Have what ends this process told, if it is not the one that has the run."""
-        if ranks.current_rank():
+        if current_rank():
             exits.watch(self, of_signals=False)
 
     def interrupt(self, event: RunEnded, flush_secs: float) -> bool:

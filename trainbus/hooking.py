@@ -8,11 +8,11 @@ leave as plain floats and counters as plain ints.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
-from types import MethodType
 from typing import Any, Literal, TypeVar
 
 from trainbus import normalize
@@ -23,11 +23,26 @@ from trainbus.events import (
     EpochStarted,
     Event,
     MetricsLogged,
+    ModelDescribed,
     RunEnded,
     RunStarted,
     ended_by,
 )
 from trainbus.interfaces import Detach, Emit
+from trainbus.wrapping import around_of, patch, wrap
+
+__all__ = [
+    "Reporter",
+    "around_of",
+    "current_rank",
+    "described",
+    "guarded",
+    "late_class",
+    "number",
+    "patch",
+    "version",
+    "wrap",
+]
 
 logger = logging.getLogger("trainbus")
 
@@ -65,78 +80,6 @@ def guarded(hook: _Hook) -> _Hook:
             return None
 
     return call  # type: ignore[return-value]
-
-
-def wrap(target: Any, name: str, around: Callable[..., Any]) -> Detach:
-    """Have `around(method, *args, **kwargs)` called in the place of one object's method.
-
-    A copy of the object is wrapped too, and a pickle is not: it can be loaded without trainbus.
-
-    Args:
-        target: the object; others of its class are left alone.
-        name: the method.
-        around: calls `method(*args, **kwargs)` and returns what it returns.
-
-    Returns:
-        A function that puts the object back as it was, whoever wrapped the method since.
-    """
-    layer = _Layer(vars(target).get(name), around)
-    plain = layer.plain or getattr(type(target), name)
-
-    # Signature and name stay: frameworks ask a method what it takes, and pickle it by its name.
-    @wraps(plain)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        method = MethodType(plain, self)
-        return around(method, *args, **kwargs) if layer.active else method(*args, **kwargs)
-
-    call.__trainbus__ = layer  # type: ignore[attr-defined]
-    wrapped = MethodType(call, target)
-    setattr(target, name, wrapped)
-
-    def detach() -> None:
-        layer.active = False
-        if vars(target).get(name) is wrapped:
-            before = layer.before
-            while (below := _layer_of(before)) is not None and not below.active:
-                before = below.before
-            if before is None:
-                delattr(target, name)
-            else:
-                setattr(target, name, before)
-
-    return detach
-
-
-class _Layer:
-    """One wrapping of a method, and what the object's own attribute was before."""
-
-    def __init__(self, before: Any, around: Callable[..., Any]) -> None:
-        self.before = before
-        self.around = around
-        self.active = True
-
-    @property
-    def plain(self) -> Any:
-        """The function below, with the object as its first argument; None for the class's own."""
-        before = self.before
-        if before is None or isinstance(before, MethodType):
-            return before and before.__func__
-
-        @wraps(before)
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return before(*args, **kwargs)
-
-        return call
-
-
-def around_of(target: Any, name: str) -> Any:
-    """Return what `wrap` has put around an object's method last, None if there is nothing."""
-    layer = _layer_of(vars(target).get(name))
-    return layer.around if layer is not None and layer.active else None
-
-
-def _layer_of(method: Any) -> _Layer | None:
-    return getattr(method, "__trainbus__", None)
 
 
 def late_class(module: str, name: str, mixin: type, base: Callable[[], type]) -> Callable[[], Any]:
@@ -179,6 +122,15 @@ class Reporter:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["emit"])  # type: ignore[misc]
         self.active = state["active"]
+
+    def connect(self, emit: Emit) -> Detach:
+        """Report to `emit`, for the framework's own callback object; returns what ends it."""
+        self.emit, self.active = emit, True
+
+        def detach() -> None:
+            self.active = False
+
+        return detach
 
     def start(self, started: RunStarted) -> None:
         """Open the run."""
@@ -255,13 +207,18 @@ class Reporter:
         else:
             self._end(ended_by(error, best=best))
 
-    def watch(self, rank: Callable[[], int] = lambda: 0) -> Callable[..., Any]:
+    def watch(
+        self,
+        rank: Callable[[], int] = lambda: 0,
+        best: Callable[[], Best | None] = lambda: None,
+    ) -> Callable[..., Any]:
         """Return what `wrap` puts around a framework's entry call: it ends the run by exceptions.
 
         Args:
             rank: returns the rank of this process, when it is asked for.
+            best: returns the best value that was reached.
         """
-        return _Watch(self, rank)
+        return _Watch(self, rank, best)
 
     def _end(self, event: RunEnded) -> None:
         if event.status == "finished":
@@ -272,9 +229,12 @@ class Reporter:
 
 
 class _Watch:
-    def __init__(self, reporter: Reporter, rank: Callable[[], int]) -> None:
+    def __init__(
+        self, reporter: Reporter, rank: Callable[[], int], best: Callable[[], Best | None]
+    ) -> None:
         self._reporter = reporter
         self._rank = rank
+        self._best = best
 
     def __call__(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
@@ -283,10 +243,37 @@ class _Watch:
             raise
         except BaseException as error:
             try:
-                self._reporter.fail(error, rank=self._rank())
+                self._reporter.fail(error, rank=self._rank(), best=self._best())
             except Exception as second:  # the user's own error is the one to see
                 logger.warning("the end of this run can't be told: %s", second)
             raise
+
+
+def described(parameters: Iterable[Any], layers: int | None = None) -> ModelDescribed:
+    """Return what a PyTorch model is, by its parameters, each counted once.
+
+    Args:
+        parameters: tensors, of one model or of several.
+        layers: number of its modules.
+    """
+    found = {id(each): each for each in parameters}.values()
+    return ModelDescribed(
+        parameters=sum(each.numel() for each in found),
+        gradients=sum(each.numel() for each in found if each.requires_grad),
+        layers=layers,
+    )
+
+
+def current_rank() -> int:
+    """Return the rank of this process: torch's if it is distributed, else what a launcher says."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return int(distributed.get_rank())
+    for name in ("RANK", "LOCAL_RANK"):
+        value = os.environ.get(name, "")
+        if value.isdigit():
+            return int(value)
+    return 0
 
 
 def version(framework: str) -> str | None:

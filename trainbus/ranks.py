@@ -14,7 +14,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import sys
 from pathlib import Path
 
 from trainbus.events import ended_by
@@ -22,18 +21,6 @@ from trainbus.journal import Journal
 from trainbus.runfolder import RunFolder, is_being_written, is_run_id, write_atomically
 
 _JOBS = ".jobs"
-
-
-def current_rank() -> int:
-    """Return the rank of this process: torch's if it is distributed, else what a launcher says."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        return int(distributed.get_rank())
-    for name in ("RANK", "LOCAL_RANK"):
-        value = os.environ.get(name, "")
-        if value.isdigit():
-            return int(value)
-    return 0
 
 
 def announce(folder: RunFolder, attempt: int) -> None:

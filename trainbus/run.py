@@ -27,7 +27,7 @@ from trainbus.events import (
     TextLogged,
     ended_by,
 )
-from trainbus.ranks import current_rank
+from trainbus.hooking import current_rank
 
 
 class Run:

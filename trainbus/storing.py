@@ -9,10 +9,10 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trainbus.errors import SinkError
-from trainbus.events import Record
+from trainbus.events import ArtifactLogged, CheckpointSaved, ModelDescribed, Record
 from trainbus.runfolder import write_atomically
 
 Position = tuple[int, int]
@@ -85,6 +85,71 @@ class Names:
                 found = f"{found[: self._longest - 7]}_{mark}"
             self._given[name] = found
         return self._given[name]
+
+
+Wanted = Literal["best", "last", "all", "none"]
+"""Which checkpoints a sink keeps; `best` keeps the last one as long as none is named best."""
+
+
+def is_wanted(wanted: Wanted, event: CheckpointSaved | ArtifactLogged) -> bool:
+    """Return whether the files of an event may be kept; those of an artifact are."""
+    if isinstance(event, ArtifactLogged) or wanted in ("all", event.kind):
+        return True
+    return wanted == "best" and event.kind == "last"
+
+
+class Overwritten:
+    """Checkpoints of which only the files' state at the end counts: the trainer overwrites them.
+
+    For stores that can't replace what they have.
+    """
+
+    def __init__(self, wanted: Wanted) -> None:
+        self._wanted = wanted
+        self._newest: dict[str, CheckpointSaved] = {}
+
+    def put_off(self, event: CheckpointSaved) -> bool:
+        """Return whether there is nothing to store of it now: it may be one of `at_end`."""
+        if event.kind != "periodic":
+            self._newest[event.kind] = event
+        return event.kind != "periodic" or not is_wanted(self._wanted, event)
+
+    def at_end(self) -> list[CheckpointSaved]:
+        """Return those to store when the training is over, the best as the last of them."""
+        kinds = [kind for kind in ("last", "best") if self._wanted in ("all", kind)]
+        found = [self._newest[kind] for kind in kinds if kind in self._newest]
+        return found or [event for event in self._newest.values() if self._wanted == "best"]
+
+
+def model_values(event: ModelDescribed) -> dict[str, float]:
+    """Return what is known of a model, by the names that Ultralytics' users know from W&B."""
+    known = {
+        "model/parameters": event.parameters,
+        "model/gradients": event.gradients,
+        "model/layers": event.layers,
+        "model/GFLOPs": event.gflops,
+        **{f"model/speed_{name}(ms)": value for name, value in event.speed_ms.items()},
+        **{f"model/{name}": value for name, value in event.extra.items()},
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def folder_of(template: str, run: str) -> Path:
+    """Return the folder that an option names, in which `{run}` stands for the run's id."""
+    return Path(template.replace("{run}", run)).expanduser().absolute()
+
+
+def side_by_side(paths: Sequence[str]) -> dict[str, str]:
+    """Return for each path the name that its file gets beside the others: two never have one.
+
+    Files of the same name keep their folders below the one that they have in common.
+    """
+    files = [os.path.abspath(path) for path in paths]
+    names = [os.path.basename(file) for file in files]
+    if len(set(names)) < len(set(files)):
+        common = os.path.commonpath([os.path.dirname(file) for file in files])
+        names = [os.path.relpath(file, common) for file in files]
+    return dict(zip(paths, names, strict=True))
 
 
 def check_folder(path: str | Path) -> str:
