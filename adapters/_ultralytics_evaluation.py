@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainbus.events import ConfusionMatrixLogged, CurveLogged, Event, TableLogged
+from trainbus.hooking import number
 
 
 def evaluation(validator: Any, epoch: int | None) -> Iterator[Event]:
@@ -50,14 +51,6 @@ def evaluation(validator: Any, epoch: int | None) -> Iterator[Event]:
             classes=[*classes, "background"][: len(matrix)],
             epoch=epoch,
         )
-
-
-def number(value: Any) -> float | None:
-    """Return a number, numpy scalar or tensor of one element as a float, else None."""
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        return None
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:

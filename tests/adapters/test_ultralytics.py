@@ -337,8 +337,8 @@ def test_what_fails_in_a_hook_costs_only_its_events(tmp_path: Path, data: Path) 
     assert "finished" == trained.events(RunEnded)[0].status
     assert 2 == sum(e.final for e in trained.events(CheckpointSaved))
     said = trained.process.stderr
-    assert 2 == said.count("can't be read, its events are missing")
-    assert "describe of this DetectionTrainer" in said
+    assert 2 == said.count("went wrong, its events are missing")
+    assert "describe of trainbus.adapters.ultralytics" in said
     assert "RuntimeError: no info" in said
 
 
@@ -347,7 +347,7 @@ def test_what_fails_after_training_does_not_reach_the_user(tmp_path: Path, data:
     before = "model.add_callback('on_train_end', lambda t: setattr(t, 'world_size', 'two'))"
     trained = train_local(tmp_path, data, before=before, epochs=1)
     assert "finished" == trained.events(RunEnded)[0].status
-    assert "conclude of this YOLO can't be read" in trained.process.stderr
+    assert "conclude of trainbus.adapters.ultralytics went wrong" in trained.process.stderr
 
 
 def test_the_users_error_is_not_hidden_by_one_of_ours(tmp_path: Path) -> None:
@@ -355,7 +355,7 @@ def test_the_users_error_is_not_hidden_by_one_of_ours(tmp_path: Path) -> None:
     before = "model.add_callback('on_pretrain_routine_start', lambda t: delattr(t, 'epochs'))"
     trained = train_local(tmp_path, tmp_path / "none.yaml", before=before, catch=True)
     assert trained.result["error"].startswith("RuntimeError(")
-    assert "the end of this run can't be reported" in trained.process.stderr
+    assert "tell_failure of trainbus.adapters.ultralytics went wrong" in trained.process.stderr
 
 
 def test_each_checkpoint_has_its_own_metrics(ours: Trained) -> None:
@@ -408,8 +408,8 @@ def test_an_ultralytics_that_hands_on_no_callbacks_is_told_of(tmp_path: Path) ->
     script = tmp_path / "deaf.py"
     script.write_text(
         "from types import SimpleNamespace as Trainer\n"
-        "from trainbus.adapters.ultralytics import _warn_of_deaf_children\n"
-        "for size in (1, 2):\n    _warn_of_deaf_children(Trainer(world_size=size))\n"
+        "from trainbus.adapters._ultralytics_trainer import warn_of_deaf_children\n"
+        "for size in (1, 2):\n    warn_of_deaf_children(Trainer(world_size=size))\n"
     )
     said = {}
     for version in (None, "8.4.90"):
@@ -471,4 +471,4 @@ def test_a_copied_model_falls_silent_with_the_original() -> None:
     copied = copy.deepcopy(model)
     detach()
     hooks = [c.__self__ for c in copied.callbacks["on_train_end"] if hasattr(c, "__self__")]
-    assert [False] == [each.active for each in hooks]
+    assert [False] == [each.report.active for each in hooks]
