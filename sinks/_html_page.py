@@ -10,14 +10,21 @@ import base64
 import hashlib
 import html
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
 from ._html_data import Data
-from ._html_script import JS
-from ._html_style import CSS
 
-_HASH = base64.b64encode(hashlib.sha256(JS.encode()).digest()).decode()
+_PARTS = Path(__file__).with_name("_html")
+_CSS = (_PARTS / "page.css").read_text("utf-8")
+_JS = "'use strict';\n(() => {{\n{}}})();\n".format(
+    "".join(
+        (_PARTS / f"{name}.js").read_text("utf-8")
+        for name in ("base", "metrics", "results", "page")
+    )
+)
+_HASH = base64.b64encode(hashlib.sha256(_JS.encode()).digest()).decode()
 _POLICY = "; ".join(
     [
         "default-src 'none'",
@@ -39,9 +46,9 @@ def page(runs: Sequence[Data], *, compares: bool = False) -> bytes:
     return _PAGE.format(
         policy=html.escape(_POLICY),
         title=html.escape("".join(c if c.isprintable() else "?" for c in title)),
-        css=CSS,
+        css=_CSS,
         data=shown.replace("<", "\\u003c"),
-        js=JS,
+        js=_JS,
     ).encode("utf-8", "backslashreplace")
 
 

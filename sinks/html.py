@@ -33,7 +33,8 @@ from trainbus.events import (
 from trainbus.interfaces import Options, RunInfo, Sink
 from trainbus.storing import Taken, check_folder
 
-from ._html_data import Data, Gatherer, Picture
+from ._html_data import Data, Picture
+from ._html_gatherer import Gatherer
 from ._html_page import page
 
 logger = logging.getLogger("trainbus.sinks.html")

@@ -1,0 +1,241 @@
+"""Gathers from the records of a run what its page shows."""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from trainbus.events import (
+    AlertRaised,
+    ArtifactLogged,
+    Best,
+    CheckpointSaved,
+    ConfusionMatrixLogged,
+    CurveLogged,
+    EpochEnded,
+    EpochStarted,
+    HistogramLogged,
+    MetricsLogged,
+    ModelDescribed,
+    ParamsUpdated,
+    Record,
+    RunEnded,
+    RunStarted,
+    TableLogged,
+    TextLogged,
+    UnknownEvent,
+    event_name,
+)
+from trainbus.storing import flat
+
+from . import _html_values as values
+from ._html_data import Data
+from ._html_ranks import goal_of, weight, worst_of_matrix, worst_of_table
+from ._html_series import Series
+from ._html_values import MAX_TEXT, number, plain, text_of
+
+MAX_ITEMS = 500
+"""Kept texts, alerts, checkpoints and artifacts."""
+
+_EPOCHS = ("epochs", "num_train_epochs", "max_epochs", "num_epochs", "n_epochs")
+_STEPS = ("max_steps", "total_timesteps", "max_iters", "total_steps")
+_PHASES = re.compile(r"(?:train|training|val|valid|validation|eval|test)[/_]", re.IGNORECASE)
+_LAST_EPOCHS = 5
+
+
+class Gatherer:
+    """Takes the records of a run into its `data`; pictures are left to the caller.
+
+    Args:
+        data: what is known of the run already.
+        points: values of a metric that are kept.
+        curve_points: points of a curve that are kept.
+    """
+
+    def __init__(self, data: Data, *, points: int, curve_points: int) -> None:
+        self.data = data
+        self._points = points
+        self._curve_points = curve_points
+        self._series = {(s.name, s.phase, s.axis): s for s in data.series}
+
+    def take(self, record: Record) -> None:
+        """Take one record that is new."""
+        data, event = self.data, record.event
+        if isinstance(event, UnknownEvent):
+            return
+        data.position = record.position
+        self._clock(record)
+        name = event_name(event)
+        data.records[name] = data.records.get(name, 0) + 1
+        match event:
+            case RunStarted():
+                self._start(event)
+            case ParamsUpdated():
+                self._params(event.params)
+            case ModelDescribed():
+                data.model |= values.model(event)
+                data.classes = list(event.classes) or data.classes
+            case EpochStarted():
+                if data.resumes:
+                    self._redo(event.epoch)
+                data.epoch, data.resumes = event.epoch, False
+            case EpochEnded():
+                self._end_epoch(event, record)
+            case MetricsLogged(final=True):
+                data.final |= {name: number(value) for name, value in event.values.items()}
+            case MetricsLogged():
+                self._metrics(event, record)
+            case CurveLogged():
+                data.curves[event.key] = values.curve(event, self._curve_points)
+            case ConfusionMatrixLogged():
+                data.matrices[event.key] = matrix = values.matrix(event)
+                if data.worst is None or data.worst.key in data.matrices:
+                    data.worst = worst_of_matrix(event.key, matrix) or data.worst
+            case HistogramLogged():
+                data.histograms[event.key] = values.histogram(event)
+            case TableLogged():
+                data.tables[event.key] = table = values.table(event)
+                if found := worst_of_table(event.key, table, event.rows):
+                    table["by"], data.worst = found.metric, found
+            case TextLogged():
+                about = {"key": event.key, "text": event.text[:MAX_TEXT], "epoch": event.epoch}
+                _push(data.texts, {**about, "step": event.step, "length": len(event.text)})
+            case CheckpointSaved():
+                kept = [c for c in data.checkpoints if c["path"] != event.path]
+                _push(kept, plain(msgspec.structs.asdict(event)))
+                data.checkpoints = kept
+            case ArtifactLogged():
+                _push(data.artifacts, plain(msgspec.structs.asdict(event)))
+            case AlertRaised():
+                about = {"title": event.title, "text": event.text[:MAX_TEXT], "level": event.level}
+                _push(data.alerts, {**about, "time": record.time})
+            case RunEnded():
+                self._end(event)
+
+    def _clock(self, record: Record) -> None:
+        data = self.data
+        if record.attempt > data.attempt and data.first is not None and data.last is not None:
+            data.earlier += max(data.last - data.first, 0.0)
+            data.first = None
+        data.attempt = record.attempt
+        data.first = record.time if data.first is None else data.first
+        data.last = record.time
+
+    def _start(self, event: RunStarted) -> None:
+        data = self.data
+        names = ("name", "project", "group", "job_type", "task", "notes", "framework")
+        about = {name: getattr(event, name) for name in (*names, "framework_version", "save_dir")}
+        about |= {"tags": list(event.tags), "world_size": event.world_size}
+        data.about = {name: value for name, value in about.items() if value not in (None, [])}
+        data.goals = dict(event.goals)
+        data.status, data.reason, data.error = "running", None, None
+        data.resumes = data.attempt > 1
+        self._params(event.params)
+
+    def _params(self, params: Mapping[str, Any]) -> None:
+        data, named = self.data, flat(params)
+        data.params |= {name: text_of(value) for name, value in named.items()}
+        data.epochs = _total(named, _EPOCHS) or data.epochs
+        data.steps = _total(named, _STEPS) or data.steps
+
+    def _redo(self, epoch: int) -> None:
+        """Drop what was logged from an epoch on, which comes again with other values."""
+        ends = self.data.ends
+        at = bisect_left(ends.x, epoch)
+        step = ends.y[at] if at < len(ends.x) and ends.x[at] == epoch else 0 if not epoch else None
+        ends.cut(epoch)
+        for series in self.data.series:
+            if series.axis == "epoch":
+                series.cut(epoch)
+            elif isinstance(step, float | int):
+                series.cut(int(step))
+        if isinstance(step, float | int):
+            self.data.step = int(step)
+
+    def _end_epoch(self, event: EpochEnded, record: Record) -> None:
+        data = self.data
+        if event.outcome != "completed":
+            self._redo(event.epoch)
+            return
+        data.done = event.epoch + 1
+        if data.step is not None:
+            t = self._seconds(record)
+            data.ends.add(data.done, float(data.step), t, record.attempt, self._points)
+        if event.duration_s is not None and math.isfinite(event.duration_s):
+            data.took = [*data.took, event.duration_s][-_LAST_EPOCHS:]
+        left = None if data.epochs is None else max(data.epochs - data.done, 0)
+        mean = sum(data.took) / len(data.took) if data.took else None
+        data.eta = None if left is None or mean is None else left * mean
+
+    def _metrics(self, event: MetricsLogged, record: Record) -> None:
+        data = self.data
+        if event.step is not None:
+            data.step = max(event.step, data.step or 0)
+        for name, value in event.values.items():
+            is_step = event.step is not None
+            series = self._find(name, event.phase, "step" if is_step else "epoch")
+            epoch = data.epoch if event.epoch is None else event.epoch
+            x = event.step if event.step is not None else 0 if epoch is None else epoch + 1
+            series.add(x, value, self._seconds(record), record.attempt, self._points)
+            if not is_step:
+                self._rank(name, value, epoch)
+
+    def _find(self, name: str, phase: str, axis: Literal["epoch", "step"]) -> Series:
+        key = (name, phase, axis)
+        if key not in self._series:
+            base = _PHASES.sub("", name, count=1) if _PHASES.match(name) else name
+            self._series[key] = Series(name=name, phase=phase, axis=axis, base=base or name)
+            self.data.series.append(self._series[key])
+        return self._series[key]
+
+    def _rank(self, name: str, value: float, epoch: int | None) -> None:
+        """Keep the best value of the most telling metric that the trainer ranks by."""
+        data, goal = self.data, goal_of(name, self.data.goals)
+        if goal is None or not math.isfinite(value):
+            return
+        old = data.best
+        if old is not None and old["metric"] != name:
+            if old.get("told") or weight(name) >= weight(old["metric"]):
+                return
+            old = None
+        if old is None or (value > old["value"] if goal == "max" else value < old["value"]):
+            data.best = {"metric": name, "value": value, "epoch": epoch, "told": False}
+
+    def _end(self, event: RunEnded) -> None:
+        data = self.data
+        data.status, data.reason, data.error, data.eta = (
+            event.status,
+            event.reason,
+            event.error,
+            None,
+        )
+        if event.best is not None:
+            data.best = _told(event.best)
+
+    def _seconds(self, record: Record) -> float:
+        first = self.data.first or 0.0
+        return round(self.data.earlier + max(record.time - first, 0.0), 3)
+
+
+def _told(best: Best) -> dict[str, Any]:
+    value = number(best.value)
+    return {"metric": best.metric, "value": value, "epoch": best.epoch, "told": True}
+
+
+def _total(named: Mapping[str, Any], keys: Sequence[str]) -> int | None:
+    for key in keys:
+        for name, value in named.items():
+            is_count = isinstance(value, int | float) and not isinstance(value, bool)
+            if name.rpartition(".")[2] == key and is_count and 0 < value < 2**53:
+                return int(value) or None
+    return None
+
+
+def _push(items: list[Any], item: Any) -> None:
+    items.append(item)
+    del items[:-MAX_ITEMS]
