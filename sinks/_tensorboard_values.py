@@ -6,9 +6,8 @@ A tag belongs to the name and kind that it had first, as TensorBoard itself has 
 from __future__ import annotations
 
 import logging
-import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,6 @@ import msgspec
 import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.histogram import metadata as histograms
-from tensorboard.plugins.hparams import api_pb2
-from tensorboard.plugins.hparams import metadata as hparams
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.plugins.image import metadata as images
 from tensorboard.plugins.pr_curve import metadata as pr_curves
 from tensorboard.plugins.scalar import metadata as scalars
@@ -46,9 +42,10 @@ from trainbus.events import (
 )
 from trainbus.storing import Names, axis, flat, metric_name
 
-logger = logging.getLogger("trainbus.sinks.tensorboard")
+from ._tensorboard_hparams import session_end, session_start
+from ._tensorboard_text import listed, table, utf8
 
-_ROW_LIMIT = 1000
+logger = logging.getLogger("trainbus.sinks.tensorboard")
 
 Part = tuple[int | None, list[Any]]
 """Values of one event, and their step, None where nothing was counted."""
@@ -60,7 +57,7 @@ class Values:
     def __init__(self, *, log_images: bool) -> None:
         self.lost = 0
         self._log_images = log_images
-        self._names = Names(_utf8, longest=1000)
+        self._names = Names(utf8, longest=1000)
         self._tags: dict[str, tuple[str, str]] = {}
         self._next: dict[str, int] = {}
         """Steps behind all those that tags have: TensorBoard shows one value of a step."""
@@ -99,13 +96,13 @@ class Values:
                 params = flat(event.params)
                 about = {k: v for k, v in _fields(event).items() if k != "params"}
                 about = flat({"run": record.run, "attempt": record.attempt, **about})
-                shown = [self._text("run/about", _listed(about))]
-                shown += [self._text("run/params", _listed(params))] if params else []
-                return [(None, shown), (None, [_session_start(params, time)])]
+                shown = [self._text("run/about", listed(about))]
+                shown += [self._text("run/params", listed(params))] if params else []
+                return [(None, shown), (None, [session_start(params, time)])]
             case ParamsUpdated():
-                return [(None, [self._text("run/params", _listed(flat(event.params)))])]
+                return [(None, [self._text("run/params", listed(flat(event.params)))])]
             case ModelDescribed():
-                return [(None, [self._text("run/model", _listed(flat(_fields(event))))])]
+                return [(None, [self._text("run/model", listed(flat(_fields(event))))])]
             case MetricsLogged():
                 kind = "epoch" if event.step is None else "step"
                 named = {metric_name(k, final=event.final): v for k, v in event.values.items()}
@@ -121,31 +118,31 @@ class Values:
                 header = ["true / predicted", *event.classes]
                 rows = np.asarray(event.matrix).tolist()
                 named_rows = [[n, *row] for n, row in zip(event.classes, rows, strict=False)]
-                text = self._text(f"{event.key}/table", _table(header, named_rows))
+                text = self._text(f"{event.key}/table", table(header, named_rows))
                 return [(_step(event), [text]), *self._picture(event, event.key, "")]
             case TableLogged():
-                text = self._text(event.key, _table(event.columns, event.rows))
+                text = self._text(event.key, table(event.columns, event.rows))
                 return [(_step(event), [text])]
             case HistogramLogged():
                 return [(_step(event), [self._histogram(event)])]
             case TextLogged():
                 return [(_step(event), [self._text(event.key, event.text)])]
             case CheckpointSaved():
-                text = self._text(f"checkpoint/{event.kind}", _listed(flat(_fields(event))))
+                text = self._text(f"checkpoint/{event.kind}", listed(flat(_fields(event))))
                 return [(_step(event), [text])]
             case ArtifactLogged():
-                return [(None, [self._text(f"artifact/{event.name}", _listed(_fields(event)))])]
+                return [(None, [self._text(f"artifact/{event.name}", listed(_fields(event)))])]
             case AlertRaised():
                 text = f"**{event.title}**\n\n{event.text}"
                 return [(None, [self._text(f"alert/{event.level}", text)])]
             case RunEnded():
-                ended: list[Part] = [(None, [self._text("run/end", _listed(flat(_fields(event))))])]
+                ended: list[Part] = [(None, [self._text("run/end", listed(flat(_fields(event))))])]
                 if event.best is not None:
                     best = self._scalar(f"best/{event.best.metric}", "epoch", event.best.value)
                     ended.append(
                         (None if event.best.epoch is None else event.best.epoch + 1, [best])
                     )
-                return [*ended, (None, [_session_end(event.status, time)])]
+                return [*ended, (None, [session_end(event.status, time)])]
         return []
 
     def _scalar(self, name: str, kind: str, number: float) -> Any:
@@ -154,7 +151,7 @@ class Values:
 
     def _text(self, name: str, text: str) -> Any:
         metadata = texts.create_summary_metadata(self._names(name), "")
-        tensor = make_tensor_proto(_utf8(text).encode())
+        tensor = make_tensor_proto(utf8(text).encode())
         return _value(self._tag(name, texts.PLUGIN_NAME), metadata, tensor=tensor)
 
     def _histogram(self, event: HistogramLogged) -> Any:
@@ -175,7 +172,7 @@ class Values:
             data[pr_curves.TRUE_POSITIVES_INDEX] = 1
             data[pr_curves.PRECISION_INDEX] = precision[::-1]
             data[pr_curves.RECALL_INDEX] = x[::-1]
-            metadata = pr_curves.create_summary_metadata(name, _utf8(event.title), len(x))
+            metadata = pr_curves.create_summary_metadata(name, utf8(event.title), len(x))
             tensor = make_tensor_proto(data)
             yield _value(self._tag(key, pr_curves.PLUGIN_NAME), metadata, tensor=tensor)
 
@@ -191,7 +188,7 @@ class Values:
             return []
         width, height = _size(data)
         image = Summary.Image(width=width, height=height, encoded_image_string=data)
-        metadata = images.create_summary_metadata(self._names(name), _utf8(description))
+        metadata = images.create_summary_metadata(self._names(name), utf8(description))
         value = _value(self._tag(name, images.PLUGIN_NAME), metadata, image=image)
         return [(_step(event), [value])]
 
@@ -202,33 +199,6 @@ def _step(event: Any) -> int | None:
 
 def _value(tag: str, metadata: Any, **content: Any) -> Any:
     return Summary.Value(tag=tag, metadata=metadata, **content)
-
-
-def _session_start(params: Mapping[str, Any], time: float) -> Any:
-    data = HParamsPluginData()
-    data.session_start_info.start_time_secs = time
-    for name, value in params.items():
-        param = data.session_start_info.hparams[_utf8(name)]
-        match value:
-            case bool():
-                param.bool_value = value
-            case int() | float() if abs(value) < 1e300:  # JSON, which it is read as, has no NaN
-                param.number_value = value
-            case _:
-                param.string_value = _utf8(str(value))
-    return _hparams(hparams.SESSION_START_INFO_TAG, data)
-
-
-def _session_end(status: str, time: float) -> Any:
-    known = {"finished": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE}
-    data = HParamsPluginData()
-    data.session_end_info.status = known.get(status, api_pb2.STATUS_UNKNOWN)
-    data.session_end_info.end_time_secs = time
-    return _hparams(hparams.SESSION_END_INFO_TAG, data)
-
-
-def _hparams(tag: str, data: Any) -> Any:
-    return _value(tag, hparams.create_summary_metadata(data), tensor=hparams.NULL_TENSOR)
 
 
 def _is_precision_over_recall(event: CurveLogged) -> bool:
@@ -243,23 +213,6 @@ def _fields(event: Any) -> dict[str, Any]:
         for name, value in fields.items()
     }
     return {name: v for name, v in found.items() if v is not None and v not in ("", [], {})}
-
-
-def _listed(values: Mapping[str, Any]) -> str:
-    return _table(["name", "value"], [[name, value] for name, value in values.items()])
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return a table in Markdown, which is what TensorBoard shows texts as."""
-    lines = [columns, ["---"] * len(columns), *rows[:_ROW_LIMIT]]
-    text = "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
-    left_out = len(rows) - _ROW_LIMIT
-    return f"{text}\n\n{left_out} more rows" if left_out > 0 else text
-
-
-def _cell(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return re.sub(r"\s*[\r\n]+\s*", "<br>", text.strip()).replace("|", r"\|")
 
 
 def _read(path: str | None) -> bytes:
@@ -284,7 +237,3 @@ def _size(data: bytes) -> tuple[int, int]:
             return width, height
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return 0, 0
-
-
-def _utf8(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
