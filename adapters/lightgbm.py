@@ -8,20 +8,19 @@ one that stops early or fails. A `cv`, which trains several models at once, is l
 
 from __future__ import annotations
 
-import socket
 import sys
-import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, wraps
+from functools import partial
 from inspect import signature
 from types import MethodType, ModuleType
 from typing import Any
 
 from trainbus.errors import AttachError
-from trainbus.events import Best, EpochEnded, EpochStarted, Resumed, RunStarted
-from trainbus.hooking import Reporter, guarded, number, version
+from trainbus.events import EpochEnded, EpochStarted, Resumed, RunStarted
+from trainbus.hooking import Reporter, guarded, patch, version, wrap
 from trainbus.interfaces import Detach, Emit
+
+from ._lightgbm_facts import Training, machines
 
 TESTED = "4.7.0"
 NEEDS = (
@@ -53,19 +52,21 @@ def attach(target: Any, emit: Emit) -> Detach:
     import lightgbm
 
     if isinstance(target, BusCallback):
-        report = target.report
-        report.emit, report.active = emit, True
-
-        def detach() -> None:
-            report.active = False
-
-        return detach
+        return target.report.connect(emit)
     if not isinstance(target, lightgbm.LGBMModel):
         raise AttachError(
             f"expected a LightGBM estimator, found {type(target).__qualname__}; "
             "for lightgbm.train add BusCallback(bus) to its callbacks"
         )
-    return _attach_estimator(target, emit)
+    callback = BusCallback(guest=True)
+    silence = callback.report.connect(emit)
+    unwrap = wrap(target, "fit", partial(_fit, callback))
+
+    def detach() -> None:
+        silence()
+        unwrap()
+
+    return detach
 
 
 def hook(module: ModuleType, attach: Callable[[object], None]) -> None:
@@ -76,10 +77,9 @@ def hook(module: ModuleType, attach: Callable[[object], None]) -> None:
         attach: called with the callback of each training.
     """
     for name in ("", ".engine", ".sklearn"):
-        home: Any = sys.modules.get(module.__name__ + name)
-        train = getattr(home, "train", None)
-        if train is not None and not hasattr(train, "hooked_by"):
-            home.train = _hooked(train, attach)
+        home = sys.modules.get(module.__name__ + name)
+        if hasattr(home, "train"):
+            patch(home, "train", partial(_train, attach))
 
 
 class BusCallback:
@@ -98,7 +98,7 @@ class BusCallback:
         self.report = Reporter()
         self.is_watched = False
         """Whether the adapter stands around the training, and sees how it ends."""
-        self._reset()
+        self._training = Training({})
         if bus is not None:
             bus.attach(self)
 
@@ -114,11 +114,9 @@ class BusCallback:
         """Tell what was measured after a round."""
         self._end_round(env)
 
-    def _reset(self) -> None:
-        self._model: Callable[[], Any] = lambda: None
-        self._best: dict[tuple[str, str], tuple[float, int]] = {}
-        self._last = self._end = self.rank = 0
-        self._ended: float | None = None
+    def rank(self) -> int:
+        """Return the rank of this process in the training that is under way."""
+        return self._training.rank
 
     @guarded
     def begin_round(self, env: Any) -> None:
@@ -133,33 +131,27 @@ class BusCallback:
         """Say that the training is over and went well."""
         if not self.report.is_open:
             return
-        best = self._best_round()
-        reason = None
-        if self._last + 1 < self._end:
-            reason = "early stop by a callback"
-            if best is not None and best.epoch is not None and best.epoch < self._last:
-                reason = f"early stop: no better {best.metric} in {self._last - best.epoch} rounds"
-        self.report.end(reason, best)
-        self._reset()
+        best = self._training.best()
+        self.report.end(self._training.reason(best), best)
+        self._training = Training({})
 
     def _start(self, env: Any) -> None:
         import lightgbm
 
-        if self._best_round() is not None:  # an earlier training stopped early, and nobody said so
+        if self._training.best() is not None:  # an earlier one stopped early, and nobody said so
             self.finish()
-        self._reset()
-        self.rank = _rank(env.params)
-        if self.rank or not isinstance(env.model, lightgbm.Booster):
+        self._training = now = Training(env.params)
+        if now.rank or not isinstance(env.model, lightgbm.Booster):
             self.report.is_open = False
             return
-        self._model, self._end = weakref.ref(env.model), env.end_iteration
+        now.begin(env)
         done = env.begin_iteration
         self.report.start(
             RunStarted(
                 params={k: v for k, v in env.params.items() if v is not None},
                 framework="lightgbm",
                 framework_version=version("lightgbm"),
-                world_size=max(len(_machines(env.params)), 1),
+                world_size=max(len(machines(env.params)), 1),
                 resumed=Resumed(epoch=done - 1, step=done) if done else None,
             )
         )
@@ -174,13 +166,11 @@ class BusCallback:
             return
         if is_late:
             report.tell(EpochStarted(epoch=epoch))
-        self._last = epoch
+        self._training.last = epoch
         self._log(env)
         if is_late:  # there was no call at the beginning of the round: it began where one ended
-            now = time.monotonic()
-            took = None if self._ended is None else now - self._ended
+            took = self._training.lap()
             report.tell(EpochEnded(epoch=epoch, duration_s=took, outcome="completed"))
-            self._ended = now
         else:
             report.end_epoch()
         if epoch == env.end_iteration - 1 and not self.is_watched:
@@ -188,33 +178,8 @@ class BusCallback:
 
     @guarded
     def _log(self, env: Any) -> None:
-        trained = getattr(env.model, "_train_data_name", "training")
-        values: dict[str, dict[str, Any]] = {}
-        rate = _first(env.params, "learning_rate", "shrinkage_rate", "eta")
-        if rate is not None:
-            values["train"] = {"learning_rate": rate}
-        for data, metric, value, maximize, *_ in env.evaluation_result_list or ():
-            phase = "train" if data == trained else _phase(data)
-            values.setdefault(phase, {})[f"{data}/{metric}"] = value
-            before = self._best.get((data, metric))
-            is_better = before is None or (value > before[0] if maximize else value < before[0])
-            if phase != "train" and is_better:
-                self._best[data, metric] = (value, env.iteration)
-        for phase, measured in values.items():
-            self.report.metrics(measured, phase, epoch=env.iteration)
-
-    def _best_round(self) -> Best | None:
-        """Return the best round of early stopping; LightGBM does not say by which metric."""
-        model = self._model()
-        epoch = getattr(model, "best_iteration", 0) - 1
-        if epoch < 0:
-            return None
-        names = [name for name, (_, at) in self._best.items() if at == epoch] or list(self._best)
-        for data, metric in names:
-            value = number(getattr(model, "best_score", {}).get(data, {}).get(metric))
-            if value is not None:
-                return Best(metric=f"{data}/{metric}", value=value, epoch=epoch)
-        return None
+        for phase, values in self._training.measured(env).items():
+            self.report.metrics(values, phase, epoch=env.iteration)
 
 
 class _Before:
@@ -229,73 +194,41 @@ class _Before:
         self._after.begin_round(env)
 
 
-def _attach_estimator(target: Any, emit: Emit) -> Detach:
-    """Stand before the `fit` of one estimator, as a method that copies and pickles as such."""
-    callback = BusCallback(guest=True)
-    callback.report.emit = emit
-    before = vars(target).get("fit")
-    plain = type(target).fit
-
-    @wraps(plain)
-    def fit(self: Any, *args: Any, **kwargs: Any) -> Any:
-        method = before  # which is bound to the original, where this is a copy
-        if before is None or isinstance(before, MethodType):
-            method = MethodType(getattr(before, "__func__", plain), self)
-        if not callback.report.active:
-            return method(*args, **kwargs)
-        return _call(method, callback, args, kwargs)
-
-    fit.before, fit.report = before, callback.report  # type: ignore[attr-defined]
-    bound = target.fit = MethodType(fit, target)
-
-    def detach() -> None:
-        callback.report.active = False
-        if vars(target).get("fit") is bound:
-            below = before
-            while below is not None and hasattr(below, "report") and not below.report.active:
-                below = below.before
-            del target.fit
-            if below is not None:
-                target.fit = below
-
-    return detach
+def _fit(guest: BusCallback, fit: MethodType, /, *args: Any, **kwargs: Any) -> Any:
+    """Fit an estimator with a callback of ours, or the user's where there are."""
+    return _call(fit, guest, _place(fit), args, kwargs)
 
 
-def _hooked(train: Callable[..., Any], attach: Callable[[object], None]) -> Callable[..., Any]:
-    @wraps(train)
-    def hooked(*args: Any, **kwargs: Any) -> Any:
-        if any(
-            isinstance(each, BusCallback) and each.guest for each in _given(train, args, kwargs)
-        ):
-            return train(*args, **kwargs)  # the estimator is attached
-        added = BusCallback(guest=True)
-        if not any(isinstance(each, BusCallback) for each in _given(train, args, kwargs)):
-            attach(added)
-            if added.report.emit is None:  # it said why
-                return train(*args, **kwargs)
-        return _call(train, added, args, kwargs)
-
-    hooked.hooked_by = __name__  # type: ignore[attr-defined]
-    return hooked
-
-
-def _call(
-    method: Callable[..., Any], guest: BusCallback, args: Sequence[Any], kwargs: dict[str, Any]
+def _train(
+    attach: Callable[[object], None], train: Callable[..., Any], /, *args: Any, **kwargs: Any
 ) -> Any:
-    """Train with a callback of ours, or the user's where there are, and tell how it ends."""
-    given = _given(method, args, kwargs)
+    """Train with a callback of ours, or the user's where there are."""
+    place = _place(train)
+    ours = [each for each in _given(place, args, kwargs) if isinstance(each, BusCallback)]
+    if any(each.guest for each in ours):
+        return train(*args, **kwargs)  # the estimator is attached
+    added = BusCallback(guest=True)
+    if not ours:
+        attach(added)
+        if added.report.emit is None:  # it said why
+            return train(*args, **kwargs)
+    return _call(train, added, place, args, kwargs)
+
+
+def _call(train: Callable[..., Any], guest: BusCallback, place: int, args: Any, kwargs: Any) -> Any:
+    """Train with the guest, or the user's callbacks of ours where there are; tell how it ends."""
+    given = _given(place, args, kwargs)
     ours = [each for each in given if isinstance(each, BusCallback) and not each.guest] or [guest]
     callbacks = list(dict.fromkeys([*given, *ours, *(each.before for each in ours)]))
-    place = _place(method)
     if len(args) > place:
         args = [*args[:place], callbacks, *args[place + 1 :]]
     else:
         kwargs = {**kwargs, "callbacks": callbacks}
     for each in ours:
         each.is_watched = True
-        method = partial(each.report.watch(partial(getattr, each, "rank")), method)
+        train = partial(each.report.watch(each.rank), train)
     try:
-        result = method(*args, **kwargs)
+        result = train(*args, **kwargs)
         for each in ours:
             each.finish()
         return result
@@ -304,46 +237,10 @@ def _call(
             each.is_watched = False
 
 
-def _given(method: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    place = _place(method)
+def _place(function: Callable[..., Any]) -> int:
+    names = list(signature(function).parameters)
+    return names.index("callbacks") if "callbacks" in names else sys.maxsize
+
+
+def _given(place: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     return list((args[place] if len(args) > place else kwargs.get("callbacks")) or ())
-
-
-def _place(method: Callable[..., Any]) -> int:
-    return list(signature(method).parameters).index("callbacks")
-
-
-def _first(params: Mapping[str, Any], *names: str) -> Any:
-    """Return the value of a parameter that has several names."""
-    return next((params[name] for name in names if params.get(name) is not None), None)
-
-
-def _phase(data: str) -> str:
-    """Return what a data set is for, as its name says."""
-    if data.lower().startswith(("train", "learn")):
-        return "train"
-    return "test" if data.lower().startswith("test") else "validation"
-
-
-def _machines(params: Mapping[str, Any]) -> list[str]:
-    return [m for m in str(_first(params, "machines", "workers", "nodes") or "").split(",") if m]
-
-
-def _rank(params: Mapping[str, Any]) -> int:
-    """Return the place of this process in the machines: LightGBM finds its rank the same way."""
-    port = str(_first(params, "local_listen_port", "local_port", "port") or 12400)
-    for rank, machine in enumerate(_machines(params)):
-        host, _, its_port = machine.strip().rpartition(":")
-        if its_port == port and _is_here(host):
-            return rank
-    return 0
-
-
-def _is_here(host: str) -> bool:
-    """Return whether an address is this machine's: it would be reached from itself."""
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # of a datagram socket; nothing is sent
-            return bool(probe.getsockname()[0] == probe.getpeername()[0])
-    except OSError:
-        return False

@@ -113,7 +113,6 @@ class _Hooks:
         self._trainer = trainer
         self._outer_error = sys.exc_info()[1]
         self._finished = self._validated = self._train_epoch_over = False
-        self._last_epoch: int | None = None
         self._step = 0
         self._known: dict[str, Any] = {}
         self._plots: dict[str, float] = {}
@@ -154,7 +153,7 @@ class _Hooks:
         if not self.report.is_open:
             return
         # No end came for it: memory ran out in its batches, or NaNs were found after them.
-        self._end_epoch("recovered" if self._train_epoch_over else "retried")
+        self.report.end_epoch("recovered" if self._train_epoch_over else "retried")
         self._update_params(trainer)
         self._validated = self._train_epoch_over = False
         self.report.start_epoch(trainer.epoch)
@@ -201,7 +200,7 @@ class _Hooks:
             if self._validated:  # else the metrics are those of an earlier epoch
                 self.report.metrics(trainer.metrics, "validation", epoch=epoch)
         finally:
-            self._end_epoch("completed")
+            self.report.end_epoch("completed")
 
     @guarded
     def on_train_end(self, trainer: Any) -> None:
@@ -211,7 +210,7 @@ class _Hooks:
         facts.await_plots()
         self._log_plots(trainer)
         self._evaluate(trainer)
-        for event in self._checkpoints.final(trainer, self._last_epoch):
+        for event in self._checkpoints.final(trainer, self.report.last_epoch):
             self.report.tell(event)
 
     @guarded
@@ -222,7 +221,7 @@ class _Hooks:
         if error is not None and error is not self._outer_error:
             self._fail(error)
         elif self._finished:
-            self._finish(facts.why_ended(trainer, self._last_epoch))
+            self._finish(facts.why_ended(trainer, self.report.last_epoch))
 
     def _listens(self) -> bool:
         # Ultralytics itself tells its main process by this variable, which its launcher sets.
@@ -252,11 +251,6 @@ class _Hooks:
         self.report.end(reason, self._checkpoints.best(self._trainer))
         self._reset(None)
 
-    def _end_epoch(self, outcome: Any) -> None:
-        if self.report.epoch is not None:
-            self._last_epoch = self.report.epoch
-            self.report.end_epoch(outcome)
-
     def _update_params(self, trainer: Any) -> None:
         now = {"epochs": trainer.epochs, "batch": trainer.args.batch}
         changed = {k: v for k, v in now.items() if v != self._known.get(k)}
@@ -272,12 +266,12 @@ class _Hooks:
 
     @guarded
     def _evaluate(self, trainer: Any) -> None:
-        for event in evaluation(trainer.validator, self._last_epoch):
+        for event in evaluation(trainer.validator, self.report.last_epoch):
             self.report.tell(event)
 
     @guarded
     def _log_plots(self, trainer: Any) -> None:
-        epoch = self._last_epoch if self.report.epoch is None else self.report.epoch
+        epoch = self.report.last_epoch if self.report.epoch is None else self.report.epoch
         for path, drawn in facts.plots(trainer):
             if self._plots.get(path) != drawn:
                 self._plots[path] = drawn

@@ -8,21 +8,19 @@ alone.
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, wraps
+from functools import partial
 from inspect import signature
-from types import FrameType, MethodType, ModuleType
+from types import MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from trainbus.errors import AttachError
-from trainbus.events import Best, CheckpointSaved, Resumed, RunStarted
-from trainbus.hooking import Reporter, guarded, late_class, version
+from trainbus.events import CheckpointSaved, Resumed, RunStarted
+from trainbus.hooking import Reporter, guarded, late_class, patch, version, wrap
 from trainbus.interfaces import Detach, Emit
+
+from ._xgboost_facts import Training, config, variables_of_train
 
 TESTED = "3.2.0"
 NEEDS = (
@@ -58,13 +56,7 @@ def attach(target: Any, emit: Emit) -> Detach:
     import xgboost
 
     if isinstance(target, _Hooks):
-        report = target.report
-        report.emit, report.active = emit, True
-
-        def detach() -> None:
-            report.active = False
-
-        return detach
+        return target.report.connect(emit)
     if not isinstance(target, getattr(xgboost, "XGBModel", ())):  # it needs scikit-learn
         raise AttachError(
             f"expected an XGBoost estimator, found {type(target).__qualname__}; "
@@ -75,7 +67,15 @@ def attach(target: Any, emit: Emit) -> Detach:
             f"expected an estimator that boosts, found {type(target).__qualname__}: XGBoost takes "
             "no callbacks for a forest, which is one round"
         )
-    return _attach_estimator(target, emit)
+    hooks = _callback_class()(guest=True)
+    silence = hooks.report.connect(emit)
+    unwrap = wrap(target, "fit", partial(_fit, hooks))
+
+    def detach() -> None:
+        silence()
+        unwrap()
+
+    return detach
 
 
 def hook(module: ModuleType, attach: Callable[[object], None]) -> None:
@@ -87,9 +87,8 @@ def hook(module: ModuleType, attach: Callable[[object], None]) -> None:
     """
     for name in ("", ".training", ".sklearn"):
         home = sys.modules.get(module.__name__ + name)
-        train = getattr(home, "train", None)
-        if train is not None and not hasattr(train, "hooked_by"):
-            home.train = _hooked(train, attach)  # type: ignore[union-attr]
+        if hasattr(home, "train"):
+            patch(home, "train", partial(_train, attach))
 
 
 def __getattr__(name: str) -> Any:
@@ -106,13 +105,13 @@ class _Hooks:
         self.guest = guest
         """Whether the adapter put it into the callbacks, and not the user."""
         self.report = Reporter()
-        self._training = _Training({})
+        self._training = Training({})
         if bus is not None:
             bus.attach(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the training out: who is copied or unpickled begins its own."""
-        return {"guest": self.guest, "report": self.report, "_training": _Training({})}
+        return {"guest": self.guest, "report": self.report, "_training": Training({})}
 
     def before_training(self, model: Any) -> Any:
         self._start(model)
@@ -134,7 +133,7 @@ class _Hooks:
     def _start(self, model: Any) -> None:
         import xgboost
 
-        self._training = now = _Training(_variables_of_train())
+        self._training = now = Training(variables_of_train())
         if xgboost.collective.get_rank() or not isinstance(model, xgboost.Booster):
             self.report.is_open = False  # what an earlier training left open is not this one's
             return
@@ -142,7 +141,7 @@ class _Hooks:
         before = Resumed(epoch=done - 1, step=done, save_dir=now.resumed_from) if done else None
         self.report.start(
             RunStarted(
-                params={**_config(model), **now.params},
+                params={**config(model), **now.params},
                 framework="xgboost",
                 framework_version=version("xgboost"),
                 save_dir=now.save_dir,
@@ -157,21 +156,17 @@ class _Hooks:
             return
         now = self._training
         self._tell_checkpoint()
-        now.history, now.epoch = history, epoch + now.offset
-        now.file = now.checkpoint(now.epoch)
+        now.begin_round(epoch, history)
         self.report.start_epoch(now.epoch)
         if now.has_schedule:  # it sets the rate of a round after the one before
-            rate = {"learning_rate": _config(model)["learning_rate"]}
+            rate = {"learning_rate": config(model)["learning_rate"]}
             self.report.metrics(rate, "train", epoch=now.epoch)
 
     @guarded
     def _end_round(self) -> None:
         now, epoch = self._training, self.report.epoch
         if epoch is not None:
-            now.values = {}
-            for data, metrics in now.history.items():
-                values = {f"{data}-{name}": measured[-1] for name, measured in metrics.items()}
-                now.values |= values
+            for data, values in now.end_round().items():
                 self.report.metrics(values, now.phase(data), epoch=epoch)
             self.report.end_epoch()
 
@@ -187,13 +182,13 @@ class _Hooks:
             self.report.end_epoch("retried")
         self._tell_checkpoint()
         self.report.end(now.reason(), now.best(model))
-        self._training = _Training({})
+        self._training = Training({})
 
     @guarded
     def _tell_checkpoint(self) -> None:
         now = self._training
-        path, before = now.file
-        if path is not None and _stamp(path) not in (None, before):
+        path = now.saved()
+        if path is not None:
             self.report.tell(
                 CheckpointSaved(
                     path=path,
@@ -211,102 +206,39 @@ _callback_class = late_class(
 )
 
 
-class _Training:
-    """What is known of one call of `train`, by its variables; of none where there are none."""
-
-    def __init__(self, variables: Mapping[str, Any]) -> None:
-        self.offset = self.epoch = 0
-        self.history: Mapping[str, Any] = {}
-        self.values: dict[str, Any] = {}
-        self.file: tuple[str | None, Any] = (None, None)
-        callbacks = getattr(variables.get("cb_container"), "callbacks", ())
-        kinds = [[t.__name__ for t in type(callback).__mro__] for callback in callbacks]
-        found = {name: c for c, names in zip(callbacks, kinds, strict=True) for name in names}
-        self._stopper, self._saver = found.get("EarlyStopping"), found.get("TrainingCheckPoint")
-        self.has_schedule = "LearningRateScheduler" in found
-        self.save_dir = None if self._saver is None else os.path.abspath(self._saver._path)
-        model = variables.get("xgb_model")
-        is_path = isinstance(model, str | os.PathLike)
-        self.resumed_from = os.path.dirname(os.path.abspath(str(model))) if is_path else None
-        own = {"num_boost_round": variables.get("num_boost_round")}
-        own["early_stopping_rounds"] = getattr(self._stopper, "rounds", None)
-        given = {**dict(variables.get("params") or {}), **own}
-        self.params = {name: value for name, value in given.items() if value is not None}
-        matrix = variables.get("dtrain")
-        self._trained = {name for data, name in variables.get("evals") or () if data is matrix}
-
-    def measured(self) -> int:
-        """Return in how many rounds something was measured."""
-        return max((len(v) for found in self.history.values() for v in found.values()), default=0)
-
-    def phase(self, data: str) -> str:
-        """Return what a data set is for: the training's own by identity, others by their names."""
-        if data in self._trained or data.lower().startswith(("train", "learn")):
-            return "train"
-        return "test" if data.lower().startswith("test") else "validation"
-
-    def checkpoint(self, epoch: int) -> tuple[str | None, Any]:
-        """Return the path that a round may be saved at, and what is there now."""
-        if self._saver is None or self.save_dir is None:
-            return None, None
-        end = "pkl" if self._saver._as_pickle else self._saver.default_format
-        path = os.path.join(self.save_dir, f"{self._saver._name}_{epoch}.{end}")
-        return path, _stamp(path)
-
-    def best(self, model: Any) -> Best | None:
-        """Return the best round of early stopping; a model keeps one of an earlier training too."""
-        for data, metrics in getattr(self._stopper, "best_scores", {}).items():
-            for name, values in metrics.items():
-                epoch = int(model.attr("best_iteration"))
-                return Best(metric=f"{data}-{name}", value=float(values[-1]), epoch=epoch)
-        return None
-
-    def reason(self) -> str | None:
-        """Return why there were fewer rounds than asked for."""
-        if self.epoch + 1 >= self.offset + self.params.get("num_boost_round", 0):
-            return None
-        if self._stopper is None or self._stopper.current_rounds < self._stopper.rounds:
-            return "stopped by a callback"
-        names = [f"{d}-{name}" for d, found in self._stopper.best_scores.items() for name in found]
-        return f"early stop: no better {names[0]} in {self._stopper.rounds} rounds"
+def _fit(hooks: _Hooks, fit: MethodType, /, *args: Any, **kwargs: Any) -> Any:
+    """Fit an estimator with a callback of ours, unless the user gave it one."""
+    estimator: Any = fit.__self__
+    callbacks = estimator.callbacks
+    mine = [c for c in callbacks or () if isinstance(c, _Hooks) and not c.guest]
+    if mine:
+        return _watched(fit, mine)(*args, **kwargs)
+    estimator.callbacks = [hooks, *(callbacks or ())]
+    try:
+        return _watched(fit, [hooks])(*args, **kwargs)
+    finally:
+        estimator.callbacks = callbacks
 
 
-def _attach_estimator(target: Any, emit: Emit) -> Detach:
-    """Stand before the `fit` of one estimator, as a method that copies and pickles as such."""
-    hooks = _callback_class()(guest=True)
-    hooks.report.emit = emit
-    before = vars(target).get("fit")
-    plain = type(target).fit
-
-    @wraps(plain)
-    def fit(self: Any, *args: Any, **kwargs: Any) -> Any:
-        method = before  # which is bound to the original, where this is a copy
-        if before is None or isinstance(before, MethodType):
-            method = MethodType(getattr(before, "__func__", plain), self)
-        mine = [c for c in self.callbacks or () if isinstance(c, _Hooks) and not c.guest]
-        if not hooks.report.active or mine:
-            return _watched(method, mine)(*args, **kwargs)
-        callbacks = self.callbacks
-        self.callbacks = [hooks, *(callbacks or ())]
-        try:
-            return _watched(method, [hooks])(*args, **kwargs)
-        finally:
-            self.callbacks = callbacks
-
-    fit.before, fit.report = before, hooks.report  # type: ignore[attr-defined]
-    bound = target.fit = MethodType(fit, target)
-
-    def detach() -> None:
-        hooks.report.active = False
-        if vars(target).get("fit") is bound:
-            below = before
-            while below is not None and hasattr(below, "report") and not below.report.active:
-                below = below.before
-            del target.fit
-            if below is not None:
-                target.fit = below
-
-    return detach
+def _train(
+    attach: Callable[[object], None], train: Callable[..., Any], /, *args: Any, **kwargs: Any
+) -> Any:
+    """Train with a callback of ours, unless there is one."""
+    place = list(signature(train).parameters).index("callbacks")
+    is_positional = len(args) > place
+    callbacks = list((args[place] if is_positional else kwargs.get("callbacks")) or ())
+    ours = [callback for callback in callbacks if isinstance(callback, _Hooks)]
+    if not ours:
+        added = _callback_class()(guest=True)
+        attach(added)
+        if added.report.emit is None:  # it said why
+            return train(*args, **kwargs)
+        ours = [added]
+        if is_positional:
+            args = (*args[:place], [added, *callbacks], *args[place + 1 :])
+        else:
+            kwargs["callbacks"] = [added, *callbacks]
+    return _watched(train, ours)(*args, **kwargs)
 
 
 def _watched(method: Callable[..., Any], ours: Sequence[Any]) -> Callable[..., Any]:
@@ -316,73 +248,3 @@ def _watched(method: Callable[..., Any], ours: Sequence[Any]) -> Callable[..., A
     for callback in ours:
         method = partial(callback.report.watch(collective.get_rank), method)
     return method
-
-
-def _hooked(train: Callable[..., Any], attach: Callable[[object], None]) -> Callable[..., Any]:
-    place = list(signature(train).parameters).index("callbacks")
-
-    @wraps(train)
-    def hooked(*args: Any, **kwargs: Any) -> Any:
-        is_positional = len(args) > place
-        callbacks = list((args[place] if is_positional else kwargs.get("callbacks")) or ())
-        ours = [callback for callback in callbacks if isinstance(callback, _Hooks)]
-        if not ours:
-            added = _callback_class()(guest=True)
-            attach(added)
-            if added.report.emit is None:  # it said why
-                return train(*args, **kwargs)
-            ours = [added]
-            if is_positional:
-                args = (*args[:place], [added, *callbacks], *args[place + 1 :])
-            else:
-                kwargs["callbacks"] = [added, *callbacks]
-        return _watched(train, ours)(*args, **kwargs)
-
-    hooked.hooked_by = __name__  # type: ignore[attr-defined]
-    return hooked
-
-
-def _variables_of_train() -> dict[str, Any]:
-    """Return the variables of the `train` that calls: it tells callbacks neither its arguments
-    nor the other callbacks."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if (
-            frame.f_code.co_name == "train"
-            and frame.f_globals.get("__name__") == "xgboost.training"
-        ):
-            return dict(frame.f_locals)
-        frame = frame.f_back
-    return {}
-
-
-def _config(model: Any) -> dict[str, Any]:
-    """Return the parameters that a model is trained with, given or default."""
-    found: dict[str, Any] = {}
-    todo: list[Any] = [json.loads(model.save_config())["learner"]]
-    while todo:
-        for name, item in todo.pop().items():
-            if isinstance(item, dict) and name != "gbtree_model_param":  # that counts its trees
-                todo.append(item)
-            elif isinstance(item, str) and name != "name":
-                found[name] = _value(item)
-    return found
-
-
-def _value(text: str) -> int | float | str:
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(str(np.float32(text)))  # 0.3, where XGBoost writes 0.300000012
-    except ValueError:
-        return text
-
-
-def _stamp(path: str) -> tuple[int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_ino

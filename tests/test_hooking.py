@@ -124,6 +124,19 @@ def test_a_method_of_the_users_own_comes_back() -> None:
     assert own is model.fit
 
 
+def test_a_wrapped_function_of_the_users_own_takes_what_it_took() -> None:
+    """Its signature has no object in it, and any name for an argument."""
+    model: Any = Model()
+
+    def fit(x: int, method: int = 0, *, target: int = 0) -> int:
+        return x + method + target
+
+    model.fit = fit
+    wrap(model, "fit", Reporter().watch())
+    assert inspect.signature(fit) == inspect.signature(model.fit)
+    assert 6 == model.fit(1, method=2, target=3)
+
+
 def test_a_copy_trains_itself() -> None:
     """A deep copy is wrapped too, and does not train the object it was made of."""
     calls: list[str] = []
@@ -225,6 +238,7 @@ def test_a_run_is_told_in_a_few_calls() -> None:
     assert MetricsLogged(values={"loss": 0.5}, phase="train", epoch=0, step=3) == metrics
     assert (int, int) == (type(metrics.epoch), type(metrics.step))
     assert RunEnded(status="finished", reason="early stop: it was enough") == ended
+    assert (None, 0) == (report.epoch, report.last_epoch)
 
 
 @pytest.mark.parametrize(

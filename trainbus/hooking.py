@@ -113,6 +113,8 @@ class Reporter:
         self.is_open = False
         self.epoch: int | None = None
         """The epoch that is under way."""
+        self.last_epoch: int | None = None
+        """The epoch that ended last, in whichever way."""
         self._epoch_began = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -135,7 +137,7 @@ class Reporter:
     def start(self, started: RunStarted) -> None:
         """Open the run."""
         if self.active:
-            self.is_open, self.epoch = True, None
+            self.is_open, self.epoch, self.last_epoch = True, None, None
             self.tell(started)
 
     def tell(self, event: Event) -> None:
@@ -156,6 +158,7 @@ class Reporter:
         """Say that the epoch is over, if one is under way."""
         if self.epoch is not None:
             epoch, self.epoch = self.epoch, None
+            self.last_epoch = epoch
             seconds = time.monotonic() - self._epoch_began
             self.tell(EpochEnded(epoch=epoch, duration_s=seconds, outcome=outcome))
 
@@ -236,7 +239,7 @@ class _Watch:
         self._rank = rank
         self._best = best
 
-    def __call__(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(*args, **kwargs)
         except SinkError:

@@ -7,7 +7,9 @@ was; what is put into a class stays.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
+from inspect import Parameter, signature
 from types import MethodType
 from typing import Any
 
@@ -32,7 +34,7 @@ def wrap(target: Any, name: str, around: Callable[..., Any]) -> Detach:
 
     # Signature and name stay: frameworks ask a method what it takes, and pickle it by its name.
     @wraps(plain)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         method = MethodType(plain, self)
         return around(method, *args, **kwargs) if layer.active else method(*args, **kwargs)
 
@@ -70,9 +72,14 @@ class _Layer:
             return before and before.__func__
 
         @wraps(before)
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(self: Any, /, *args: Any, **kwargs: Any) -> Any:
             return before(*args, **kwargs)
 
+        with suppress(TypeError, ValueError):  # there are builtins that tell none
+            found = signature(before)
+            parameters = [Parameter("__self__", Parameter.POSITIONAL_ONLY)]
+            parameters += found.parameters.values()
+            vars(call)["__signature__"] = found.replace(parameters=parameters)
         return call
 
 

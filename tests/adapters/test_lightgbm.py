@@ -23,6 +23,7 @@ import pytest
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
 from trainbus.adapters import lightgbm as adapter
+from trainbus.adapters._lightgbm_facts import rank
 from trainbus.adapters.lightgbm import BusCallback
 
 import trainbus
@@ -527,6 +528,38 @@ def test_a_deep_copy_reports_its_own_training() -> None:
     assert 1 == len(of(record(run), RunStarted))
 
 
+class Named(lgb.LGBMClassifier):  # type: ignore[misc]
+    """An estimator whose `fit` names no callbacks."""
+
+    def fit(self, X: Any, y: Any, **more: Any) -> Any:  # noqa: N803
+        """Fit, with callbacks among the rest."""
+        return super().fit(X, y, **more)
+
+
+def test_a_fit_that_names_no_callbacks_is_heard() -> None:
+    """They are given to it by name."""
+
+    def run(bus: trainbus.Bus) -> None:
+        classifier = Named(n_estimators=1, verbose=-1, n_jobs=1)
+        bus.attach(classifier)
+        classifier.fit(X_TRAIN, Y_TRAIN)
+
+    assert 1 == len(of(record(run), RunStarted))
+
+
+def test_a_function_in_the_place_of_fit_is_heard() -> None:
+    """Its own place for callbacks counts, not that of the method that it stands for."""
+
+    def run(bus: trainbus.Bus) -> None:
+        classifier = lgb.LGBMClassifier(n_estimators=1, verbose=-1, n_jobs=1)
+        plain = classifier.fit
+        classifier.fit = lambda X, y, callbacks=None: plain(X, y, callbacks=callbacks)  # noqa: N803
+        bus.attach(classifier)
+        classifier.fit(X_TRAIN, Y_TRAIN, [lgb.log_evaluation(0)])
+
+    assert 1 == len(of(record(run), RunStarted))
+
+
 def test_two_buses_come_off_in_any_order() -> None:
     """Two buses hear the same training, and the second that comes off leaves no trace."""
     classifier = lgb.LGBMClassifier(n_estimators=1, verbose=-1, n_jobs=1)
@@ -559,9 +592,9 @@ def test_an_unattached_callback_hurts_nothing(caplog: pytest.LogCaptureFixture) 
 def test_the_rank_is_the_place_among_the_machines() -> None:
     """An address of another machine, or another port of this one, is another rank."""
     machines = "192.0.2.1:12400,127.0.0.1:12401,127.0.0.1:12400"
-    assert 2 == adapter._rank({"machines": machines})
-    assert 1 == adapter._rank({"workers": machines, "local_port": 12401})
-    assert 0 == adapter._rank({"machines": None})
+    assert 2 == rank({"machines": machines})
+    assert 1 == rank({"workers": machines, "local_port": 12401})
+    assert 0 == rank({"machines": None})
 
 
 def test_what_is_relied_on_is_there() -> None:

@@ -22,6 +22,7 @@ import xgboost as xgb
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
 from trainbus.adapters import xgboost as adapter
+from trainbus.adapters._xgboost_facts import variables_of_train
 from trainbus.adapters.xgboost import BusCallback
 from xgboost import collective
 from xgboost.callback import EarlyStopping, LearningRateScheduler, TrainingCheckPoint
@@ -560,7 +561,7 @@ def test_what_is_relied_on_is_there() -> None:
 
     class Look(xgb.callback.TrainingCallback):  # type: ignore[misc]
         def before_training(self, model: Any) -> Any:
-            seen.update(adapter._variables_of_train())
+            seen.update(variables_of_train())
             return model
 
     xgb.train(PARAMS, data(), 1, callbacks=[Look()])

@@ -15,7 +15,8 @@ from zipfile import ZipFile
 
 import numpy as np
 import pytest
-from trainbus.sinks.comet import CometOptions, CometSink, _comet, experiment_key
+from trainbus.sinks._comet_experiment import import_comet
+from trainbus.sinks.comet import CometOptions, CometSink, experiment_key
 
 import trainbus
 from trainbus import RunInfo, config
@@ -54,7 +55,7 @@ def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in [name for name in os.environ if name.startswith("COMET_")]:
         monkeypatch.delenv(name)
-    streamer = _comet().streamer.offline
+    streamer = import_comet().streamer.offline
     wait, make = streamer.wait_for_done, streamer.BaseStreamer.__init__
     monkeypatch.setattr(
         streamer,

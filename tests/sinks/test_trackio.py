@@ -160,7 +160,8 @@ def log(folder: Path, *events: Event, **options: Any) -> dict[str, Any]:
     sink = opened(folder, **options)
     sink.write(records(RUN.started, *events))
     sink.close()
-    return {**stored(folder, sink._project)["run"], **stored(folder, sink._project)}
+    found = stored(folder, "p")
+    return {**found["run"], **found}
 
 
 def metric(value: float, *, name: str = "loss", **more: Any) -> MetricsLogged:

@@ -1,0 +1,107 @@
+"""What SwanLab shows besides numbers: pictures, texts, and charts that ECharts draws."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from typing import Any
+
+import numpy as np
+
+from trainbus.drawing import png
+from trainbus.events import (
+    ConfusionMatrixLogged,
+    CurveLogged,
+    HistogramLogged,
+    ImageLogged,
+    TableLogged,
+    TextLogged,
+)
+
+from ._swanlab_values import plain, valid_text
+
+_MAX_CELLS = 30
+
+
+def media(event: Any) -> Any:
+    """Return the object of SwanLab's that shows an event.
+
+    Raises:
+        MissingPackageError: pillow is not installed.
+        OSError: the file of a picture can't be read.
+        ValueError: there is nothing to be seen.
+    """
+    import swanlab
+
+    match event:
+        case ImageLogged():
+            return swanlab.Image(_picture(event), caption=event.caption)
+        case TextLogged():
+            return swanlab.Text(valid_text(event.text))
+        case CurveLogged():
+            chart = _curve(swanlab.echarts, event)
+        case ConfusionMatrixLogged():
+            chart = _matrix(swanlab.echarts, event)
+        case TableLogged():
+            chart = _table(swanlab.echarts, event)
+        case _:
+            chart = _histogram(swanlab.echarts, event)
+    return swanlab.ECharts(chart)
+
+
+def _picture(event: ImageLogged) -> Any:
+    """Return what SwanLab makes a picture of."""
+    if event.path is not None:
+        return event.path
+    if event.array is None:
+        raise ValueError("it has neither a path nor an array")
+    content = png(event.array)
+    from PIL import Image
+
+    return Image.open(io.BytesIO(content))
+
+
+def _curve(echarts: Any, event: CurveLogged) -> Any:
+    options = echarts.options
+    chart = echarts.Line().add_xaxis(np.asarray(event.x).tolist())
+    for name, values in zip(event.classes, event.y, strict=False):
+        chart.add_yaxis(valid_text(name), np.asarray(values).tolist(), is_symbol_show=False)
+    chart.set_global_opts(
+        title_opts=options.TitleOpts(title=valid_text(event.title or event.key)),
+        xaxis_opts=options.AxisOpts(type_="value", name=valid_text(event.x_label)),
+        yaxis_opts=options.AxisOpts(type_="value", name=valid_text(event.y_label)),
+        legend_opts=options.LegendOpts(type_="scroll", pos_bottom="0"),
+        tooltip_opts=options.TooltipOpts(trigger="axis"),
+    )
+    return chart.set_series_opts(label_opts=options.LabelOpts(is_show=False))
+
+
+def _matrix(echarts: Any, event: ConfusionMatrixLogged) -> Any:
+    options, names = echarts.options, [valid_text(name) for name in event.classes]
+    shares = np.asarray(event.matrix, dtype=float)
+    cells = [[column, row, value] for (row, column), value in np.ndenumerate(shares.round(4))]
+    chart = echarts.HeatMap().add_xaxis(names)
+    label = options.LabelOpts(is_show=len(names) <= _MAX_CELLS, position="inside")
+    chart.add_yaxis("", names, cells, label_opts=label)
+    most = float(np.nanmax(shares, initial=0.0, where=np.isfinite(shares)))
+    return chart.set_global_opts(
+        title_opts=options.TitleOpts(title=valid_text(event.key)),
+        legend_opts=options.LegendOpts(is_show=False),
+        xaxis_opts=options.AxisOpts(type_="category", name="predicted"),
+        yaxis_opts=options.AxisOpts(type_="category", name="true"),
+        visualmap_opts=options.VisualMapOpts(min_=0, max_=most or 1.0),
+    )
+
+
+def _table(echarts: Any, event: TableLogged) -> Any:
+    names = [valid_text(name) for name in event.columns]
+    names = [n if names.index(n) == i else f"{n} ({i})" for i, n in enumerate(names)]
+    return echarts.Table().add(names, [plain(row) for row in event.rows])
+
+
+def _histogram(echarts: Any, event: HistogramLogged) -> Any:
+    edges = [f"{edge:.4g}" for edge in np.asarray(event.edges).tolist()]
+    bins = [f"{low} – {high}" for low, high in itertools.pairwise(edges)]
+    chart = echarts.Bar().add_xaxis(bins)
+    chart.add_yaxis(valid_text(event.key), np.asarray(event.counts).tolist(), category_gap=0)
+    return chart.set_series_opts(label_opts=echarts.options.LabelOpts(is_show=False))
