@@ -290,6 +290,20 @@ def test_a_callback_is_connected_again_after_a_detach() -> None:
     assert ([], 1) == (first.events, len(second.events))
 
 
+def test_a_run_of_one_bus_does_not_go_on_in_another() -> None:
+    """A callback that is given to a second bus begins there anew, and the first has let go of it."""
+    first, second = Heard(), Heard()
+    report = Reporter()
+    detach = report.connect(first)
+    report.start(RunStarted())
+    report.connect(second)
+    report.metrics({"loss": 1.0}, "train")
+    assert [] == second.events
+    detach()
+    report.start(RunStarted())
+    assert [RunStarted()] == second.events
+
+
 def test_another_rank_tells_its_failure_alone() -> None:
     """Rank 0 has the run."""
     heard, error = Heard(), ValueError("no")

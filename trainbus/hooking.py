@@ -126,11 +126,13 @@ class Reporter:
         self.active = state["active"]
 
     def connect(self, emit: Emit) -> Detach:
-        """Report to `emit`, for the framework's own callback object; returns what ends it."""
+        """Report to `emit` from the next run on; returns what ends it."""
         self.emit, self.active = emit, True
+        self.is_open, self.epoch = False, None
 
         def detach() -> None:
-            self.active = False
+            if self.emit is emit:  # and not of another bus by now
+                self.active = False
 
         return detach
 
