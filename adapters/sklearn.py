@@ -100,7 +100,7 @@ class _Hooks:
         _Hooks.__init__(self)
         self.report.active = False
 
-    def fit(self, target: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+    def fit(self, target: Any, method: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call a fit as a run of its own."""
         if self._is_deaf(target):
             return method(*args, **kwargs)
@@ -116,7 +116,7 @@ class _Hooks:
             self._inside = False
         return result
 
-    def partial_fit(self, target: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+    def partial_fit(self, target: Any, method: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call a partial fit as one epoch of a run that stays open for the next."""
         if self._is_deaf(target):
             return method(*args, **kwargs)

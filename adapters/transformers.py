@@ -143,7 +143,7 @@ class _Hooks:
         self.__init__()  # type: ignore[misc]
         self.__dict__.update(state)
 
-    def watch(self, trainer: Any, train: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def watch(self, trainer: Any, train: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call a trainer's `train`, and end the run as it ends."""
         speaker = max([self, *_ours(trainer)], key=lambda callback: callback.weight)
         self._is_silent = speaker is not self

@@ -118,7 +118,7 @@ class _Hooks:
         self._plots: dict[str, float] = {}
         self._checkpoints = Checkpoints()
 
-    def train(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def train(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Train, and end the run as failed or stopped where an exception leaves the training."""
         try:
             result = method(*args, **kwargs)

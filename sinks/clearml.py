@@ -41,6 +41,7 @@ from trainbus.storing import (
     is_wanted,
     metric_name,
     model_values,
+    side_by_side,
 )
 
 from . import _clearml_session as session
@@ -181,9 +182,9 @@ class ClearmlSink(Sink):
                 if not self._overwritten.put_off(event):
                     self._log_checkpoint(event, f"periodic-{axis(event)}")
             case ArtifactLogged():
-                for path in event.paths:
-                    name = f"{event.name}/{Path(path).name}"
-                    self._log_file(path, name, {"kind": event.kind, **event.metadata})
+                about = {"kind": event.kind, **event.metadata}
+                for path, name in side_by_side(event.paths).items():
+                    self._log_file(path, f"{event.name}/{name}", about)
             case RunEnded():
                 self._take_end(event)
             case _:

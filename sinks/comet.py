@@ -38,6 +38,7 @@ from trainbus.storing import (
     is_wanted,
     metric_name,
     model_values,
+    side_by_side,
 )
 
 from ._comet_charts import show
@@ -183,8 +184,8 @@ class CometSink(Sink):
             case RunEnded():
                 self._take_end(experiment, event)
             case ArtifactLogged():
-                for path in event.paths:
-                    self._log_file(experiment, path, f"{clean(event.name)}/{Path(path).name}")
+                for path, name in side_by_side(event.paths).items():
+                    self._log_file(experiment, path, f"{clean(event.name)}/{name}")
             case _:
                 self._show(experiment, event)
 

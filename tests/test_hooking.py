@@ -147,6 +147,18 @@ def test_a_copy_trains_itself() -> None:
     assert (["a"], 0, 5) == (calls, model.trained, copied.trained)
 
 
+def own(x: int) -> int:
+    return -x
+
+
+def test_a_pickle_of_an_object_with_a_function_of_the_users_own() -> None:
+    """A wrapped function is pickled by the name of the method that it stands for."""
+    model = Model()
+    model.fit = own  # type: ignore[method-assign,assignment]
+    wrap(model, "fit", counting([], "a"))
+    assert 3 == pickle.loads(pickle.dumps(model)).fit(3)
+
+
 def test_a_pickle_has_nothing_of_ours() -> None:
     """What is loaded from a pickle is the plain object."""
     model = Model()
@@ -291,7 +303,7 @@ def test_a_callback_is_connected_again_after_a_detach() -> None:
 
 
 def test_a_run_of_one_bus_does_not_go_on_in_another() -> None:
-    """A callback that is given to a second bus begins there anew, and the first has let go of it."""
+    """A callback that is given to a second bus begins there anew; the first has let go of it."""
     first, second = Heard(), Heard()
     report = Reporter()
     detach = report.connect(first)

@@ -38,7 +38,7 @@ def wrap(target: Any, name: str, around: Callable[..., Any]) -> Detach:
         method = MethodType(plain, self)
         return around(method, *args, **kwargs) if layer.active else method(*args, **kwargs)
 
-    call.__trainbus__ = layer  # type: ignore[attr-defined]
+    call.__name__, call.__trainbus__ = name, layer  # type: ignore[attr-defined]
     wrapped = MethodType(call, target)
     setattr(target, name, wrapped)
 

@@ -379,10 +379,6 @@ def test_the_hook_attaches_what_trains(
     own.fit(tiny(), data(), data())
     assert [trainer] == attached
     assert 3 == len(bus.heard.of(RunEnded))
-    adapter.hook(module, throw(RuntimeError("no bus")))
-    del package.Trainer.fit.__dict__["is_hooked"]
-    adapter.hook(module, throw(RuntimeError("no bus")))
-    make(tmp_path, package, max_epochs=1).fit(tiny(), data(), data())
 
 
 def test_what_the_adapter_needs_is_there() -> None:

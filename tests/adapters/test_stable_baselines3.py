@@ -720,12 +720,6 @@ for kind in (PPO, Mine):
 model = PPO("MlpPolicy", "CartPole-v1", **small)
 model.learn(8, callback=adapter.BusCallback(bus))
 print(len([r for r in heard if r.event.__struct_config__.tag == "run.started"]))
-heard.clear()
-def fail(model):
-    raise RuntimeError("no bus")
-from stable_baselines3 import A2C
-adapter._attach_at_learn(A2C, fail)
-print(A2C("MlpPolicy", "CartPole-v1", n_steps=8).learn(8).num_timesteps, len(heard))
 """
 
 
@@ -735,8 +729,7 @@ def test_the_hook_attaches_what_learns(tmp_path: Path) -> None:
         [sys.executable, "-c", HOOK], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert 0 == done.returncode, done.stderr
-    assert ["1 2", "1 2", "1", "8 0"] == done.stdout.splitlines()
-    assert 1 == done.stderr.count("this training is not logged: no bus")
+    assert ["1 2", "1 2", "1"] == done.stdout.splitlines()
 
 
 def test_what_the_adapter_needs_is_there() -> None:

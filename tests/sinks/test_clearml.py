@@ -310,6 +310,18 @@ def test_artifacts_are_kept_as_they_were(tmp_path: Path) -> None:
     assert [b"then", b"PK"] == [data[:4] if data[:2] != b"PK" else b"PK" for data in found.values()]
 
 
+def test_files_of_one_name_are_both_kept(tmp_path: Path) -> None:
+    """An artifact's files have their folders in their names where two would have one."""
+    paths = [tmp_path / name / "x.txt" for name in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(path.parent.name)
+    event = ArtifactLogged(name="data", paths=[str(path) for path in paths])
+    log(tmp_path, event)
+    (archive,) = tmp_path.glob("*.zip")
+    assert [b"a", b"b"] == sorted(Archive(archive).artifacts.values())
+
+
 @pytest.mark.parametrize(
     ("ended", "tags"),
     [

@@ -265,6 +265,19 @@ def test_what_can_not_be_shown_costs_only_itself(
     assert "'gone' can't be shown in Comet" in caplog.text
 
 
+def test_files_of_one_name_are_both_kept(tmp_path: Path) -> None:
+    """An artifact's files have their folders in their names where two would have one."""
+    paths = [tmp_path / name / "x.txt" for name in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(path.parent.name)
+    event = ArtifactLogged(name="data", paths=[str(path) for path in paths])
+    found = log(tmp_path, event)
+    assert ["data/a/x.txt", "data/b/x.txt"] == [
+        f["additional_params"]["fileName"] for f in found.files
+    ]
+
+
 @pytest.mark.parametrize(
     ("ended", "crashed"),
     [

@@ -23,6 +23,7 @@ from trainbus.errors import ConfigError, SinkError
 from trainbus.events import (
     EVENT_TYPES,
     AlertRaised,
+    ArtifactLogged,
     Best,
     ConfusionMatrixLogged,
     CurveLogged,
@@ -335,6 +336,17 @@ def test_a_git_repository_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("DVC_STUDIO_TOKEN", "secret")
     log(tmp_path / "out", metrics(1.0, epoch=0))
     assert {".git", "out"} == {p.name for p in tmp_path.iterdir()} - {"trainbus-runs"}
+
+
+def test_files_of_one_name_are_both_kept(tmp_path: Path) -> None:
+    """An artifact's files keep their folders where two have one name."""
+    paths = [tmp_path / name / "x.txt" for name in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(path.parent.name)
+    event = ArtifactLogged(name="data", paths=[str(path) for path in paths])
+    folder = log(tmp_path / "out", event) / "artifacts" / "data"
+    assert ["a", "b"] == [(folder / name / "x.txt").read_text() for name in ("a", "b")]
 
 
 @pytest.mark.parametrize(

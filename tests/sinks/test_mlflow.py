@@ -173,6 +173,22 @@ def test_metrics_have_their_values_steps_and_times(tmp_path: Path) -> None:
     } == run["metrics"]
 
 
+def test_an_end_and_a_new_start_come_together(tmp_path: Path) -> None:
+    """A run that failed and went on is replayed at once: what is told of the end is the last."""
+    error = Failure(type="E", message="no")
+    sink = MlflowSink(options(tmp_path))
+    sink.open(RUN)
+    first = records(RunStarted(), RunEnded(status="failed", reason="E: no", error=error))
+    sink.write([*first, *records(RunStarted(), RunEnded(status="finished"), attempt=2)])
+    sink.close()
+    (run,) = content(tmp_path)
+    assert ("FINISHED", "finished", None) == (
+        run["status"],
+        run["tags"]["ended"],
+        run["tags"].get("error"),
+    )
+
+
 def test_many_metrics_arrive(tmp_path: Path) -> None:
     """A record of more metrics than fit into a request, and many records, arrive whole."""
     many = {f"m{i}": float(i) for i in range(2500)}

@@ -1,0 +1,67 @@
+"""A trainer and the engines that run inside its run: their names, and their handlers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from itertools import count
+from typing import Any
+
+
+class Engines:
+    """A trainer, the evaluators that were met in one training of it, and those that a user named.
+
+    Args:
+        trainer: the engine that trains.
+        named: name → evaluator, as the user gave them.
+    """
+
+    def __init__(self, trainer: Any, named: Mapping[str, Any]) -> None:
+        self._trainer = trainer
+        self._named = named
+        self._evaluators = {id(engine): engine for engine in named.values()}
+        self._names: dict[tuple[int, bool], str] = {}
+
+    def __contains__(self, evaluator: object) -> bool:
+        return id(evaluator) in self._evaluators
+
+    def add(self, evaluator: Any) -> None:
+        """Add an evaluator that was met."""
+        self._evaluators[id(evaluator)] = evaluator
+
+    def handlers(self) -> list[Any]:
+        """Return the handlers of trainer and evaluators, each once."""
+        engines = [self._trainer, *self._evaluators.values()]
+        lists = [entries for engine in engines for entries in engine._event_handlers.values()]
+        found = [entry[0] for entries in lists for entry in entries]
+        # Behind an event with a filter, a function stands for the handler.
+        handlers = [h._parent() if hasattr(h, "_parent") else h for h in found]
+        return list({id(h): h for h in handlers}.values())
+
+    def name(self, evaluator: Any, *, is_train: bool) -> str:
+        """Return the user's name, else that of the engine's logger, else `val`, told apart.
+
+        Args:
+            evaluator: the engine.
+            is_train: whether it runs over the trainer's own data.
+        """
+        given = next((name for name, each in self._named.items() if each is evaluator), None)
+        name = given or _logger_name(evaluator) or "val"
+        if is_train and not name.startswith("train"):
+            name = "train_eval"
+        elif given:
+            return given
+        key = id(evaluator), is_train
+        if key not in self._names:
+            taken = {*self._names.values(), *self._named}
+            free = (f"{name}{i}" if i > 1 else name for i in count(1))
+            self._names[key] = next(each for each in free if each not in taken)
+        return self._names[key]
+
+
+def _logger_name(engine: Any) -> str:
+    """Return the name that a user gave to an engine's logger: `val` of `Val Evaluator`."""
+    name = engine.logger.name
+    if name.startswith("ignite."):
+        return ""
+    return re.sub(r"\W+", "_", name.lower().replace("evaluator", "")).strip("_")

@@ -1,0 +1,137 @@
+"""One run in MLflow: what it has of parameters, metrics and tags, and what is still to be sent."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from trainbus.events import Record
+from trainbus.storing import Names, Taken, flat
+
+from ._mlflow_text import clean_name, clean_text
+
+logger = logging.getLogger("trainbus.sinks.mlflow")
+
+RUN, _POSITION = "trainbus.run", "trainbus.position"
+_METRICS_AT_ONCE, _PARAMS_AT_ONCE = 200, 20  # what is in a request of 1 MB, however long it is
+
+
+class TrackedRun:
+    """A run that is found by its tag, or made by `begin`: before, its `id` is None.
+
+    `tags` are those that it will have once all is sent, `taken` knows the records that it has.
+    """
+
+    def __init__(self, client: Any, experiment: str, run: str) -> None:
+        """Ask MLflow what it has of the run.
+
+        Args:
+            client: MLflow's client.
+            experiment: id of the experiment.
+            run: id of the run in trainbus.
+        """
+        from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
+
+        self._longest_param, self.longest_tag = MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
+        self._client, self._experiment, self._run = client, experiment, run
+        self._names = Names(clean_name)
+        runs = client.search_runs([experiment], f"tags.`{RUN}` = '{run}'", max_results=1)
+        found = runs[0] if runs else None
+        self.id: str | None = found.info.run_id if found else None
+        self._is_running = found is None or found.info.status == "RUNNING"
+        self._params: dict[str, str] = dict(found.data.params) if found else {}
+        self.tags: dict[str, str] = dict(found.data.tags) if found else {}
+        self.taken = Taken(last=_position(self.tags.get(_POSITION)))
+        self._sent = self.taken.last
+        self._new_metrics: list[Any] = []
+        self._new_params: list[Any] = []
+        self._new_tags: dict[str, str] = {}
+
+    def begin(self, name: str, time: float) -> str:
+        """Make the run, unless there is one, have it run, and return its id."""
+        if self.id is None:
+            self.id = self._client.create_run(
+                self._experiment,
+                start_time=int(time * 1000),
+                tags={RUN: self._run},
+                run_name=name[:250],
+            ).info.run_id
+        elif not self._is_running:
+            self._client.update_run(self.id, status="RUNNING")
+        self._is_running = True
+        return str(self.id)
+
+    def end(self, status: str, time: float) -> None:
+        """Tell MLflow how the run ended."""
+        self._client.set_terminated(self.id, status, int(time * 1000))
+        self._is_running = False
+
+    def log(self, record: Record, values: Mapping[str, float], step: int) -> None:
+        """Log metrics at a step, at the record's time."""
+        from mlflow.entities import Metric
+
+        time = int(record.time * 1000)
+        self._new_metrics += [Metric(self._names(k), v, time, step) for k, v in values.items()]
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log parameters; MLflow keeps the first value of each, so a later one becomes a tag."""
+        from mlflow.entities import Param
+
+        for name, value in flat(params).items():
+            text = _cut(name, str(value), self._longest_param)
+            key, later = self._names(name), self._names(f"updated/{name}")
+            if key not in self._params:
+                self._params[key] = text
+                self._new_params.append(Param(key, text))
+            elif text != self.tags.get(later, self._params[key]):
+                self.tag(f"updated/{name}", text)
+
+    def tag(self, name: str, value: str) -> None:
+        """Set a tag."""
+        key = self._names(name)
+        self.tags[key] = self._new_tags[key] = _cut(name, value, self.longest_tag)
+
+    def untag(self, *names: str) -> None:
+        """Remove tags, if they are there."""
+        if self._new_tags.keys() & set(names):
+            self.send()
+        for name in self.tags.keys() & set(names):
+            self._client.delete_tag(self.id, name)
+            del self.tags[name]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether what is to be sent should be, before more comes."""
+        return len(self._new_metrics) >= _METRICS_AT_ONCE
+
+    def send(self) -> None:
+        """Send what was gathered; the position goes with, or after, all that it stands for."""
+        if self.taken.last == self._sent:
+            return
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(name, value) for name, value in self._new_tags.items()]
+        while self._new_params or tags or len(self._new_metrics) > _METRICS_AT_ONCE:
+            parts = self._new_metrics[:_METRICS_AT_ONCE], self._new_params[:_PARAMS_AT_ONCE]
+            self._client.log_batch(self.id, *parts, tags[:_PARAMS_AT_ONCE])
+            del self._new_metrics[:_METRICS_AT_ONCE], self._new_params[:_PARAMS_AT_ONCE]
+            del tags[:_PARAMS_AT_ONCE]
+        position = RunTag(_POSITION, "{}.{}".format(*self.taken.last))
+        self._client.log_batch(self.id, metrics=self._new_metrics, tags=[position])
+        self._sent, self._new_metrics, self._new_tags = self.taken.last, [], {}
+
+
+def _cut(name: str, value: str, longest: int) -> str:
+    text = clean_text(value)
+    if len(text) > longest:
+        logger.warning("%r: MLflow keeps %d of %d characters", name, longest, len(text))
+    return text[:longest]
+
+
+def _position(text: str | None) -> tuple[int, int]:
+    try:
+        attempt, seq = (text or "").split(".")
+        return int(attempt), int(seq)
+    except ValueError:
+        return 0, 0

@@ -1,0 +1,174 @@
+"""The database or server that MLflow keeps runs in: reached, asked, and shown without passwords."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trainbus.errors import MissingPackageError, SinkError
+from trainbus.storing import check_folder
+
+_TELEMETRY = "MLFLOW_DISABLE_TELEMETRY"
+_OWN_PROCESS = {
+    _TELEMETRY: "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+"""Set where the process is the sink's: the bus itself tries again, and does so without an end."""
+
+
+class Store:
+    """Where MLflow keeps runs."""
+
+    def __init__(self, uri: str | None, *, in_own_process: bool = False) -> None:
+        """Import MLflow, and make the folder of a database.
+
+        Args:
+            uri: the address; None for that of the environment, else a database where we are.
+            in_own_process: whether MLflow's settings are the sink's to make.
+
+        Raises:
+            MissingPackageError: mlflow is not installed.
+            SinkError: the database's folder can't be made.
+        """
+        if in_own_process:
+            for name, value in _OWN_PROCESS.items():
+                os.environ.setdefault(name, value)
+        self._mlflow = _imported()
+        given = uri or os.environ.get("MLFLOW_TRACKING_URI")
+        self._uri = _absolute(given or "sqlite:///mlflow.db")
+
+    def check(self) -> str:
+        """Return what was found: that the server answers, or the database can be written.
+
+        Raises:
+            PermissionError: the server refuses.
+            SinkError: the server is down, or the database's folder can't be written.
+        """
+        if self._uri.startswith("sqlite:///"):
+            return check_folder(Path(self._uri.removeprefix("sqlite:///")).parent)
+        with self.asking():
+            self.client().search_experiments(max_results=1)
+        return "the server answers"
+
+    def client(self) -> Any:
+        """Return a client, which neither knows nor changes the active run."""
+        return self._mlflow.MlflowClient(self._uri)
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Turn MLflow's errors into such as tell the bus whether to try again.
+
+        Raises:
+            PermissionError: the server refuses.
+            SinkError: something is wrong; `retry` where the server is down.
+        """
+        place = _shown(self._uri)
+        _reach(self._uri)
+        try:
+            yield
+        except self._mlflow.MlflowException as error:
+            status = error.get_http_status_code()
+            text = f"MLflow at {place} failed: {_shown(str(error))}"
+            if status in (401, 403):
+                advice = "check MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN"
+                raise PermissionError(f"{text}; {advice}") from error
+            # A database says by 503 that it is locked or away, and by 500 that something is wrong.
+            is_away = status >= (500 if self._uri.startswith(("http", "databricks")) else 502)
+            raise SinkError(text, retry=is_away or status in (408, 429)) from error
+
+    def experiment(self, client: Any, name: str, location: str | None) -> str:
+        """Return the id of an experiment, which is made if there is none of that name.
+
+        Args:
+            client: what `client` returned.
+            name: its name.
+            location: where the files of one that is made are kept; None to leave it to MLflow.
+
+        Raises:
+            SinkError: it was deleted.
+        """
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(client.create_experiment(name, location))
+            except self._mlflow.MlflowException:
+                found = client.get_experiment_by_name(name)  # another process was faster
+                if found is None:
+                    raise
+        if found.lifecycle_stage != "active":
+            raise SinkError(
+                f"the MLflow experiment {name!r} is deleted; set another `experiment`, or run "
+                f"`mlflow experiments restore -x {found.experiment_id}`"
+            )
+        return str(found.experiment_id)
+
+    def address(self, experiment: str, run: str) -> str:
+        """Return the address of a run, or the command that shows it."""
+        if self._uri.startswith("http"):
+            return f"{_shown(self._uri)}/#/experiments/{experiment}/runs/{run}"
+        if self._uri.startswith("databricks"):
+            return f"{self._uri}: experiment {experiment}, run {run}"
+        return f"mlflow ui --backend-store-uri {shlex.quote(_shown(self._uri))}"
+
+
+def _imported() -> Any:
+    """Return mlflow; an import by this sink does not start MLflow's telemetry."""
+    given = os.environ.get(_TELEMETRY)
+    os.environ[_TELEMETRY] = given or "true"
+    try:
+        import mlflow
+    except ImportError as error:
+        raise MissingPackageError("mlflow", extra="mlflow") from error
+    finally:
+        if given is None:
+            os.environ.pop(_TELEMETRY, None)
+    return mlflow
+
+
+def _reach(uri: str) -> None:
+    """Ask a server for a sign of life: MLflow's client would try for minutes, and tell nobody."""
+    if not uri.startswith("http"):
+        return
+    import ssl
+    from http.client import HTTPException
+    from urllib.error import HTTPError
+    from urllib.request import urlopen
+
+    place, found = _shown(uri), ""
+    try:
+        urlopen(f"{place}/health", timeout=10).close()
+    except HTTPError as error:  # it may have no such page, or ask for a password
+        error.close()
+        found = str(error) if error.code in (502, 503, 504) else ""
+    except (OSError, HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        found = "" if isinstance(reason, ssl.SSLError) else str(reason)
+    if found:
+        raise SinkError(
+            f"no MLflow server answers at {place} ({found}); start it, or set `tracking_uri`",
+            retry=True,
+        )
+
+
+def _absolute(uri: str) -> str:
+    """Return the URI of a database with the whole path of its file, in a folder that exists."""
+    kind, separator, path = uri.partition(":///")
+    if kind != "sqlite" or not separator or path in ("", ":memory:"):
+        return uri.rstrip("/")
+    file = Path(path).expanduser().absolute()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SinkError(f"can't make {file.parent}: {error}; set another `tracking_uri`") from error
+    return f"sqlite:///{file}"
+
+
+def _shown(text: str) -> str:
+    """Return a URI, or a text with some, without names and passwords."""
+    return re.sub(r"(?<=://)[^@/\s]*@", "", text)
