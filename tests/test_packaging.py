@@ -119,7 +119,7 @@ def test_the_wheel_holds_every_module(built: Built) -> None:
         "/".join([*INSTALLED_AS[top].split("."), *path.relative_to(ROOT / top).parts])
         for top in INSTALLED_AS
         for path in (ROOT / top).rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.suffix in (".py", ".js", ".css") or path.name == "py.typed"
     }
     assert {
         "trainbus/adapters/ultralytics.py",

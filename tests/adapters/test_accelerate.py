@@ -542,7 +542,7 @@ def test_what_it_needs_is_there() -> None:
             found = getattr(found, name)
 
 
-def test_the_hook_attaches_each_accelerator_once() -> None:
+def test_the_hook_attaches_each_accelerator_once(tmp_path: Path) -> None:
     """Under the hook, who calls `init_trackers` is attached, once, and signatures stay."""
     source = """
         import inspect
@@ -581,7 +581,11 @@ def test_the_hook_attaches_each_accelerator_once() -> None:
     """
     lines = [line[8:] for line in source.splitlines()]
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", "\n".join(lines)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert 0 == done.returncode, done.stderr
 
