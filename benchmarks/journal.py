@@ -18,9 +18,9 @@ from collections.abc import Callable
 import msgspec
 
 from trainbus import Bus, JournalSpec
-from trainbus.delivery import Route
 from trainbus.events import MetricsLogged, RunStarted
 from trainbus.replay import replay
+from trainbus.route import Route
 from trainbus.runfolder import RunFolder
 from trainbus.testing import MemorySink
 

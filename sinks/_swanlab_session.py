@@ -53,8 +53,16 @@ def begin(options: SwanlabOptions, run: RunInfo) -> Any:
 def finish(run: Any, status: str, error: str | None) -> None:
     """End a run as the training ended, with its error unless that finished."""
     text = None if status == "finished" else valid_text(error or status)
-    with _hook_kept():
-        run.finish(state=_STATES[status], error=text)
+    watcher = getattr(getattr(getattr(run, "_ctx", None), "core", None), "_watcher", None)
+    observer = getattr(watcher, "_observer", None)
+    try:
+        with _hook_kept():
+            run.finish(state=_STATES[status], error=text)
+    finally:
+        # It has a thread and an inotify instance, of which a user may have 128, since it was made;
+        # SwanLab stops it only where there were files to look after.
+        if observer is not None and not observer.is_alive():
+            observer.stop()
 
 
 def where(run: Any, folder: Path | None) -> str | None:

@@ -49,12 +49,13 @@ class Curves:
         self._run = run
         self._artifact: WandbArtifact | None = None
 
-    def add(self, event: CurveLogged) -> str:
-        """Keep a curve, and return the artifact's name."""
+    def add(self, event: CurveLogged) -> str | None:
+        """Keep a curve; return the artifact's name for the first one, which is to be told."""
         import wandb
 
         from ._wandb_charts import write_curve
 
+        is_first = self._artifact is None
         if self._artifact is None:
             name = artifact_name(f"run_{self._run.id}_curves")
             self._artifact = wandb.Artifact(name, "curves")
@@ -63,7 +64,7 @@ class Curves:
             write_curve(event, path)
             name = f"{artifact_name(event.key)}.csv"
             self._artifact.add_file(str(path), name=name, overwrite=True)
-        return self._artifact.name
+        return self._artifact.name if is_first else None
 
     def log(self) -> None:
         """Log them, if there are any."""

@@ -218,8 +218,7 @@ class WandbSink(Sink):
         points, per_class = self.options.curve_points, self.options.curves == "per_class"
         shown = charts.points_shown(event, points, per_class=per_class)
         self._show(event, partial(charts.curve, event, shown, per_class=per_class))
-        if shown < points:
-            name = self._curves.add(event)
+        if shown < points and (name := self._curves.add(event)) is not None:
             rest = f" a class; all of them, of every curve, are in artifact {name!r}"
             self._say_cut(event.key, points, shown, "points", rest)
 

@@ -46,7 +46,6 @@ from trainbus import (
     config,
     registry,
 )
-from trainbus.delivery import Isolation
 from trainbus.emitter import Emitter, MutedEmitter
 from trainbus.events import (
     AlertRaised,
@@ -64,6 +63,7 @@ from trainbus.events import (
     event_name,
 )
 from trainbus.identity import MARKER
+from trainbus.route import Isolation
 from trainbus.testing import MemorySink, check_grammar
 from trainbus.testing.samples import png, sample_events
 from trainbus.transforms import Transform, TransformSpec

@@ -32,7 +32,7 @@ from trainbus.events import (
     RunStarted,
     TextLogged,
 )
-from trainbus.reading import Files
+from trainbus.files import Files
 from trainbus.replay import replay
 from trainbus.runfolder import RunFolder
 from trainbus.transforms import TransformSpec

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -108,3 +110,29 @@ def test_the_command_says_what_is_found(
     assert code == done.exit_code
     for text in ("frame", "2.0", "1.0, 2.0", *missing):
         assert text in done.output
+
+
+HERE = """
+from support import torchvision_cpu
+torchvision_cpu.install()
+from trainbus.doctor import examine
+for found in examine():
+    print("found", found.package, found.state)
+"""
+
+
+def test_what_every_plugin_relies_on_is_there(tmp_path: Path) -> None:
+    """The frameworks and trackers that tests install are those the plugins were tested with."""
+    done = subprocess.run(
+        [sys.executable, "-c", HERE],
+        env=os.environ | {"KERAS_BACKEND": "torch", "PYTHONPATH": str(Path(__file__).parent)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    states = {line[1]: line[2] for line in lines if line[:1] == ["found"]}
+    assert {} == {package: state for package, state in states.items() if state != "ok"}
+    assert {"keras", "lightning", "mlflow", "ultralytics", "wandb"} <= states.keys()

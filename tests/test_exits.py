@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from trainbus import Bus, replay
+from trainbus.endings import recover
 from trainbus.events import MetricsLogged, RunEnded
-from trainbus.reading import RunReader, recover
+from trainbus.reading import RunReader
 from trainbus.runfolder import RunFolder
 from trainbus.testing import check_grammar
 

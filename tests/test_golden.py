@@ -11,7 +11,9 @@ import pytest
 from support import golden
 from support.exact import exact
 from trainbus.events import EVENT_TYPES, ArtifactLogged, CheckpointSaved, ImageLogged, Record
-from trainbus.reading import Entry, Files, RunReader
+from trainbus.files import Files
+from trainbus.reading import RunReader
+from trainbus.recordfile import Entry
 from trainbus.runfolder import RunFolder
 
 KEPT = RunFolder(Path(__file__).parent / "data" / "journal-1")

@@ -22,9 +22,11 @@ from trainbus.events import (
     RunStarted,
     TextLogged,
 )
+from trainbus.files import Files
 from trainbus.identity import MARKER
-from trainbus.reading import Entry, Files, RunReader
+from trainbus.reading import RunReader
 from trainbus.receipt import Receipt, SinkReport
+from trainbus.recordfile import Entry
 from trainbus.runfolder import RunFolder
 from trainbus.testing import MemorySink
 

@@ -33,8 +33,11 @@ from trainbus import events as ev
 from trainbus import journal as journals_module
 from trainbus.blobs import Blob
 from trainbus.errors import JournalError
-from trainbus.journal import Journal, unseal, write_end
-from trainbus.reading import Entry, Files, RunReader
+from trainbus.files import Files
+from trainbus.journal import Journal
+from trainbus.lines import unseal, write_end
+from trainbus.reading import RunReader
+from trainbus.recordfile import Entry
 from trainbus.runfolder import RunFolder
 
 

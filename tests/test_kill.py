@@ -20,10 +20,11 @@ from support import nursery, train
 from support.plugins import make_plugin
 from support.trained import train_once
 from support.wandb_file import find_runs, read_finished
-from trainbus.delivery import Route, SinkWorker
+from trainbus.delivery import SinkWorker
 from trainbus.events import EpochEnded, RunEnded, RunStarted
+from trainbus.files import Files
 from trainbus.journal import Journal
-from trainbus.reading import Files
+from trainbus.route import Route
 from trainbus.runfolder import RunFolder
 from trainbus.testing import MemorySink, check_grammar
 from trainbus.workers import ThreadedWorker

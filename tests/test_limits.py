@@ -22,7 +22,8 @@ from trainbus.events import (
     RunEnded,
     TextLogged,
 )
-from trainbus.journal import Journal, seal
+from trainbus.journal import Journal
+from trainbus.lines import seal
 from trainbus.runfolder import RunFolder
 
 MIB = 2**20

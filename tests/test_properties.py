@@ -28,8 +28,8 @@ from trainbus.events import (
     TableLogged,
     encode,
 )
+from trainbus.files import Files
 from trainbus.journal import Journal
-from trainbus.reading import Files
 from trainbus.receipt import SinkReport
 from trainbus.runfolder import RunFolder
 from trainbus.testing.memory import MemorySink

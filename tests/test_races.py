@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 
 from support.journals import SAMPLE, folder_in, read_records, write_journal
+from trainbus.endings import last_record, recover
 from trainbus.events import Record, RunEnded
-from trainbus.journal import Journal, write_end
-from trainbus.reading import RunReader, last_record, recover
+from trainbus.journal import Journal
+from trainbus.lines import write_end
+from trainbus.reading import RunReader
 from trainbus.runfolder import RunFolder, is_being_written
 
 TESTS = str(Path(__file__).parent)
@@ -28,8 +30,9 @@ sys.path.insert(0, {TESTS!r})
 from pathlib import Path
 from support.journals import SAMPLE
 from trainbus.events import Record, RunEnded
-from trainbus.journal import Journal, write_end
-from trainbus.reading import recover
+from trainbus.journal import Journal
+from trainbus.lines import write_end
+from trainbus.endings import recover
 from trainbus.runfolder import RunFolder
 folder = RunFolder(sys.argv[1])
 print("ready", flush=True)

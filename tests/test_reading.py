@@ -19,8 +19,11 @@ from support.journals import (
     write_lines,
 )
 from trainbus import events as ev
-from trainbus.journal import Journal, seal
-from trainbus.reading import REASON_LOST, RecordFile, RunReader, first_entry, last_record, recover
+from trainbus.endings import REASON_LOST, last_record, recover
+from trainbus.journal import Journal
+from trainbus.lines import seal
+from trainbus.reading import RunReader, first_entry
+from trainbus.recordfile import RecordFile
 from trainbus.runfolder import RunFolder, is_being_written
 
 

@@ -22,9 +22,12 @@ from support.journals import SAMPLE, folder_in, read_file, read_run, write_journ
 from trainbus import config
 from trainbus import events as ev
 from trainbus.blobs import Blob, Blobs, blob_name
+from trainbus.endings import recover
 from trainbus.errors import JournalError
-from trainbus.journal import seal
-from trainbus.reading import Entry, Files, RecordFile, RunReader, recover
+from trainbus.files import Files
+from trainbus.lines import seal
+from trainbus.reading import RunReader
+from trainbus.recordfile import Entry, RecordFile
 from trainbus.runfolder import RunFolder, is_run_id, open_within, run_id
 
 _DEADLINE_S = 10.0

@@ -6,7 +6,6 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
 from trainbus.bus import Bus, RunDefaults
-from trainbus.delivery import Route
 from trainbus.errors import (
     AttachError,
     ConfigError,
@@ -23,6 +22,7 @@ from trainbus.events import Event, Record
 from trainbus.interfaces import Adapter, Detach, Emit, Options, RunInfo, Sink
 from trainbus.journal import JournalSpec
 from trainbus.receipt import Receipt, SinkReport
+from trainbus.route import Route
 from trainbus.run import Run
 
 if TYPE_CHECKING:

@@ -21,7 +21,6 @@ from blinker import Namespace
 from msgspec import Meta
 
 from trainbus import registry
-from trainbus.delivery import Isolation, Route
 from trainbus.emitter import Emitter, print_receipt
 from trainbus.errors import JournalError, SubscribeError
 from trainbus.events import (
@@ -35,6 +34,7 @@ from trainbus.events import (
 from trainbus.interfaces import Detach, RunInfo, Sink
 from trainbus.journal import Journal, JournalSpec, NoJournal
 from trainbus.receipt import Receipt
+from trainbus.route import Isolation, Route
 from trainbus.run import Run
 from trainbus.runfolder import RunFolder
 from trainbus.workers import Delivery

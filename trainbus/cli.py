@@ -24,8 +24,8 @@ import typer
 import trainbus
 from trainbus import auto, config, events, redact, registry
 from trainbus.checks import printable
-from trainbus.delivery import Route
 from trainbus.errors import ConfigError, JournalError, TrainbusError
+from trainbus.route import Route
 from trainbus.runfolder import RunFolder
 from trainbus.schema import json_schema
 

@@ -16,8 +16,9 @@ import msgspec
 from trainbus import registry
 from trainbus.errors import PluginError
 from trainbus.events import RunStarted
+from trainbus.files import Files
 from trainbus.interfaces import RunInfo, Sink
-from trainbus.reading import Files, RunReader
+from trainbus.reading import RunReader
 from trainbus.runfolder import RunFolder
 
 _PAGE = "html"

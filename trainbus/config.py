@@ -18,9 +18,9 @@ import msgspec
 from trainbus import registry
 from trainbus.bus import Bus
 from trainbus.checks import Item, Problems, check_fields, check_value, quoted
-from trainbus.delivery import Route
 from trainbus.errors import ConfigError, TrainbusError, did_you_mean
 from trainbus.interfaces import Options, Sink
+from trainbus.route import Route
 from trainbus.schema import SINK_KEYS, File, sink_class, sink_keys
 from trainbus.transforms import TransformSpec
 from trainbus.yamlfile import read

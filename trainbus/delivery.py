@@ -7,7 +7,6 @@ and exactly once otherwise.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import threading
@@ -15,86 +14,35 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import msgspec
 
-from trainbus.blobs import blob_name
+from trainbus.cursor import Cursor, Ledger
 from trainbus.errors import JournalError
 from trainbus.events import ArtifactLogged, CheckpointSaved, Record, RunEnded, RunStarted, encode
+from trainbus.files import Files
 from trainbus.interfaces import RunInfo, Sink
 from trainbus.lanes import Item, Lane, line
-from trainbus.reading import Entry, Files, RunReader, first_entry
+from trainbus.reading import RunReader, first_entry
 from trainbus.receipt import SinkReport
+from trainbus.recordfile import Entry
+from trainbus.route import Route
 from trainbus.runfolder import (
     RunFolder,
-    make_folder,
     open_lock,
     open_private,
     try_lock,
-    write_atomically,
 )
-from trainbus.transforms import Transform, TransformSpec
+from trainbus.transforms import Transform
 
 logger = logging.getLogger("trainbus")
-
-Isolation: TypeAlias = Literal["auto", "process", "thread", "inline"]
 
 POLL_S = 0.1
 _BATCH = 500
 _SAVE_S = 1.0
 _MAX_OFFSET = 2**60
 _TAKEN = "another process delivers to this sink"
-
-
-class Route(msgspec.Struct, frozen=True, kw_only=True):
-    """One sink as configured: how to make it, and what is done to records on the way to it.
-
-    `options` are those of a registered sink, named by `kind`, which another process can make again;
-    None for a sink that is an object of this process.
-    """
-
-    name: str
-    make: Callable[[], Sink]
-    kind: str
-    service: str | None = None
-    transforms: TransformSpec = TransformSpec()
-    on_error: Literal["warn", "raise"] = "warn"
-    options: dict[str, Any] | None = None
-    sink: Sink | None = None
-    isolation: Isolation | None = None
-
-    def sample(self) -> Sink | None:
-        """Return a sink that is not opened, to ask what it is like; None where that can't be."""
-        if self.options is None:
-            return self.sink
-        try:
-            return self.make()
-        except Exception:  # the worker says what is wrong with it
-            return None
-
-    @property
-    def key(self) -> str:
-        """Name of the cursor: another kind or other options are another place to deliver to."""
-        about = msgspec.json.encode([self.name, self.kind, self.options], order="sorted")
-        return f"{blob_name(self.name)[:80]}-{hashlib.sha256(about).hexdigest()[:8]}"
-
-
-class Cursor(msgspec.Struct, kw_only=True):
-    """How far a sink is, and what it made of the records of that attempt."""
-
-    attempt: int = 0
-    seq: int = 0
-    offset: int = 0
-    taken: int = 0
-    skipped: int = 0
-    dead: int = 0
-    lost: int = 0
-    closed: bool = True
-    """Whether the sink was closed after the last record it took."""
-    uploads: list[int] = []
-    """Seqs up to `seq` whose upload was not over."""
-    where: str | None = None
 
 
 class SinkWorker:
@@ -140,19 +88,17 @@ class SinkWorker:
         self._clock = clock
         self._sink: Sink | None = None
         self._transform = Transform(route.transforms)
-        self._cursor = Cursor()
+        self._ledger = Ledger(folder.cursor(route.key), clock)
         self._reader: RunReader | None = None
         self._staged: deque[Entry] = deque()
         self._extra: list[bytes] = []
         self._known_attempt = 0
         self._is_at_end = False
         self._lock_fd: int | None = None
-        self._saved_at = clock()
-        self._unsaved = 0
-        self._mutex = threading.Lock()
-        make = _LaneMaker(self, clock)
-        self.main = make(self._taken)
-        self._uploads = make(self._uploaded) if in_background else None
+        self.main = Lane(self._taken, self._bury, self._say, clock=clock)
+        self._uploads: Lane | None = None
+        if in_background:
+            self._uploads = Lane(self._ledger.uploaded, self._bury, self._say, clock=clock)
         self._uploader: threading.Thread | None = None
         self._stop = threading.Event()
 
@@ -178,7 +124,7 @@ class SinkWorker:
             if self._reader is None and not self._begin():
                 return POLL_S
             if not self.main.todo and not self._staged and not self._read():
-                self._save(POLL_S)
+                self._ledger.save(POLL_S)
                 return POLL_S
             if self._sink is None and not self._open():
                 return POLL_S
@@ -200,7 +146,7 @@ class SinkWorker:
     @property
     def count(self) -> int:
         """How many records of the attempt that it is at the sink is done with."""
-        return self._cursor.taken + self._cursor.skipped + self._cursor.dead
+        return self._ledger.cursor.taken + self._ledger.cursor.skipped + self._ledger.cursor.dead
 
     def is_idle(self) -> bool:
         """Return whether nothing waits, neither to be sent nor to be tried again."""
@@ -210,7 +156,7 @@ class SinkWorker:
 
     def is_complete(self) -> bool:
         """Return whether the sink is done with every record of the attempt."""
-        return self._cursor.attempt == self._attempt and (self.done or self._is_at_end)
+        return self._ledger.cursor.attempt == self._attempt and (self.done or self._is_at_end)
 
     def has_everything(self) -> bool:
         """Return whether the sink was done with all there is when the last step began."""
@@ -218,7 +164,7 @@ class SinkWorker:
 
     def missing(self) -> int:
         """Return how many records the sink has not got, without touching anything."""
-        cursor = self._where_to_begin(_read_cursor(self._folder.cursor(self.route.key)))
+        cursor = self._where_to_begin(self._ledger.read())
         reader = self._read_from(cursor)
         found = len(cursor.uploads)
         while entries := reader.read(_BATCH):
@@ -245,7 +191,7 @@ class SinkWorker:
 
     def report(self, emitted: int) -> SinkReport:
         """Return what became of the attempt's records; may be called while a step hangs."""
-        cursor = self._cursor
+        cursor = self._ledger.cursor
         counts = (cursor.taken, cursor.skipped, cursor.dead)
         taken, skipped, dead = counts if cursor.attempt == self._attempt else (0, 0, 0)
         with suppress(Exception):
@@ -272,23 +218,21 @@ class SinkWorker:
 
     def _begin(self) -> bool:
         """Find out where to go on; False while another process delivers to this sink."""
-        path = self._folder.cursor(self.route.key)
         if self._lock_fd is None:
+            path = self._folder.cursor(self.route.key)
             self._lock_fd = open_lock(path.with_suffix(".lock"))
         if not try_lock(self._lock_fd):
             self.main.error = _TAKEN
             return False
-        if self.main.error == _TAKEN:
-            self.main.error = None
         self.main.error = None
-        found = _read_cursor(path)
+        found = self._ledger.read()
         self._known_attempt = found.attempt if found else 0
-        self._cursor = self._where_to_begin(found)
-        self._reader = self._read_from(self._cursor)
+        self._ledger.begin(self._where_to_begin(found))
+        self._reader = self._read_from(self._ledger.cursor)
         self._reader.add(self._extra)
         if found is None:
             # A sink that gets nothing of this attempt is owed it in the next one.
-            self._save(0.0)
+            self._ledger.save(0.0)
         return True
 
     def _where_to_begin(self, found: Cursor | None) -> Cursor:
@@ -319,20 +263,20 @@ class SinkWorker:
         if not self._staged:
             return False
         attempt = self._staged[0].record.attempt
-        if attempt != self._cursor.attempt:
+        if attempt != self._ledger.cursor.attempt:
             self._leave()
-            self._cursor = Cursor(attempt=attempt)
+            self._ledger.begin(Cursor(attempt=attempt))
         return True
 
     def _dispatch(self) -> None:
         """Put what was read into the lanes; a run's end waits until all the rest was taken."""
-        unfinished = set(self._cursor.uploads)
+        unfinished = set(self._ledger.cursor.uploads)
         sink = self._open_sink()
         uploads = self._uploads if type(sink).upload is not Sink.upload else None
         while self._staged and not self._is_held_up():
             entry = self._staged.popleft()
             record = self._files.resolve(entry) if sink.reads_files else entry.record
-            if record.seq <= self._cursor.seq and record.seq not in unfinished:
+            if record.seq <= self._ledger.cursor.seq and record.seq not in unfinished:
                 continue
             item = Item(record, self._transform(record))
             if uploads is not None and isinstance(record.event, CheckpointSaved | ArtifactLogged):
@@ -365,16 +309,16 @@ class SinkWorker:
             started=event,
             attempt=record.attempt,
             again=self._known_attempt == record.attempt,
-            after=self._cursor.seq,
+            after=self._ledger.cursor.seq,
             pid=self._pid,
         )
-        self._cursor.closed = False
+        self._ledger.cursor.closed = False
         text = "can't be opened, training goes on without it"
         if not self.main.attempt(self._make_and_open, run, saying=text):
             self.opened = False
             return False
         self.opened = True
-        self._save(0.0)
+        self._ledger.save(0.0)
         return True
 
     def _make_and_open(self, run: RunInfo) -> None:
@@ -395,34 +339,23 @@ class SinkWorker:
         for call in (sink.flush, sink.close):
             self.main.attempt(call)
         with suppress(Exception):
-            self._cursor.lost, self._cursor.where = sink.lost, sink.where
+            self._ledger.cursor.lost, self._ledger.cursor.where = sink.lost, sink.where
         self._sink = None
-        self._cursor.closed = True
-        self._save(0.0)
+        self._ledger.cursor.closed = True
+        self._ledger.save(0.0)
 
     def _taken(self, items: Sequence[Item]) -> None:
-        with self._mutex:
-            for item in items:
-                if item.wanted is None:
-                    self._cursor.skipped += 1
-                else:
-                    self._cursor.taken += 1
-            self._cursor.seq = max(self._cursor.seq, items[-1].record.seq)
-            if not self.main.todo and not self._staged and self._reader is not None:
-                self._cursor.offset = self._reader.offset
-        self._unsaved += len(items)
+        is_all = not self.main.todo and not self._staged
+        self._ledger.took(items, self._reader.offset if is_all and self._reader else None)
         if isinstance(items[-1].record.event, RunEnded):
             self._leave()
             self.done = items[-1].record.attempt >= self._attempt
         else:
-            self._save(_SAVE_S)
+            self._ledger.save(_SAVE_S)
 
     def _upload(self, item: Item) -> None:
         assert self._uploads is not None
-        with self._mutex:
-            if item.record.seq not in self._cursor.uploads:
-                self._cursor.uploads = [*self._cursor.uploads, item.record.seq]
-            self._cursor.seq = max(self._cursor.seq, item.record.seq)
+        self._ledger.uploads(item.record.seq)
         self._uploads.todo.append(item)
         if self._uploader is None:
             name = f"trainbus uploads to {self.route.name}"
@@ -439,18 +372,8 @@ class SinkWorker:
             else:
                 lane.push(sink.upload)
 
-    def _uploaded(self, items: Sequence[Item]) -> None:
-        with self._mutex:
-            done = {item.record.seq for item in items}
-            self._cursor.uploads = [s for s in self._cursor.uploads if s not in done]
-            self._cursor.taken += sum(item.wanted is not None for item in items)
-            self._cursor.skipped += sum(item.wanted is None for item in items)
-
     def _bury(self, record: Record, reason: str) -> None:
-        with self._mutex:
-            self._cursor.dead += 1
-            self._cursor.seq = max(self._cursor.seq, record.seq)
-            self._cursor.uploads = [s for s in self._cursor.uploads if s != record.seq]
+        self._ledger.buried(record.seq)
         path = self._folder.dead(self.route.key)
         about: Any = {"run": record.run, "attempt": record.attempt, "seq": record.seq}
         with suppress(RecursionError):  # what is nested too deep to be written is still counted
@@ -458,48 +381,15 @@ class SinkWorker:
         letter = msgspec.json.encode({"error": reason, "record": about})
         with suppress(OSError), open(open_private(path), "ab") as file:
             file.write(letter + b"\n")
-        self._save(0.0)
+        self._ledger.save(0.0)
         if isinstance(record.event, RunEnded):
             self._leave()
             self.done = record.attempt >= self._attempt
 
-    def _save(self, after_s: float) -> None:
-        """Save the cursor, if it has changed and was saved that long ago."""
-        now = self._clock()
-        due = self._unsaved >= _BATCH or now - self._saved_at >= after_s
-        if self._reader is None or not due or (after_s and not self._unsaved):
-            return
-        with self._mutex:
-            data = msgspec.json.encode(self._cursor)
-        self._saved_at, self._unsaved = now, 0
-        path = self._folder.cursor(self.route.key)
-        with suppress(OSError):  # a full disk: records may then come twice after a crash
-            make_folder(path.parent)
-            write_atomically(path, data)
-
-
-class _LaneMaker:
-    """Makes the lanes of a worker."""
-
-    def __init__(self, worker: SinkWorker, clock: Callable[[], float]) -> None:
-        self._worker = worker
-        self._clock = clock
-
-    def __call__(self, taken: Callable[[Sequence[Item]], None]) -> Lane:
-        return Lane(taken, self._worker._bury, self._say, clock=self._clock)
-
     def _say(self, text: str) -> None:
-        route = self._worker.route
-        logger.warning("sink %r (%s) %s", route.name, route.kind, text)
+        logger.warning("sink %r (%s) %s", self.route.name, self.route.kind, text)
 
 
 def _is_volatile(route: Route) -> bool:
     sample = route.sample()
     return sample is not None and sample.volatile
-
-
-def _read_cursor(path: Any) -> Cursor | None:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Cursor)
-    except (OSError, msgspec.DecodeError):
-        return None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainbus import exits, normalize, ranks, redact
+from trainbus.endings import true_end
 from trainbus.errors import SinkError
 from trainbus.events import (
     Event,
@@ -30,7 +31,6 @@ from trainbus.hooking import current_rank
 from trainbus.identity import identify, mark
 from trainbus.interfaces import RunInfo
 from trainbus.journal import Journal, NoJournal
-from trainbus.reading import true_end
 from trainbus.receipt import Receipt
 from trainbus.workers import Delivery, delivering
 

@@ -1,7 +1,5 @@
 """Writes the records of one training to disk: append-only, one line a record, one `write` a line.
 
-    {"crc":"<8 hex digits: crc32 of the bytes from the next quote to the line feed>","seq":1,…}
-
 Guarantees: what `append` returned from is on disk as far as the operating system is concerned, so
 that SIGKILL loses none of it; a line is there whole or cut off again; a disk that is full or gone
 never raises. Records wait in memory then, and where there are too many the least important are
@@ -13,26 +11,21 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Annotated, Any, NamedTuple
-from zlib import crc32
+from typing import Annotated, NamedTuple
 
 import msgspec
 from msgspec import Meta
 
-from trainbus.blobs import Blob, Blobs, array_store
 from trainbus.errors import JournalError
 from trainbus.events import (
     AlertRaised,
     ArtifactLogged,
     CheckpointSaved,
-    Codec,
     Event,
-    ImageLogged,
     MetricsLogged,
     ParamsUpdated,
     Record,
@@ -40,22 +33,14 @@ from trainbus.events import (
     RunStarted,
     event_name,
 )
+from trainbus.lines import LONGEST_LINE, LineMaker
 from trainbus.runfolder import RunFolder, try_lock
 
 logger = logging.getLogger("trainbus")
 
-MAX_LINE = 2**20
-"""Longer events are kept as blobs."""
-
-LONGEST_LINE = 16 * MAX_LINE
-"""An event that finds no room as a blob is one long line; what is longer is no line of ours."""
-
 _MAX_HELD = 64 * 2**20
-_MAX_ARTIFACT = 64 * 2**20
-_ARRAY_IN_LINE = 32 * 2**10
 _RETRY_S = 5.0
 _SYNCED = (RunStarted, ParamsUpdated, RunEnded)
-_WITH_FILES = (ImageLogged, CheckpointSaved, ArtifactLogged)
 
 
 class JournalSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -106,9 +91,7 @@ class Journal:
         self.dropped: Counter[str] = Counter()
         """What could not be kept, by event name."""
         self._undeclared: Counter[str] = Counter()
-        self._blobs = Blobs(folder)
-        self._codec = Codec(store=array_store(self._blobs, _ARRAY_IN_LINE, self._fits))
-        self._keeps = keeps
+        self._lines = LineMaker(folder, lambda: self._state.size, max_bytes, keeps, self._warn)
         self._clock = clock
         self._max_bytes = max_bytes
         self._state = _State(0, 0, False)
@@ -146,13 +129,13 @@ class Journal:
             self._declare(now)
         record = self._record(event, now)
         is_spare = isinstance(event, MetricsLogged) and event.step is not None
-        if is_spare and self._state.size + self._blobs.written >= self._max_bytes:
+        if is_spare and self._lines.is_full:
             self._fault = f"the journal has its {self._max_bytes} bytes"
             self._warn("budget", f"{self._fault}: step metrics are left out from here on")
             self._state = self._state._replace(seq=record.seq)
             self._count(event_name(event))
             return record
-        line = self._encode(record)
+        line = self._lines.line(record)
         if len(line) > LONGEST_LINE:
             self._fault = f"{event_name(event)} has {len(line)} bytes"
             self._warn("long", f"{self._fault} and is left out: expected at most {LONGEST_LINE}")
@@ -186,63 +169,6 @@ class Journal:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def _encode(self, record: Record) -> bytes:
-        files: list[Blob] = []
-        if isinstance(record.event, _WITH_FILES):
-            files = self._copy_files(record.event)
-        body = self._codec.encode(record)
-        if len(body) > MAX_LINE:
-            body = self._shorten(record, body)
-        if files:
-            return seal(b'{"blobs":' + msgspec.json.encode(files) + b"," + body[1:])
-        return seal(body)
-
-    def _copy_files(self, event: Any) -> list[Blob]:
-        if isinstance(event, ImageLogged):
-            paths, limit = [event.path] if event.path else [], float(self._max_bytes)
-        elif not self._keeps(event):
-            return []
-        elif isinstance(event, CheckpointSaved):
-            # A file that is written again and again is not worth a copy each time.
-            paths, limit = [event.path] if event.final else [], float(self._max_bytes)
-        else:
-            # Files of one name are told apart by their folders, which copies don't have.
-            names = {os.path.basename(path) for path in event.paths}
-            paths = event.paths if len(names) == len(event.paths) else []
-            limit = float(_MAX_ARTIFACT)
-        found = []
-        for path in paths:
-            room = self._max_bytes - self._state.size - self._blobs.written
-            try:
-                blob = self._blobs.add_file(path, min(limit, room))
-            except (OSError, ValueError) as error:
-                self._warn("blob", f"no copy of {path!r} can be kept: {error}")
-            else:
-                found += [blob] if blob else []
-        return found
-
-    def _shorten(self, record: Record, body: bytes) -> bytes:
-        event = msgspec.json.encode(msgspec.json.decode(body, type=_Event).event)
-        try:
-            digest = self._blobs.add_event(event) if self._fits(len(event)) else None
-        except OSError:
-            digest = None
-        if digest is None:
-            return body
-        line = {
-            "seq": record.seq,
-            "run": record.run,
-            "time": record.time,
-            "event": {"type": event_name(record.event), "blob": digest},
-            "attempt": record.attempt,
-            "rank": record.rank,
-            "schema": record.schema,
-        }
-        return msgspec.json.encode(line)
-
-    def _fits(self, size: int) -> bool:
-        return self._state.size + self._blobs.written + size <= self._max_bytes
 
     def _record(self, event: Event, now: float) -> Record:
         return Record(
@@ -310,7 +236,7 @@ class Journal:
             level="error",
         )
         record = self._record(alert, now)
-        line = self._encode(record)
+        line = self._lines.line(record)
         if self._write(line, _State(self._state.size + len(line), record.seq, False)):
             self._undeclared.clear()
         self._retry_at = self._clock() + _RETRY_S
@@ -373,46 +299,6 @@ class _Begun(NamedTuple):
 
     after: _State
     held: _Held | None
-
-
-class _Event(msgspec.Struct):
-    event: msgspec.Raw
-
-
-def seal(body: bytes) -> bytes:
-    """Return a line of the journal: a JSON object with its checksum in front."""
-    rest = body[1:]
-    return b'{"crc":"%08x",%b\n' % (crc32(rest), rest)
-
-
-def unseal(line: bytes) -> bytes | None:
-    """Return the JSON object of a line (without its line feed), None if the line is damaged."""
-    rest = line[18:]
-    # The digits are compared as text: a flip of a letter's case is damage too.
-    if line[:8] == b'{"crc":"' and line[8:18] == b'%08x",' % crc32(rest):
-        return b"{" + rest
-    return None
-
-
-def write_end(folder: RunFolder, record: Record) -> bool:
-    """Write the end of an attempt whose process is gone; False if it has one by now.
-
-    Raises:
-        OSError: it can't be written.
-    """
-    path = folder.end(record.attempt, record.rank)
-    fd, temporary = tempfile.mkstemp(dir=folder.path, prefix=".tmp-")
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(seal(Codec().encode(record)))
-            file.flush()
-            os.fsync(fd)
-        os.link(temporary, path)  # unlike a rename, it fails where another process was first
-    except FileExistsError:
-        return False
-    finally:
-        os.unlink(temporary)
-    return True
 
 
 def _create(folder: RunFolder, attempt: int, rank: int) -> tuple[int, int]:

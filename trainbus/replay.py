@@ -14,11 +14,14 @@ from pathlib import Path
 import msgspec
 
 from trainbus.blobs import Blobs
-from trainbus.delivery import Route, SinkWorker
+from trainbus.delivery import SinkWorker
+from trainbus.endings import last_record, recover
 from trainbus.errors import JournalError
 from trainbus.events import RunEnded, event_name
-from trainbus.reading import Files, RecordFile, last_record, recover
+from trainbus.files import Files
 from trainbus.receipt import Receipt
+from trainbus.recordfile import RecordFile
+from trainbus.route import Route
 from trainbus.runfolder import RunFolder, is_being_written
 from trainbus.workers import save_receipt
 

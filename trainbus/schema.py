@@ -14,10 +14,10 @@ from msgspec import Meta, inspect
 
 from trainbus import registry
 from trainbus.bus import RunDefaults
-from trainbus.delivery import Isolation
 from trainbus.errors import PluginError, TrainbusError
 from trainbus.interfaces import Options, Sink
 from trainbus.journal import JournalSpec
+from trainbus.route import Isolation
 from trainbus.transforms import TransformSpec
 
 _Name = Annotated[

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainbus.checks import printable
-from trainbus.delivery import Cursor
+from trainbus.cursor import Cursor
 from trainbus.events import (
     AlertRaised,
     CheckpointSaved,

@@ -21,8 +21,9 @@ from typing import IO, Any
 
 import msgspec
 
-from trainbus.delivery import POLL_S, Route
+from trainbus.delivery import POLL_S
 from trainbus.receipt import SinkReport
+from trainbus.route import Route
 from trainbus.runfolder import RunFolder
 from trainbus.transforms import TransformSpec
 

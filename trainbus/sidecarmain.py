@@ -16,11 +16,13 @@ from contextlib import suppress
 import msgspec
 
 from trainbus import registry
-from trainbus.delivery import POLL_S, Route, SinkWorker
+from trainbus.delivery import POLL_S, SinkWorker
+from trainbus.endings import last_record, recover
 from trainbus.events import RunEnded
+from trainbus.files import Files
 from trainbus.interfaces import Sink
-from trainbus.reading import Files, last_record, recover
 from trainbus.receipt import Receipt
+from trainbus.route import Route
 from trainbus.runfolder import RunFolder
 from trainbus.sidecar import Message, Task
 from trainbus.workers import ThreadedWorker, save_receipt

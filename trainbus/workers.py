@@ -16,12 +16,13 @@ from contextlib import suppress
 
 import msgspec
 
-from trainbus.delivery import POLL_S, Isolation, Route, SinkWorker
+from trainbus.delivery import POLL_S, SinkWorker
 from trainbus.errors import SinkError
+from trainbus.files import Files
 from trainbus.interfaces import RunInfo
 from trainbus.journal import Journal, NoJournal
-from trainbus.reading import Files
 from trainbus.receipt import Receipt
+from trainbus.route import Isolation, Route
 from trainbus.runfolder import RunFolder, write_atomically
 from trainbus.sidecar import Sidecar
 

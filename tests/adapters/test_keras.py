@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import trainbus
+from support.heard import Heard as Listener
 from trainbus.events import (
     CheckpointSaved,
     EpochEnded,
@@ -116,11 +117,11 @@ class TestConformance(AdapterConformance):
         return around_of(target, "fit").hooks
 
 
-class Heard:
-    """A bus, and the records that it made."""
+class Heard(Listener):
+    """What is heard of models."""
 
     def __init__(self, journals: Path, every: int | None = None) -> None:
-        self.bus = trainbus.Bus()
+        bus = None
         if every is not None:
             config = journals.parent / "steps.yaml"
             path = journals.parent / "steps.jsonl"
@@ -128,13 +129,8 @@ class Heard:
                 f"isolation: inline\nsinks: {{f: {{type: jsonl, path: '{path}', "
                 f"every: {{train: {every}}}}}}}"
             )
-            self.bus = trainbus.load(config)
-        self.records: list[trainbus.Record] = []
-        self.bus.subscribe(self.records.append)
-
-    def of(self, kind: type[Any]) -> list[Any]:
-        """Return the events of one type."""
-        return [record.event for record in self.records if isinstance(record.event, kind)]
+            bus = trainbus.load(config)
+        super().__init__(bus)
 
     def only(self, kind: type[Any]) -> Any:
         """Return the event of a type that comes once."""
@@ -142,7 +138,7 @@ class Heard:
         return event
 
     @property
-    def runs(self) -> list[str]:
+    def ids(self) -> list[str]:
         """The ids of the runs, in order."""
         return list(dict.fromkeys(record.run for record in self.records))
 
@@ -357,11 +353,11 @@ def test_a_callback_serves_many_trainings(heard: Heard) -> None:
         fit(make(), callback, at_epoch(1, throw(ZeroDivisionError())))
     fit(make(), callback)
     fit(make(), callback)
-    assert 3 == len(heard.runs)
+    assert 3 == len(heard.ids)
     assert ["stopped", "finished", "finished"] == [e.status for e in heard.of(RunEnded)]
     assert [] == [
         said
-        for run in heard.runs
+        for run in heard.ids
         for said in check_grammar([r for r in heard.records if r.run == run])
     ]
 
@@ -372,7 +368,7 @@ def test_two_trainings_are_two_runs(heard: Heard) -> None:
     heard.bus.attach(model)
     fit(model)
     fit(model)
-    assert 2 == len(heard.runs)
+    assert 2 == len(heard.ids)
     assert [0, 1, 2] * 2 == [e.epoch for e in heard.of(EpochStarted)]
     assert [None, None] == [e.resumed for e in heard.of(RunStarted)]
 
@@ -389,7 +385,7 @@ def test_evaluation_alone_is_silent(heard: Heard) -> None:
         assert count == len(heard.records)
         fit(model)
         count = len(heard.records)
-    assert 2 == len(heard.runs)
+    assert 2 == len(heard.ids)
 
 
 @pytest.mark.parametrize("form", ["none", "one", "nested", "positional", "list"])
@@ -556,7 +552,7 @@ def test_initial_epoch_is_a_resume(heard: Heard, tmp_path: Path) -> None:
     again = keras.models.load_model(tmp_path / "m.keras")
     heard.bus.attach(again)
     fit(again, saver, epochs=4, initial_epoch=2)
-    assert 1 == len(heard.runs)
+    assert 1 == len(heard.ids)
     assert {1, 2} == {r.attempt for r in heard.records}
     resumed = heard.of(RunStarted)[1].resumed
     assert (1, 2 * BATCHES, str(tmp_path)) == (resumed.epoch, resumed.step, resumed.save_dir)
@@ -627,7 +623,7 @@ def test_buses_come_off_in_any_order(heard: Heard, journals: Path) -> None:
     assert told(heard.records) == told(other.records)
     first()
     fit(model)
-    assert (1, 2) == (len(heard.runs), len(other.runs))
+    assert (1, 2) == (len(heard.ids), len(other.ids))
     second()
     assert "fit" not in vars(model)
 
@@ -659,16 +655,6 @@ def test_a_fit_without_callbacks_is_told_of(heard: Heard, caplog: pytest.LogCapt
     model.fit((X, Y))
     assert [] == heard.records
     assert "this `fit` takes no `callbacks`" in caplog.text
-
-
-def test_needs_are_there() -> None:
-    """Everything that the adapter relies on is in the installed Keras."""
-    adapter = importlib.import_module("trainbus.adapters.keras")
-    for need in adapter.NEEDS:
-        module, _, path = need.partition(":")
-        found: object = importlib.import_module(module)
-        for name in path.split("."):
-            found = getattr(found, name)
 
 
 HOOKED = """

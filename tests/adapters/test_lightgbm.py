@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,11 @@ import numpy as np
 import pytest
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
-from trainbus.adapters import lightgbm as adapter
 from trainbus.adapters._lightgbm_facts import rank
 from trainbus.adapters.lightgbm import BusCallback
 
 import trainbus
+from support.heard import Heard
 from trainbus.events import (
     EpochEnded,
     EpochStarted,
@@ -182,13 +181,11 @@ def sets() -> tuple[Any, Any]:
 
 def record(train: Callable[[trainbus.Bus], Any]) -> list[Any]:
     """Return the events of what is trained with a bus."""
-    bus, events = trainbus.Bus(), []
-    bus.subscribe(lambda r: events.append(r))
-    with bus:
+    heard = Heard()
+    with heard.bus as bus:
         train(bus)
-    if events:
-        assert [] == check_grammar(events)
-    return [r.event for r in events]
+    assert not heard.records or [] == check_grammar(heard.records)
+    return [record.event for record in heard.records]
 
 
 def of(events: list[Any], kind: type[Any]) -> list[Any]:
@@ -597,13 +594,8 @@ def test_the_rank_is_the_place_among_the_machines() -> None:
     assert 0 == rank({"machines": None})
 
 
-def test_what_is_relied_on_is_there() -> None:
-    """Everything that `trainbus doctor` looks for exists."""
-    for need in adapter.NEEDS:
-        module, _, path = need.partition(":")
-        found: Any = import_module(module)
-        for name in path.split("."):
-            found = getattr(found, name)
+def test_a_booster_knows_the_name_of_its_training_set() -> None:
+    """It is no part of LightGBM's documented API."""
     booster = lgb.train(PARAMS, sets()[0], 1)
     assert "training" == booster._train_data_name
 

@@ -25,7 +25,6 @@ from support.journals import read_run
 from support.lightning_ddp import QUIET, Steps, Tiny, data
 from support.train import hermetic
 from trainbus import AttachError, Bus, Record, SinkError, load
-from trainbus.doctor import _is_there
 from trainbus.events import (
     CheckpointSaved,
     EpochEnded,
@@ -379,11 +378,6 @@ def test_the_hook_attaches_what_trains(
     own.fit(tiny(), data(), data())
     assert [trainer] == attached
     assert 3 == len(bus.heard.of(RunEnded))
-
-
-def test_what_the_adapter_needs_is_there() -> None:
-    """Every name that the adapter relies on is in both packages."""
-    assert [] == [need for need in adapter.NEEDS if not _is_there(need)]
 
 
 def test_trainers_with_the_callback_are_pickled(tmp_path: Path, bus: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 import io
 import pickle
@@ -33,6 +32,7 @@ from trainbus.adapters import sklearn as adapter
 from trainbus.adapters.sklearn import BusCallback
 
 import trainbus
+from support.heard import Heard as Listener
 from trainbus.events import (
     EpochEnded,
     EpochStarted,
@@ -78,24 +78,8 @@ class TestConformance(AdapterConformance):
         return dict(vars(target))
 
 
-class Heard:
-    """A bus and what it dispatched."""
-
-    def __init__(self) -> None:
-        self.bus = trainbus.Bus()
-        self.records: list[Record] = []
-        self.bus.subscribe(self.records.append)
-
-    def of(self, kind: type[Any]) -> list[Any]:
-        """Return the events of one type."""
-        return [r.event for r in self.records if isinstance(r.event, kind)]
-
-    def runs(self) -> list[list[Record]]:
-        """Return the records of each run, in the order in which the runs began."""
-        runs: dict[str, list[Record]] = {}
-        for record in self.records:
-            runs.setdefault(record.run, []).append(record)
-        return list(runs.values())
+class Heard(Listener):
+    """What is heard of estimators."""
 
     def curve(self, name: str) -> list[tuple[int | None, float]]:
         """Return the values of one metric, each with its epoch."""
@@ -120,15 +104,6 @@ def attached(heard: Heard, model: Any) -> Any:
 def numbered(values: Any) -> list[tuple[int, float]]:
     """Return values with the epochs that they are of."""
     return list(enumerate(float(value) for value in values))
-
-
-def test_what_it_needs_is_there() -> None:
-    """Every name that `doctor` looks up resolves in the installed scikit-learn."""
-    for need in adapter.NEEDS:
-        module, _, path = need.partition(":")
-        found: Any = importlib.import_module(module)
-        for name in path.split("."):
-            found = getattr(found, name)
 
 
 def test_only_estimators_can_be_attached(heard: Heard) -> None:

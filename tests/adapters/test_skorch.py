@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import pickle
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from skorch.callbacks import (
 from trainbus.adapters import skorch as adapter
 
 import trainbus
+from support.heard import Heard
 from trainbus.events import (
     CheckpointSaved,
     EpochEnded,
@@ -117,38 +117,9 @@ def set_up(folder: Path, epochs: int, *, resumed: bool = False) -> Training:
     )
 
 
-class Heard:
-    """A bus and what it dispatched."""
-
-    def __init__(self) -> None:
-        self.bus = trainbus.Bus()
-        self.records: list[Record] = []
-        self.bus.subscribe(self.records.append)
-
-    def of(self, kind: type[Any]) -> list[Any]:
-        """Return the events of one type."""
-        return [r.event for r in self.records if isinstance(r.event, kind)]
-
-    def runs(self) -> list[list[Record]]:
-        """Return the records of each run, in the order in which the runs began."""
-        runs: dict[tuple[str, int], list[Record]] = {}
-        for record in self.records:
-            runs.setdefault((record.run, record.attempt), []).append(record)
-        return list(runs.values())
-
-
 @pytest.fixture
 def heard() -> Heard:
     return Heard()
-
-
-def test_what_it_needs_is_there() -> None:
-    """Every name that `doctor` looks up resolves in the installed skorch."""
-    for need in adapter.NEEDS:
-        module, _, path = need.partition(":")
-        found: Any = importlib.import_module(module)
-        for name in path.split("."):
-            found = getattr(found, name)
 
 
 def test_only_nets_can_be_attached(heard: Heard) -> None:

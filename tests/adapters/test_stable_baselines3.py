@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import subprocess
 import sys
@@ -15,16 +14,15 @@ import pytest
 from trainbus.adapters import stable_baselines3 as adapter
 
 import trainbus
+from support.heard import Heard as Listener
 from trainbus.events import (
     Best,
     CheckpointSaved,
     EpochStarted,
     MetricsLogged,
     ModelDescribed,
-    Record,
     RunEnded,
     RunStarted,
-    event_name,
 )
 from trainbus.hooking import around_of
 from trainbus.testing import AdapterConformance, Training, check_grammar
@@ -127,22 +125,8 @@ class TestConformance(AdapterConformance):
         return around_of(target, "learn").__self__
 
 
-class Heard:
-    """A bus and what it heard."""
-
-    def __init__(self) -> None:
-        self.bus = trainbus.Bus()
-        self.records: list[Record] = []
-        self.bus.subscribe(self.records.append)
-
-    def of(self, kind: type[Any]) -> list[Any]:
-        """Return the events of one type."""
-        return [r.event for r in self.records if isinstance(r.event, kind)]
-
-    @property
-    def names(self) -> list[str]:
-        """The names of all events."""
-        return [event_name(r.event) for r in self.records]
+class Heard(Listener):
+    """What is heard of algorithms."""
 
     @property
     def metrics(self) -> list[tuple[int | None, str, set[str]]]:
@@ -730,16 +714,6 @@ def test_the_hook_attaches_what_learns(tmp_path: Path) -> None:
     )
     assert 0 == done.returncode, done.stderr
     assert ["1 2", "1 2", "1"] == done.stdout.splitlines()
-
-
-def test_what_the_adapter_needs_is_there() -> None:
-    """Everything of the framework that the adapter relies on can be found."""
-    for need in adapter.NEEDS:
-        module, _, path = need.partition(":")
-        found: Any = importlib.import_module(module)
-        for name in path.split("."):
-            found = getattr(found, name)
-        assert found is not None
 
 
 def test_an_import_loads_no_framework(tmp_path: Path) -> None:

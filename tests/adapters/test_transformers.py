@@ -157,16 +157,6 @@ def plot(records: list[Record]) -> list[str]:
     return found
 
 
-def test_what_it_relies_on_is_there() -> None:
-    """Each name in `NEEDS` leads to something in the installed transformers."""
-    for need in adapter.NEEDS:
-        module, _, path = need.partition(":")
-        found: Any = importlib.import_module(module)
-        for name in path.split("."):
-            assert hasattr(found, name), need
-            found = getattr(found, name)
-
-
 def test_an_epoch_holds_its_evaluation_and_its_checkpoint(tmp_path: Path) -> None:
     """Events come in the order of what they tell, and each once."""
     assert [

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -19,17 +20,16 @@ import pytest
 from trainbus.sinks.clearml import ClearmlOptions, ClearmlSink
 
 import trainbus
+from support.records import CONTENT
+from support.records import records as make_records
 from trainbus import RunInfo, config
 from trainbus.errors import ConfigError, SinkError
 from trainbus.events import (
-    EVENT_TYPES,
     AlertRaised,
     ArtifactLogged,
     Best,
     ConfusionMatrixLogged,
     CurveLogged,
-    EpochEnded,
-    EpochStarted,
     Event,
     Failure,
     HistogramLogged,
@@ -65,7 +65,7 @@ class TestClearml(SinkConformance):
     extra = "clearml"
     heavy = ("matplotlib", "PIL")
     # Without run.started there is no run; epochs are nothing that ClearML shows.
-    keeps = tuple(set(EVENT_TYPES) - {RunStarted, EpochStarted, EpochEnded})
+    keeps = CONTENT
 
     def make(self, folder: Path) -> ClearmlSink:
         return ClearmlSink(ClearmlOptions(dir=str(folder), save_checkpoints="all"))
@@ -136,11 +136,7 @@ class Archive:
         self.artifacts = {artifact["name"]: artifact["file"] for artifact in artifacts}
 
 
-def records(*events: Event, attempt: int = 1) -> list[Record]:
-    return [
-        Record(seq=seq, run="r", time=0.0, event=event, attempt=attempt)
-        for seq, event in enumerate(events, 1)
-    ]
+records = partial(make_records, run="r")
 
 
 def log(

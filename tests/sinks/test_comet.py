@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -19,23 +20,21 @@ from trainbus.sinks._comet_experiment import import_comet
 from trainbus.sinks.comet import CometOptions, CometSink, experiment_key
 
 import trainbus
+from support.records import CONTENT
+from support.records import records as make_records
 from trainbus import RunInfo, config
 from trainbus.errors import ConfigError, SinkError
 from trainbus.events import (
-    EVENT_TYPES,
     ArtifactLogged,
     Best,
     ConfusionMatrixLogged,
     CurveLogged,
-    EpochEnded,
-    EpochStarted,
     Event,
     Failure,
     HistogramLogged,
     ImageLogged,
     MetricsLogged,
     ParamsUpdated,
-    Record,
     RunEnded,
     RunStarted,
     TableLogged,
@@ -72,7 +71,7 @@ class TestComet(SinkConformance):
     extra = "comet"
     heavy = ("matplotlib", "PIL")
     # Without run.started there is no run; epochs are nothing that Comet shows.
-    keeps = tuple(set(EVENT_TYPES) - {RunStarted, EpochStarted, EpochEnded})
+    keeps = CONTENT
     reopens = False  # an archive can't be asked, or gone on in: what is taken anew is a second one
 
     def make(self, folder: Path) -> CometSink:
@@ -134,11 +133,7 @@ class Archive:
         return found["file_path"]
 
 
-def records(*events: Event, attempt: int = 1) -> list[Record]:
-    return [
-        Record(seq=seq, run="r", time=0.0, event=event, attempt=attempt)
-        for seq, event in enumerate(events, 1)
-    ]
+records = partial(make_records, run="r")
 
 
 def archives(folder: Path) -> list[Archive]:

@@ -9,6 +9,7 @@ import json
 import math
 import subprocess
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import yaml
 from trainbus.sinks.dvclive import DvcliveOptions, DvcliveSink
 
 import trainbus
+from support.records import records as make_records
 from trainbus import RunInfo, config
 from trainbus.errors import ConfigError, SinkError
 from trainbus.events import (
@@ -35,7 +37,6 @@ from trainbus.events import (
     ImageLogged,
     MetricsLogged,
     ParamsUpdated,
-    Record,
     RunEnded,
     RunStarted,
     TableLogged,
@@ -92,11 +93,7 @@ def log(folder: Path, *events: Event, started: RunStarted | None = None, **optio
     return folder
 
 
-def records(*events: Event, attempt: int = 1) -> list[Record]:
-    return [
-        Record(seq=seq, run="r", time=0.0, event=event, attempt=attempt)
-        for seq, event in enumerate(events, 1)
-    ]
+records = partial(make_records, run="r")
 
 
 def curve(folder: Path, name: str) -> list[tuple[int, float]]:

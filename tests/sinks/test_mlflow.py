@@ -8,6 +8,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from trainbus.sinks.mlflow import MlflowOptions, MlflowSink
 
 import trainbus
 from support.mlflow_server import Server, database
+from support.records import CONTENT
+from support.records import records as make_records
 from trainbus import Bus, RunInfo, SinkError, config
 from trainbus.events import (
     AlertRaised,
@@ -33,7 +36,6 @@ from trainbus.events import (
     MetricsLogged,
     ModelDescribed,
     ParamsUpdated,
-    Record,
     RunEnded,
     RunStarted,
     TableLogged,
@@ -59,21 +61,7 @@ class TestMlflow(SinkConformance):
     package = "mlflow"
     extra = "mlflow"
     heavy = ("sqlalchemy", "pandas", "matplotlib", "PIL")
-    keeps = (
-        ParamsUpdated,
-        ModelDescribed,
-        MetricsLogged,
-        ImageLogged,
-        CurveLogged,
-        ConfusionMatrixLogged,
-        TableLogged,
-        HistogramLogged,
-        TextLogged,
-        CheckpointSaved,
-        ArtifactLogged,
-        AlertRaised,
-        RunEnded,
-    )
+    keeps = CONTENT
 
     def make(self, folder: Path) -> MlflowSink:
         return MlflowSink(options(folder))
@@ -126,12 +114,7 @@ def content(folder: Path, uri: str | None = None) -> list[dict[str, Any]]:
 RUN = RunInfo(id="run", started=RunStarted(name="a run", project="shapes"))
 
 
-def records(*events: Event, attempt: int = 1, first: int = 1) -> list[Record]:
-    """Return the events as records, a second apart."""
-    return [
-        Record(seq=seq, run="run", time=1_700_000_000.5 + seq, event=event, attempt=attempt)
-        for seq, event in enumerate(events, first)
-    ]
+records = partial(make_records, time=1_700_000_000.5)
 
 
 def stored(folder: Path, *events: Event, **others: Any) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ import swanlab
 import yaml
 from swanlab.proto.swanlab.record.v1.record_pb2 import Record as SwanlabRecord
 from swanlab.sdk.internal.core_python.store import DataStoreReader
-from trainbus.sinks.swanlab import NEEDS, SwanlabOptions, SwanlabSink
+from trainbus.sinks.swanlab import SwanlabOptions, SwanlabSink
 
 import trainbus
+from support.records import CONTENT, records
 from trainbus import config
 from trainbus.events import (
     AlertRaised,
@@ -38,7 +39,6 @@ from trainbus.events import (
     MetricsLogged,
     ModelDescribed,
     ParamsUpdated,
-    Record,
     Resumed,
     RunEnded,
     RunStarted,
@@ -112,21 +112,7 @@ class TestSwanlab(SinkConformance):
     package = "swanlab"
     extra = "swanlab"
     heavy = ("matplotlib", "PIL", "pyecharts")
-    keeps = (
-        ParamsUpdated,
-        ModelDescribed,
-        MetricsLogged,
-        ImageLogged,
-        CurveLogged,
-        ConfusionMatrixLogged,
-        TableLogged,
-        HistogramLogged,
-        TextLogged,
-        CheckpointSaved,
-        ArtifactLogged,
-        AlertRaised,
-        RunEnded,
-    )
+    keeps = CONTENT
 
     def make(self, folder: Path) -> SwanlabSink:
         """Store in a folder of the suite's."""
@@ -145,14 +131,6 @@ def opened(folder: Path, run: trainbus.RunInfo = RUN, **options: Any) -> Swanlab
     return sink
 
 
-def records(*events: Event, attempt: int = 1) -> list[Record]:
-    """Return events as the records of the run."""
-    return [
-        Record(seq=seq, run="run", time=1.0, event=event, attempt=attempt)
-        for seq, event in enumerate(events, 1)
-    ]
-
-
 def log(folder: Path, *events: Event, **options: Any) -> dict[str, Any]:
     """Log events to a run, and return what SwanLab has of it."""
     sink = opened(folder, **options)
@@ -165,15 +143,6 @@ def log(folder: Path, *events: Event, **options: Any) -> dict[str, Any]:
 def metric(value: float, *, name: str = "loss", **more: Any) -> MetricsLogged:
     """Return one training metric."""
     return MetricsLogged(values={name: value}, phase="train", **more)
-
-
-def test_everything_it_needs_is_there() -> None:
-    """What the sink relies on resolves in the SwanLab that is installed."""
-    for need in NEEDS:
-        module, _, path = need.partition(":")
-        found: Any = import_module(module)
-        for part in path.split("."):
-            found = getattr(found, part)
 
 
 def test_metrics_keep_their_values_and_steps(tmp_path: Path) -> None:
@@ -465,6 +434,19 @@ def test_the_process_is_as_it_was(tmp_path: Path) -> None:
     after = sys.excepthook, signal.getsignal(signal.SIGINT), sys.stdout, dict(os.environ)
     assert before == meanwhile == after
     assert not swanlab.has_run()
+
+
+def test_a_run_that_was_closed_watches_nothing(tmp_path: Path) -> None:
+    """There are as many threads and inotify instances as before: a sweep may have many runs."""
+    log(tmp_path / "first")
+
+    def watching() -> tuple[int, int]:
+        names = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.exists()]
+        return threading.active_count(), names.count("anon_inode:inotify")
+
+    before = watching()
+    log(tmp_path / "second")
+    assert before == watching()
 
 
 def test_nothing_of_the_machine_is_collected(tmp_path: Path) -> None:

@@ -19,9 +19,10 @@ import pytest
 import trackio
 import trackio.fragments
 from trackio.sqlite_storage import SQLiteStorage
-from trainbus.sinks.trackio import NEEDS, TrackioOptions, TrackioSink
+from trainbus.sinks.trackio import TrackioOptions, TrackioSink
 
 import trainbus
+from support.records import CONTENT, records
 from trainbus import config
 from trainbus.events import (
     AlertRaised,
@@ -35,7 +36,6 @@ from trainbus.events import (
     MetricsLogged,
     ModelDescribed,
     ParamsUpdated,
-    Record,
     Resumed,
     RunEnded,
     RunStarted,
@@ -112,21 +112,7 @@ class TestTrackio(SinkConformance):
     package = "trackio"
     extra = "trackio"
     heavy = ("matplotlib", "PIL")
-    keeps = (
-        ParamsUpdated,
-        ModelDescribed,
-        MetricsLogged,
-        ImageLogged,
-        CurveLogged,
-        ConfusionMatrixLogged,
-        TableLogged,
-        HistogramLogged,
-        TextLogged,
-        CheckpointSaved,
-        ArtifactLogged,
-        AlertRaised,
-        RunEnded,
-    )
+    keeps = CONTENT
 
     def make(self, folder: Path) -> TrackioSink:
         """Store in a folder of the suite's."""
@@ -147,14 +133,6 @@ def opened(folder: Path, run: trainbus.RunInfo = RUN, **options: Any) -> Trackio
     return sink
 
 
-def records(*events: Event, attempt: int = 1, first: int = 1) -> list[Record]:
-    """Return events as the records of the run."""
-    return [
-        Record(seq=seq, run="run", time=1.0 + seq, event=event, attempt=attempt)
-        for seq, event in enumerate(events, first)
-    ]
-
-
 def log(folder: Path, *events: Event, **options: Any) -> dict[str, Any]:
     """Log events to a run, and return what Trackio has of it."""
     sink = opened(folder, **options)
@@ -167,15 +145,6 @@ def log(folder: Path, *events: Event, **options: Any) -> dict[str, Any]:
 def metric(value: float, *, name: str = "loss", **more: Any) -> MetricsLogged:
     """Return one training metric."""
     return MetricsLogged(values={name: value}, phase="train", **more)
-
-
-def test_everything_it_needs_is_there() -> None:
-    """What the sink relies on resolves in the Trackio that is installed."""
-    for need in NEEDS:
-        module, _, path = need.partition(":")
-        found: Any = sys.modules.get(module) or __import__(module, fromlist=["_"])
-        for part in path.split("."):
-            found = getattr(found, part)
 
 
 def test_metrics_keep_their_values_and_steps(tmp_path: Path) -> None:

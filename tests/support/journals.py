@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from trainbus import events as ev
-from trainbus.journal import Journal, seal
-from trainbus.reading import Entry, RecordFile, RunReader
+from trainbus.journal import Journal
+from trainbus.lines import seal
+from trainbus.reading import RunReader
+from trainbus.recordfile import Entry, RecordFile
 from trainbus.runfolder import RunFolder
 
 SAMPLE: tuple[ev.Event, ...] = (

@@ -20,9 +20,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from trainbus import Bus, JournalSpec
-from trainbus.delivery import Route, SinkWorker
+from trainbus.delivery import SinkWorker
+from trainbus.endings import recover
 from trainbus.events import MetricsLogged, RunStarted, TextLogged
-from trainbus.reading import Files, RunReader, recover
+from trainbus.files import Files
+from trainbus.reading import RunReader
+from trainbus.route import Route
 from trainbus.runfolder import RunFolder
 from trainbus.testing import MemorySink
 

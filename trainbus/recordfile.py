@@ -1,0 +1,182 @@
+"""Reads one records file, whatever happened to it, also while it is being written.
+
+Guarantees: every whole record is returned, in order; a damaged line costs itself alone and is
+counted; a torn last line is left until it is whole; nothing in it decides how much memory is taken.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from trainbus.blobs import Blob, Blobs
+from trainbus.errors import JournalError
+from trainbus.events import Codec, Record
+from trainbus.lines import LONGEST_LINE, unseal
+from trainbus.runfolder import RunFolder, is_run_id, open_within
+
+_CHUNK = 2**20
+_START = b'{"crc":"'
+_MAX_FAULTS = 100
+_MAX_PARTS = 100
+
+
+class _Blobs(msgspec.Struct):
+    blobs: list[Blob] = []
+
+
+_BLOBS = msgspec.json.Decoder(_Blobs)
+
+
+class Entry(NamedTuple):
+    """A record as it stands in the journal, and the copies of the files that it names."""
+
+    record: Record
+    blobs: Sequence[Blob]
+
+
+class RecordFile:
+    """One records file; `read` returns what has come since."""
+
+    def __init__(self, folder: RunFolder, path: Path, *, offset: int = 0) -> None:
+        self._folder = folder
+        self._path = path
+        self._codec = Codec(load=Blobs(folder).load)
+        self._fd: int | None = None
+        self._offset = offset
+        self._rest = b""
+        self._skips = False
+        self._bad = 0
+        self._is_in_piece = False
+        # An attempt begins with 1; the end that was written in its place has any seq.
+        is_whole = offset == 0 and not path.stem.endswith("-end")
+        self._last_seq: int | None = 0 if is_whole else None
+        self.damaged = 0
+        """Records that can't be read."""
+        self.faults: list[str] = []
+        """What is wrong with some of them."""
+        self.missing = 0
+        """Records that are not there at all, as their numbers tell."""
+
+    @property
+    def offset(self) -> int:
+        """Where in the file the first line begins that was not returned yet."""
+        return self._offset
+
+    @property
+    def torn(self) -> int:
+        """Bytes after the last line feed that `read` has seen."""
+        return len(self._rest)
+
+    def exists(self) -> bool:
+        """Return whether there is a file."""
+        return self._path.exists()
+
+    def read(self, limit: int = 500) -> list[Entry]:
+        """Return at most `limit` further records, fewer only if the file has no more.
+
+        Raises:
+            JournalError: the file is a link, or no plain file.
+        """
+        found: list[Entry] = []
+        while len(found) < limit:
+            end = self._rest.find(b"\n")
+            if end < 0:
+                if not self._fill():
+                    break
+                continue
+            self._take(end, limit, found)
+        return found
+
+    def close(self) -> None:
+        """Close the file."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def finish(self) -> None:
+        """Count what is damaged at the end of a file that gets no more lines."""
+        self.damaged += self._bad
+        self._bad = 0
+
+    def _take(self, end: int, limit: int, found: list[Entry]) -> None:
+        """Take lines that are whole from what was read, as many as are wanted."""
+        start, rest = 0, self._rest
+        while end >= 0 and len(found) < limit:
+            line = rest[start:end]
+            if self._skips:  # the end of a line that was too long to be kept
+                self._skips = False
+            else:
+                self._line(line, found)
+            start = end + 1
+            end = rest.find(b"\n", start)
+        self._offset += start
+        self._rest = rest[start:]
+
+    def _line(self, line: bytes, found: list[Entry]) -> None:
+        body = unseal(line)
+        if body is None:
+            # A flipped bit may be a line feed, and make two pieces of one line.
+            self._bad += not (self._is_in_piece and not line.startswith(_START))
+            self._is_in_piece = not line.endswith(b"}")
+            # A lost line feed makes one line of two, of which the second is whole.
+            body = _whole_part(line)
+            if body is None:
+                return
+        try:
+            record = self._codec.decode(body)
+            blobs = blobs_of(body) if body.startswith(b'{"blobs":') else ()
+            if not is_run_id(record.run):
+                raise JournalError(f"refused a record of run {record.run[:80]!r}")
+        except (msgspec.DecodeError, JournalError, ValueError, RecursionError) as error:
+            if len(self.faults) < _MAX_FAULTS:
+                self.faults.append(str(error))
+            self._bad += 1
+            return
+        self._count(record.seq)
+        found.append(Entry(record, blobs))
+
+    def _count(self, seq: int) -> None:
+        gap = 0 if self._last_seq is None else seq - self._last_seq - 1
+        damaged = min(self._bad, gap) if gap > 0 and self._last_seq is not None else self._bad
+        self.damaged += damaged
+        self.missing += max(gap - damaged, 0)
+        self._bad = 0
+        self._is_in_piece = False
+        self._last_seq = seq
+
+    def _fill(self) -> bool:
+        if self._fd is None:
+            try:
+                self._fd = open_within(self._folder.path, self._path)
+            except OSError:
+                return False
+        chunk = os.pread(self._fd, _CHUNK, self._offset + len(self._rest))
+        self._rest += chunk
+        if len(self._rest) > LONGEST_LINE and b"\n" not in chunk:
+            self._bad += not self._skips
+            self._skips = True
+            self._offset += len(self._rest)
+            self._rest = b""
+        return bool(chunk)
+
+
+def _whole_part(line: bytes) -> bytes | None:
+    """Return the whole line that a damaged one ends with, if its line feed was lost."""
+    at = 0
+    for _ in range(_MAX_PARTS):
+        at = line.find(_START, at + 1)
+        if at < 0:
+            break
+        if body := unseal(line[at:]):
+            return body
+    return None
+
+
+def blobs_of(body: bytes) -> list[Blob]:
+    """Return the copies of files that a record names, given without its checksum."""
+    return _BLOBS.decode(body).blobs
