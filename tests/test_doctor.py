@@ -99,6 +99,16 @@ def test_what_is_not_installed_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> N
     )
 
 
+def test_a_hook_that_is_gone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody calls a hook of `trainbus run` before a training, which would then log nothing."""
+    point = EntryPoint("frame", "trainbus.hooking:no_such_hook", registry.HOOKS)
+    monkeypatch.setattr(
+        registry, "plugins", lambda group: {"frame": point} if group == point.group else {}
+    )
+    (found,) = examine()
+    assert found.state.startswith("can't be imported: its hook trainbus.hooking:no_such_hook: Attr")
+
+
 @pytest.mark.parametrize(("missing", "code"), [([], 0), (["frame:Trainer.fit"], 1)])
 def test_the_command_says_what_is_found(
     monkeypatch: pytest.MonkeyPatch, missing: list[str], code: int

@@ -103,6 +103,39 @@ def test_sys_exit_in_a_with_block_is_a_stop(tmp_path: Path) -> None:
     assert "stopped" == events[-1].status
 
 
+def test_an_exception_that_is_only_shown_ends_nothing(tmp_path: Path) -> None:
+    """Who calls `sys.excepthook` and goes on, as extensions in C do, has a run that goes on."""
+    source = """
+    try:
+        1 / 0
+    except ZeroDivisionError:
+        sys.excepthook(*sys.exc_info())
+    run.log({"loss": 2.0}, step=2)
+    run.__exit__(None, None, None)
+    """
+    done, events = ended(tmp_path, source)
+    assert (0, 1) == (done.returncode, done.stderr.count("ZeroDivisionError: "))
+    assert 2 == sum(type(event) is MetricsLogged for event in events)
+    assert "finished" == events[-1].status
+
+
+def test_a_hook_that_calls_ours_is_heard(tmp_path: Path) -> None:
+    """The run fails of an exception that ends a module that is run, too, behind another's hook."""
+    (tmp_path / "program.py").write_text(
+        textwrap.dedent(START)
+        + textwrap.dedent(
+            """
+            found = sys.excepthook
+            sys.excepthook = lambda *about: found(*about)
+            1 / 0
+            """
+        )
+    )
+    done, events = ended(tmp_path, "", head="import runpy; runpy.run_module('program')")
+    assert 1 == done.returncode
+    assert ("failed", "ZeroDivisionError") == (events[-1].status, events[-1].error.type)
+
+
 def test_handlers_of_others_stay(tmp_path: Path) -> None:
     """Hooks that were there before are called and are back afterwards; a SIGTERM handler stays."""
     head = """

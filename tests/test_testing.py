@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import random
@@ -10,6 +11,7 @@ import re
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import SkipTest, mock
@@ -23,6 +25,7 @@ from trainbus import (
     Bus,
     Detach,
     Emit,
+    JournalSpec,
     MissingPackageError,
     Options,
     Record,
@@ -30,6 +33,7 @@ from trainbus import (
     Sink,
     registry,
 )
+from trainbus import bus as bus_module
 from trainbus.events import (
     CurveLogged,
     EpochEnded,
@@ -44,8 +48,10 @@ from trainbus.events import (
     UnknownEvent,
     decode,
     encode,
+    ended_by,
     event_name,
 )
+from trainbus.hooking import guarded
 from trainbus.testing import (
     AdapterConformance,
     MemorySink,
@@ -411,6 +417,44 @@ class TestHealthyAdapter(TinySuite):
     """A healthy adapter passes every check."""
 
 
+class TellsTheError(tinytrainer.Reporter):
+    def on_exception(self, trainer: tinytrainer.Trainer, error: BaseException) -> None:
+        self.emit(ended_by(error))
+
+
+class TestWrappingFramework(TinySuite):
+    """A framework that makes its own exception of the user's passes, where the suite is told so."""
+
+    adapter = staticmethod(partial(tinytrainer.attach, kind=TellsTheError))
+
+    def start(self, folder: Path, epochs: int) -> Training:
+        training = tinytrainer.setup(folder, epochs)
+
+        def run() -> None:
+            try:
+                training.run()
+            except BaseException:
+                raise RuntimeError("training failed") from None
+
+        return dataclasses.replace(training, run=run, raises=RuntimeError, resume=None)
+
+
+def test_the_suite_keeps_its_journals_to_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever runs it has no folder more than before."""
+    monkeypatch.setattr(bus_module, "JournalSpec", JournalSpec)  # not below a folder of this test
+    monkeypatch.chdir(tmp_path)
+
+    class Suite(TinySuite):
+        """One that nothing was trained for yet."""
+
+    Suite().test_obeys_the_grammar()
+    Suite().test_resumes()
+    Suite().test_survives_copies_and_pickles()
+    assert [] == list(tmp_path.iterdir())
+
+
 class FinishesAnyway(tinytrainer.Reporter):
     def on_exception(self, trainer: tinytrainer.Trainer, error: BaseException) -> None:
         self.on_fit_end(trainer)
@@ -457,6 +501,13 @@ class DrawsRandomNumbers(tinytrainer.Reporter):
     def on_epoch_start(self, trainer: tinytrainer.Trainer) -> None:
         random.random()
         super().on_epoch_start(trainer)
+
+
+class FailsUnseen(tinytrainer.Reporter):
+    @guarded
+    def on_epoch_start(self, trainer: tinytrainer.Trainer) -> None:
+        super().on_epoch_start(trainer)
+        raise ValueError("nobody hears it")
 
 
 class LooksAtTheBus(tinytrainer.Reporter):
@@ -545,6 +596,7 @@ def _forget() -> Iterator[None]:
     ("broken", "check", "error"),
     [
         (LeavesEpochsOpen, "test_obeys_the_grammar", AssertionError),
+        (FailsUnseen, "test_obeys_the_grammar", AssertionError),
         (CountsFromOne, "test_reports_every_epoch", AssertionError),
         (EmitsNumpy, "test_emits_plain_values", AssertionError),
         (DrawsRandomNumbers, "test_leaves_the_result_unchanged", AssertionError),

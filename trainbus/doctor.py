@@ -54,6 +54,17 @@ def examine() -> Iterator[Finding]:
             package = point.name if group == registry.ADAPTERS else plugin.service
             if package is not None:
                 yield _examine(point, package, home, names.get(package, [package])[0])
+    yield from _broken_hooks()
+
+
+def _broken_hooks() -> Iterator[Finding]:
+    """Yield the hooks of `trainbus run` that can't be loaded."""
+    for point in registry.plugins(registry.HOOKS).values():
+        try:
+            point.load()
+        except Exception as error:
+            fault = f"its hook {point.value}: {type(error).__name__}: {error}"
+            yield Finding(package=point.name, installed="?", tested="", missing=[], fault=fault)
 
 
 def _examine(point: EntryPoint, package: str, home: object, distribution: str) -> Finding:

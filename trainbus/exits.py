@@ -94,8 +94,20 @@ def _on_exception(
     try:
         (_before.get("excepthook") or sys.__excepthook__)(kind, error, trace)
     finally:
-        for run in list(_open):
-            run.end(error)
+        if _is_over():
+            for run in list(_open):
+                run.end(error)
+
+
+def _is_over() -> bool:
+    """Return whether the program is over: when the interpreter calls a hook, it has no caller.
+
+    Others call the hook to print an exception that they ignore, as extensions in C do.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_back is not None:
+        frame = frame.f_back
+    return frame is None or frame.f_code.co_name not in ("<module>", "_run_module_as_main")
 
 
 def _on_thread_exception(args: threading.ExceptHookArgs) -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any, Literal, TypeVar
@@ -59,7 +60,8 @@ def guarded(hook: _Hook) -> _Hook:
     """Decorate a method that a framework calls: what goes wrong in it never reaches the training.
 
     A guarded hook that fails returns None, and says so once. Only a sink with `on_error: raise`
-    stops a training.
+    stops a training. Where the framework looks at what a hook returns, guard an inner method, and
+    return from the outer one.
     """
 
     @wraps(hook)
@@ -73,9 +75,9 @@ def guarded(hook: _Hook) -> _Hook:
             if hook.__name__ not in said:
                 said.add(hook.__name__)
                 logger.warning(
-                    "%s of %s went wrong, its events are missing: %s: %s",
+                    "%s of %s went wrong, its events are missing: %s: %s (%s)",
                     *(hook.__name__.lstrip("_"), type(self).__module__),
-                    *(type(error).__name__, error),
+                    *(type(error).__name__, error, _place_of(error)),
                 )
             return None
 
@@ -97,6 +99,12 @@ def late_class(module: str, name: str, mixin: type, base: Callable[[], type]) ->
         return made[0]
 
     return make
+
+
+def _place_of(error: BaseException) -> str:
+    """Return file and line that an exception was raised in."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    return f"{frame.f_code.co_filename}:{line}"
 
 
 class Reporter:
@@ -196,7 +204,10 @@ class Reporter:
         return every is not None and step % every == 0
 
     def end(self, reason: str | None = None, best: Best | None = None) -> None:
-        """Say that the training is over and went well, early or not."""
+        """Say that the training is over and went well, early or not.
+
+        An epoch that is under way is taken for completed.
+        """
         self._end(RunEnded(status="finished", reason=reason, best=best))
 
     def fail(self, error: BaseException, *, rank: int = 0, best: Best | None = None) -> None:

@@ -9,6 +9,7 @@ from trainbus.errors import NoAdapterError, PluginError, UnknownPluginError
 from trainbus.interfaces import Adapter, Sink
 
 SINKS = "trainbus.sinks"
+HOOKS = "trainbus.hooks"
 ADAPTERS = "trainbus.adapters"
 
 

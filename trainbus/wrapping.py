@@ -19,7 +19,8 @@ from trainbus.interfaces import Detach
 def wrap(target: Any, name: str, around: Callable[..., Any]) -> Detach:
     """Have `around(method, *args, **kwargs)` called in the place of one object's method.
 
-    A copy of the object is wrapped too, and a pickle is not: it can be loaded without trainbus.
+    A copy of the object is wrapped too, unless its class makes copies in its own way; a pickle is
+    not: it can be loaded without trainbus.
 
     Args:
         target: the object; others of its class are left alone.
