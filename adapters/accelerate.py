@@ -196,8 +196,7 @@ def attach(target: Any, emit: Emit) -> Detach:
     from accelerate import Accelerator
 
     if isinstance(target, _Hooks):
-        target.report.connect(emit)
-        return target.detach
+        return target.report.connect(emit, target.detach)
     if not isinstance(target, Accelerator):
         raise AttachError(
             f"expected an Accelerator or a BusTracker, found {type(target).__qualname__}; "

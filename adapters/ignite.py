@@ -46,8 +46,7 @@ def attach(target: Any, emit: Emit) -> Detach:
     from ignite.engine import Engine
 
     if isinstance(target, BusLogger):
-        target.report.connect(emit)
-        return target.close
+        return target.report.connect(emit, target.close)
     if not isinstance(target, Engine):
         raise AttachError(
             f"expected an ignite Engine that trains, found {type(target).__qualname__}; attach "

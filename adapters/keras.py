@@ -51,8 +51,7 @@ def attach(target: Any, emit: Emit) -> Detach:
 
     if isinstance(target, _Hooks):
         target.is_users = True
-        target.report.connect(emit)
-        return target.detach
+        return target.report.connect(emit, target.detach)
     if not isinstance(target, keras.Model):
         raise AttachError(
             f"expected a keras.Model or a BusCallback, found {type(target).__qualname__}; "

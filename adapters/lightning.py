@@ -55,8 +55,7 @@ def attach(target: Any, emit: Emit) -> Detach:
         AttachError: the object is neither.
     """
     if isinstance(target, _Hooks):
-        target.report.connect(emit)
-        return target.detach
+        return target.report.connect(emit, target.detach)
     if package_of(target) is None:
         raise AttachError(
             f"expected a Lightning Trainer, found {type(target).__qualname__}; "

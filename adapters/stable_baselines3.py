@@ -54,8 +54,7 @@ def attach(target: Any, emit: Emit) -> Detach:
         AttachError: the object is neither.
     """
     if isinstance(target, _Hooks):
-        target.report.connect(emit)
-        return target.detach
+        return target.report.connect(emit, target.detach)
     from stable_baselines3.common.base_class import BaseAlgorithm
 
     if not isinstance(target, BaseAlgorithm):

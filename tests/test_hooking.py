@@ -307,14 +307,18 @@ def test_a_run_of_one_bus_does_not_go_on_in_another() -> None:
     """A callback that is given to a second bus begins there anew; the first has let go of it."""
     first, second = Heard(), Heard()
     report = Reporter()
-    detach = report.connect(first)
+    released: list[str] = []
+    detach = report.connect(first, lambda: released.append("first"))
     report.start(RunStarted())
-    report.connect(second)
+    again = report.connect(second, lambda: released.append("second"))
     report.metrics({"loss": 1.0}, "train")
     assert [] == second.events
     detach()
     report.start(RunStarted())
     assert [RunStarted()] == second.events
+    again()
+    assert ["second"] == released
+    assert not report.active
 
 
 def test_another_rank_tells_its_failure_alone() -> None:

@@ -133,13 +133,19 @@ class Reporter:
         self.__init__(state["emit"])  # type: ignore[misc]
         self.active = state["active"]
 
-    def connect(self, emit: Emit) -> Detach:
-        """Report to `emit` from the next run on; returns what ends it."""
+    def connect(self, emit: Emit, release: Callable[[], object] = lambda: None) -> Detach:
+        """Report to `emit` from the next run on; returns what ends it.
+
+        Args:
+            emit: where the events go.
+            release: called first when it is ended, unless another `emit` was connected since.
+        """
         self.emit, self.active = emit, True
         self.is_open, self.epoch = False, None
 
         def detach() -> None:
             if self.emit is emit:  # and not of another bus by now
+                release()
                 self.active = False
 
         return detach

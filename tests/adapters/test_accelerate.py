@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import trainbus
 from trainbus import AttachError, Bus
 from trainbus.emitter import MutedEmitter
 from trainbus.events import (
@@ -629,3 +630,14 @@ def test_a_failure_of_rank_1_is_the_end_of_the_run(idiom: str, tmp_path: Path) -
     assert "failed" == events[-1].status
     assert "rank 1: ValueError: boom on rank 1" == events[-1].reason
     assert "boom on rank 1" in events[-1].error.traceback
+
+
+def test_a_tracker_that_goes_to_a_second_bus_stays_with_it() -> None:
+    """The first bus, when it is closed, has let go of it."""
+    first, second = trainbus.Bus(), trainbus.Bus()
+    given = tracker(first)
+    second.attach(given)
+    first.close()
+    assert given.report.active
+    second.close()
+    assert not given.report.active

@@ -732,3 +732,14 @@ def test_the_hook_goes_on_after_an_error(
     setup.run(1)
     assert ["failed", "finished"] == [e.status for e in heard.of(RunEnded)]
     assert [broken.trainer, setup.trainer] == attached
+
+
+def test_a_logger_that_goes_to_a_second_bus_stays_with_it() -> None:
+    """The first bus, when it is closed, has let go of it."""
+    first, second = trainbus.Bus(), trainbus.Bus()
+    given = BusLogger(first)
+    second.attach(given)
+    first.close()
+    assert given.report.active
+    second.close()
+    assert not given.report.active

@@ -807,3 +807,14 @@ def test_a_failure_of_another_rank_is_told(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ZeroDivisionError):
         fit(model, at_epoch(1, throw(error)))
     assert [(2, error)] == emit.heard
+
+
+def test_a_callback_that_goes_to_a_second_bus_stays_with_it() -> None:
+    """The first bus, when it is closed, has let go of it."""
+    first, second = trainbus.Bus(), trainbus.Bus()
+    given = callback_class()(first)
+    second.attach(given)
+    first.close()
+    assert given.report.active
+    second.close()
+    assert not given.report.active

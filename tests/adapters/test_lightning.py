@@ -20,6 +20,7 @@ import torch
 from msgspec import structs
 from trainbus.adapters import lightning as adapter
 
+import trainbus
 from support import lightning_ddp, torchvision_cpu
 from support.journals import read_run
 from support.lightning_ddp import QUIET, Steps, Tiny, data
@@ -720,3 +721,14 @@ def test_two_processes_are_one_run(two_processes: dict[str, Any], strategy: str)
     assert ("failed", "rank 1: RuntimeError: boom on rank 1") == (end.status, end.reason)
     assert [0, 1] == [event.epoch for event in bad.of(EpochStarted)]
     assert 0 != process.returncode
+
+
+def test_a_callback_that_goes_to_a_second_bus_stays_with_it() -> None:
+    """The first bus, when it is closed, has let go of it."""
+    first, second = trainbus.Bus(), trainbus.Bus()
+    given = adapter.BusCallback(first)
+    second.attach(given)
+    first.close()
+    assert given.report.active
+    second.close()
+    assert not given.report.active

@@ -726,3 +726,14 @@ def test_an_import_loads_no_framework(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
     assert "[]" == done.stdout.strip(), done.stderr
+
+
+def test_a_callback_that_goes_to_a_second_bus_stays_with_it() -> None:
+    """The first bus, when it is closed, has let go of it."""
+    first, second = trainbus.Bus(), trainbus.Bus()
+    given = adapter.BusCallback(first)
+    second.attach(given)
+    first.close()
+    assert given.report.active
+    second.close()
+    assert not given.report.active

@@ -521,27 +521,12 @@ def test_every_run_has_an_archive(tmp_path: Path, run: str) -> None:
     assert f"{command} {shlex.quote(str(path))}" == sink.where
 
 
-@pytest.fixture
-def _registered() -> None:
-    """The type is in the installed package's entry points."""
-    if "clearml" not in {e.name for e in trainbus_types()}:
-        pytest.skip("the entry point `clearml` is not registered")
-
-
-def trainbus_types() -> Any:
-    from importlib.metadata import entry_points
-
-    return entry_points(group="trainbus.sinks")
-
-
-@pytest.mark.usefixtures("_registered")
 def test_options_are_checked() -> None:
     """A choice that there is not is refused where the configuration is read."""
     with pytest.raises(ConfigError, match="save_checkpoints"):
         config.loads("sinks: {c: {type: clearml, save_checkpoints: some}}")
 
 
-@pytest.mark.usefixtures("_registered")
 def test_a_configured_bus_writes_an_archive(tmp_path: Path) -> None:
     """A run through a YAML configuration arrives, and `where` is the command that uploads it."""
     text = f"sinks: {{c: {{type: clearml, dir: '{tmp_path}/my out'}}}}"
