@@ -133,12 +133,10 @@ class _Hooks:
     def _run_stage(self, trainer: Any, method: Callable[..., Any], /, *args: Any) -> Any:
         """Stand around the training: by now all is set up, and Lightning handles the signals."""
         self._begin(trainer)
-        try:
-            return method(*args)
-        except BaseException as error:
-            if facts.is_launched(trainer):
-                self._fail(trainer, error)
-            raise
+        if facts.is_launched(trainer):
+            rank, best = partial(getattr, trainer, "global_rank"), partial(self._best, trainer)
+            method = partial(self.report.watch(rank, best), method)
+        return method(*args)
 
     @guarded
     def _begin(self, trainer: Any) -> None:
@@ -203,29 +201,16 @@ class _Hooks:
 
     @guarded
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        if trainer.state.fn == "fit" and not facts.is_launched(trainer):
-            self._fail(trainer, exception)
-
-    @guarded
-    def _fail(self, trainer: Any, error: BaseException) -> None:
-        if self._is_over:
+        if self._is_over or trainer.state.fn != "fit" or facts.is_launched(trainer):
             return
-        try:
-            self._tell_failure(trainer, error)
-        except SinkError:
-            raise
-        except Exception:
-            # Lightning's handler of SIGTERM talks to the other ranks, and raises wherever the
-            # signal finds this one if they are gone.
-            self._tell_failure(trainer, error)
-
-    def _tell_failure(self, trainer: Any, error: BaseException) -> None:
         self._is_over = True
-        if not self.report.is_open:  # it failed while it was set up
-            with suppress(SinkError):  # the user's own error is the one to see
-                self._begin(trainer)
-        self._wraps.close()
-        self.report.fail(error, rank=trainer.global_rank, best=self._best(trainer))
+        try:
+            if not self.report.is_open:  # it failed while it was set up
+                with suppress(SinkError):  # the user's own error is the one to see
+                    self._begin(trainer)
+            self._wraps.close()
+        finally:
+            self.report.fail(exception, rank=trainer.global_rank, best=self._best(trainer))
 
     @guarded
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:

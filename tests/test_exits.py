@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -9,17 +10,21 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from trainbus import Bus, replay
+from support.journals import read_run
+from support.signals import SignalAt
+from trainbus import Bus, JournalSpec, replay
 from trainbus.endings import recover
-from trainbus.events import MetricsLogged, RunEnded
+from trainbus.events import MetricsLogged, RunEnded, RunStarted
+from trainbus.hooking import Reporter
 from trainbus.reading import RunReader
 from trainbus.runfolder import RunFolder
-from trainbus.testing import check_grammar
+from trainbus.testing import MemorySink, check_grammar
 
 START = """
 import atexit, os, signal, sys, threading, time
@@ -326,6 +331,50 @@ def test_a_forked_child_leaves_the_run_to_its_parent(tmp_path: Path) -> None:
     done, events = ended(tmp_path, source)
     assert 0 == done.returncode, done.stderr
     assert ("finished", 4) == (events[-1].status, len(events))
+
+
+@pytest.mark.parametrize("is_watched", [True, False], ids=["watched", "told"])
+def test_a_handler_that_raises_leaves_the_failure_its_end(is_watched: bool, tmp_path: Path) -> None:
+    """Whichever line a signal comes at, whose handler raises, the run that failed ends as failed.
+
+    Torch ends the other processes of a training by SIGTERM when one has failed, and Lightning's
+    handler then talks to those that are gone.
+    """
+    ends = []
+    for at in itertools.count(1 if is_watched else 2):  # the first is the `try` of `Reporter.fail`
+        folder = tmp_path / str(at)
+        signalled = SignalAt(at, f"{os.sep}trainbus{os.sep}")
+        sinks = {"kept": MemorySink()} if is_watched else {}
+        with Bus(sinks, isolation="thread", journal=JournalSpec(dir=str(folder))) as bus:
+            report = Reporter(bus._emitter())
+            with signalled.ready() as begin, pytest.raises(ValueError, match="mine"):
+                fail(report, is_watched, begin)
+        (path,) = folder.glob("run_*")
+        found = [record.event for record in read_run(RunReader(RunFolder(path)))]
+        if not signalled.came_at:
+            break
+        ends.append([e.reason for e in found if isinstance(e, RunEnded)])
+    assert 100 < len(ends)
+    assert [["ValueError: mine"]] * len(ends) == ends
+
+
+def fail(report: Reporter, is_watched: bool, begin: Callable[[], None]) -> None:
+    """Have a training fail, which a framework's entry call is watched for, or a hook hears of."""
+
+    def train() -> None:
+        report.start(RunStarted())
+        if is_watched:
+            begin()
+        raise ValueError("mine")
+
+    if is_watched:
+        report.watch()(train)
+    try:
+        train()
+    except ValueError as error:
+        begin()
+        report.fail(error)
+        raise
 
 
 THREADS = """

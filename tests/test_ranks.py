@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from trainbus import ranks
+from trainbus import Bus, ranks
 from trainbus.events import MetricsLogged, RunEnded, RunStarted, decode
 from trainbus.journal import Journal
 from trainbus.runfolder import RunFolder
@@ -232,3 +232,22 @@ def test_a_note_of_a_job_that_is_gone_is_not_believed(
     journal.close()
     assert not ranks.report([tmp_path], 2, error, time.time())
     assert [0, 1] == folder.ranks(1)
+
+
+def test_a_rank_that_can_not_be_read_leaves_the_run_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies where another rank's records would be costs its cause, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="mine"), Bus() as bus:
+        fail_beside_what_is_no_file(bus, tmp_path)
+    (run,) = runs(tmp_path)
+    assert "ValueError: mine" == events(run)[-1].reason
+
+
+def fail_beside_what_is_no_file(bus: Bus, folder: Path) -> None:
+    """Have a run fail when a folder has the name of rank 1's records."""
+    with bus.run(name="ranks"):
+        (run,) = runs(folder)
+        (run / "r1-a1.jsonl").mkdir()
+        raise ValueError("mine")

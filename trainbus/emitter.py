@@ -98,8 +98,8 @@ class Emitter:
             self._pending.append((event, self._nesting))
             if self._busy:
                 return
-            self._busy = True
             try:
+                self._busy = True
                 while self._pending:
                     following, nesting = self._pending.popleft()
                     self._nesting = nesting + 1
@@ -194,6 +194,26 @@ class Emitter:
         return reopen, (self._bus.rebuild,)
 
     def _take(self, event: Event) -> None:
+        if isinstance(event, RunEnded):
+            if self._run is not None:
+                self._finish(event)
+            return
+        ready = self._ready(event)
+        if ready is None:
+            return
+        if self._run is not None and type(ready) is not RunStarted:
+            self._record(ready)
+        elif isinstance(ready, RunStarted):
+            self.end_previous()
+            self._start(ready)
+        elif self._ended_once:
+            self._warn("late", f"dropped {event_name(ready)}: its run has ended")
+        else:
+            self._start(RunStarted())
+            self._record(ready)
+
+    def _ready(self, event: Event) -> Event | None:
+        """Return an event as it may be written, None for what is no event of the schema."""
         try:
             event_name(event)
             event, left_out = normalize.event(event)
@@ -203,26 +223,15 @@ class Emitter:
             self._warn(what, what)
             if self._delivery is not None:
                 self._delivery.dropped += 1
-            return
+            return None
         for what in left_out:
             self._warn(f"{type(event)} {what}", f"left out of {event_name(event)}: {what}")
-        if self._run is not None and type(event) is not RunStarted:
-            self._record(event)
-        elif isinstance(event, RunStarted):
-            self.end_previous()
-            self._start(event)
-        elif isinstance(event, RunEnded):
-            pass
-        elif self._ended_once:
-            self._warn("late", f"dropped {event_name(event)}: its run has ended")
-        else:
-            self._start(RunStarted())
-            self._record(event)
+        return event
 
     def end_previous(self) -> None:
         """End a run that a new one of the same trainer takes the place of."""
         if self._run is not None:
-            self._record(RunEnded(status="stopped", reason="another run started in its place"))
+            self._finish(RunEnded(status="stopped", reason="another run started in its place"))
 
     def _start(self, event: RunStarted) -> None:
         event = self._bus.defaults.apply(event)
@@ -245,7 +254,7 @@ class Emitter:
         try:
             self._delivery.demand()
         except SinkError as error:
-            self._record(ended_by(error))
+            self._finish(ended_by(error))
             raise
 
     def _announce(self) -> None:
@@ -257,32 +266,46 @@ class Emitter:
                 self._warn("job", f"failures of other ranks will not be told: {error}")
 
     def _record(self, event: Event) -> None:
-        assert self._journal is not None
+        _, journal, delivery = self._opened()
+        record = journal.append(event, time.time())
+        try:
+            self._bus.dispatch(record)
+        finally:
+            delivery.poke()
+
+    def _finish(self, event: RunEnded) -> None:
+        run, journal, delivery = self._opened()
+        if journal.ended:  # and then a signal came
+            self._close(delivery, event.status)
+            return
+        record = None
+        try:
+            with exits.undisturbed():
+                ready = self._ready(event)
+                if not isinstance(ready, RunEnded):
+                    return
+                if journal.folder is not None:
+                    ready = true_end(journal.folder, run.attempt, ready)
+                    ranks.withdraw(journal.folder)
+                record = journal.append(ready, time.time())
+        finally:
+            if record is not None:
+                try:
+                    self._bus.dispatch(record)
+                    delivery.poke()
+                finally:
+                    self._close(delivery, event.status)
+
+    def _opened(self) -> tuple[RunInfo, Journal | NoJournal, Delivery]:
         assert self._run is not None
-        if isinstance(event, RunEnded) and self._journal.folder is not None:
-            event = true_end(self._journal.folder, self._run.attempt, event)
-            ranks.withdraw(self._journal.folder)
+        assert self._journal is not None
         if self._delivery is None:  # Ctrl-C came while the run was started
             self._delivery = self._bus.open_delivery(self._run, self._journal)
-        try:
-            record = self._journal.append(event, time.time())
-            try:
-                self._bus.dispatch(record)
-            finally:
-                self._delivery.poke()
-        finally:
-            # Ctrl-C may come at any point: a run gets one end.
-            if type(event) is RunEnded:
-                self._close(event)
+        return self._run, self._journal, self._delivery
 
-    def _close(self, event: RunEnded) -> None:
-        journal, delivery = self._journal, self._delivery
-        assert journal is not None
-        assert delivery is not None
-        if not journal.ended:
-            journal.append(event, time.time())
+    def _close(self, delivery: Delivery, status: str) -> None:
         try:
-            self._bus.close_run(delivery, event.status)
+            self._bus.close_run(delivery, status)
         finally:
             self._run = self._journal = self._delivery = None
             self._ended_once = True

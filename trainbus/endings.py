@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
+from trainbus.errors import JournalError
 from trainbus.events import Failure, Record, RunEnded
 from trainbus.lines import MAX_LINE, write_end
 from trainbus.recordfile import RecordFile
 from trainbus.runfolder import RunFolder, is_being_written
+
+logger = logging.getLogger("trainbus")
 
 _TAIL = 2 * MAX_LINE
 
@@ -71,12 +75,16 @@ def true_end(folder: RunFolder, attempt: int, end: RunEnded) -> RunEnded:
         if rank == 0:
             continue
         file = RecordFile(folder, folder.records(attempt, rank))
-        for entry in file.read():
-            event = entry.record.event
-            if isinstance(event, RunEnded) and event.status == "failed" and event.error:
-                is_effect = _lost_connection(event.error)
-                found.append((is_effect, entry.record.time, rank, event.error))
-        file.close()
+        try:
+            for entry in file.read():
+                event = entry.record.event
+                if isinstance(event, RunEnded) and event.status == "failed" and event.error:
+                    is_effect = _lost_connection(event.error)
+                    found.append((is_effect, entry.record.time, rank, event.error))
+        except (OSError, JournalError) as fault:
+            logger.warning("what rank %d says of its end can't be read: %s", rank, fault)
+        finally:
+            file.close()
     if not found:
         return end
     is_effect, _, rank, error = min(found, key=lambda item: item[:3])

@@ -18,6 +18,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -80,6 +82,34 @@ def unwatch(run: OpenRun) -> None:
         is_main = threading.current_thread() is threading.main_thread()
         if is_main and signal.getsignal(signal.SIGTERM) is _on_sigterm and _killed_by is None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Run a block, of no more than a few lines for the disk, before any handler of others.
+
+    What handles SIGTERM or Ctrl-C may raise wherever the signal finds the main thread, as Python's
+    own handler and Lightning's do. What was due runs when the block is over.
+    """
+    with _holding(signal.SIGTERM), _holding(signal.SIGINT):
+        yield
+
+
+@contextmanager
+def _holding(number: int) -> Iterator[None]:
+    handler = signal.getsignal(number)
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or not callable(handler) or handler is _on_sigterm:
+        yield
+        return
+    due: list[FrameType | None] = []
+    try:
+        signal.signal(number, lambda _, frame: due.append(frame))
+        yield
+    finally:
+        signal.signal(number, handler)
+        for frame in due[:1]:
+            handler(number, frame)
 
 
 def settle() -> None:

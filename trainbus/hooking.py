@@ -224,6 +224,15 @@ class Reporter:
             rank: rank of this process; on another one than the main no run is open.
             best: the best value that was reached.
         """
+        try:
+            self._fail(error, rank, best)
+        except SinkError:
+            raise
+        except Exception:
+            # What handles a signal may raise wherever it finds this thread: that comes once.
+            self._fail(error, rank, best)
+
+    def _fail(self, error: BaseException, rank: int, best: Best | None) -> None:
         if rank and self.active and self.emit is not None:
             self.emit.failed_on(rank, error)
         else:
@@ -266,9 +275,17 @@ class _Watch:
         except BaseException as error:
             try:
                 self._reporter.fail(error, rank=self._rank(), best=self._best())
-            except Exception as second:  # the user's own error is the one to see
-                logger.warning("the end of this run can't be told: %s", second)
+            except SinkError as second:
+                self._warn(second)  # the user's own error is the one to see
+            except Exception:  # also when the framework can't be asked any more
+                try:
+                    self._reporter.fail(error, rank=self._rank())
+                except Exception as second:
+                    self._warn(second)
             raise
+
+    def _warn(self, error: Exception) -> None:
+        logger.warning("the end of this run can't be told: %s", error)
 
 
 def described(parameters: Iterable[Any], layers: int | None = None) -> ModelDescribed:
