@@ -30,7 +30,7 @@ from trainbus.reading import RunReader
 from trainbus.recordfile import Entry, RecordFile
 from trainbus.runfolder import RunFolder, is_run_id, open_within, run_id
 
-_DEADLINE_S = 10.0
+_DEADLINE_S = 60.0
 
 ESCAPES = [
     "../outside/secret",

@@ -481,9 +481,9 @@ def test_a_training_that_is_killed_is_told_of(server: Server, tmp_path: Path) ->
         [sys.executable, "-c", KILLED], input=text.encode(), cwd=tmp_path, timeout=60, check=False
     )
     assert -signal.SIGKILL == done.returncode
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not got(server):
-        assert time.monotonic() < deadline, "waited for 20 s"
+        assert time.monotonic() < deadline, "waited for 60 s"
         time.sleep(0.02)
     (found,) = got(server)
     assert "n: failed" == found["title"]
