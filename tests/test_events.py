@@ -43,7 +43,7 @@ from trainbus.testing.samples import future_event
 
 SCHEMA = {
     "run.started": "name project group job_type tags notes task params framework "
-    "framework_version save_dir world_size resumed goals",
+    "framework_version save_dir world_size resumed goals own_loggers",
     "params.updated": "params",
     "model.described": "parameters gradients layers gflops speed_ms classes extra",
     "epoch.started": "epoch",
@@ -84,6 +84,7 @@ any_event: st.SearchStrategy[Event] = st.one_of(
         tags=st.lists(texts, max_size=3),
         params=st.dictionaries(texts, plain, max_size=4),
         goals=st.dictionaries(texts, st.sampled_from(["max", "min"]), max_size=3),
+        own_loggers=st.lists(texts, max_size=2),
     ),
     st.builds(
         EpochEnded,
@@ -319,3 +320,12 @@ def test_json_schema_describes_every_event() -> None:
     assert set(SCHEMA) == set(tags)
     for reference in tags.values():
         assert reference.rsplit("/", 1)[-1] in schema["$defs"]
+
+
+def test_a_goal_is_an_exact_name_or_a_prefix() -> None:
+    """Brackets are no pattern, and the most particular entry decides."""
+    started = RunStarted(goals={"head[0]/acc": "max", "val/*": "min", "val/acc*": "max"})
+    assert "max" == started.goal_of("head[0]/acc")
+    assert started.goal_of("head0/acc") is None
+    assert "min" == started.goal_of("val/loss")
+    assert "max" == started.goal_of("val/acc_top5")

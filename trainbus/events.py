@@ -65,6 +65,7 @@ class RunStarted(_Base, frozen=True, kw_only=True, tag="run.started"):
     """A training is set up and about to begin.
 
     `goals` says which metrics the trainer ranks by, and which way: name or `prefix*` → max or min.
+    `own_loggers` are the import names of trackers that the framework's own loggers feed as well.
     """
 
     name: str | None = None
@@ -81,6 +82,18 @@ class RunStarted(_Base, frozen=True, kw_only=True, tag="run.started"):
     world_size: int = 1
     resumed: Resumed | None = None
     goals: dict[str, Literal["max", "min"]] = {}
+    own_loggers: list[str] = []
+
+    def goal_of(self, metric: str) -> Literal["max", "min"] | None:
+        """Return whether the highest or the lowest value of a metric is the best one.
+
+        An exact name counts more than a `prefix*`, and a longer prefix more than a shorter one;
+        nothing else in a name is a pattern.
+        """
+        if metric in self.goals:
+            return self.goals[metric]
+        fits = [g for g in self.goals if g.endswith("*") and metric.startswith(g[:-1])]
+        return self.goals[max(fits, key=len)] if fits else None
 
 
 class ParamsUpdated(_Base, frozen=True, kw_only=True, tag="params.updated"):

@@ -35,7 +35,7 @@ _FLOATS = {float}
 _PARTS = (Best, Failure, Resumed)
 _ARRAYS = ("array", "x", "y", "matrix", "counts", "edges")
 _PATHS = ("save_dir", "path")
-_NAMES = ("classes", "columns", "tags", "aliases", "paths")
+_NAMES = ("classes", "columns", "tags", "aliases", "paths", "own_loggers")
 _NUMBERS: dict[type[Any], tuple[str, ...]] = {
     MetricsLogged: ("values",),
     CheckpointSaved: ("metrics",),
