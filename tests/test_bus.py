@@ -1171,7 +1171,7 @@ def test_the_end_waits_no_longer_than_it_may() -> None:
     assert 0.2 <= took < WITHOUT_WAITING_S
     assert [(0, 0, 0, 3), (3, 0, 0, 0)] == [numbers(each) for each in bus.receipts[0].sinks]
     assert "3 PENDING" in str(bus.receipts[0])
-    assert "hangs since" in (bus.receipts[0].sinks[0].error or "")
+    assert "has been blocked for" in (bus.receipts[0].sinks[0].error or "")
 
 
 GATED = """

@@ -55,13 +55,13 @@ TRAINING = """
 
     chance = random.Random(int(sys.argv[2]))
     with trainbus.load(sys.argv[1]) as bus, bus.run(name="killed") as run:
-        sidecar = bus._emitters[-1]._delivery._sidecar
+        (sidecar,) = bus._sidecar.pids
         for epoch in run.epochs(1):
             begun, kill_after = time.monotonic(), chance.uniform(0.0, 0.8)
             for step in range(10_000):
                 run.log({"loss": 1.0}, step=step)
                 if kill_after is not None and time.monotonic() - begun > kill_after:
-                    os.kill(sidecar._process.pid, signal.SIGKILL)
+                    os.kill(sidecar, signal.SIGKILL)
                     kill_after = None
                 time.sleep(0.0001)
                 if kill_after is None and step > 500:

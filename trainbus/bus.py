@@ -37,6 +37,7 @@ from trainbus.receipt import Receipt
 from trainbus.route import Isolation, Route
 from trainbus.run import Run
 from trainbus.runfolder import RunFolder
+from trainbus.sidecar import Sidecar
 from trainbus.workers import Delivery
 
 logger = logging.getLogger("trainbus")
@@ -103,6 +104,7 @@ class Bus:
         self._emitters: list[Emitter] = []
         self._attached: dict[int, tuple[object, Detach]] = {}
         self._main: Emitter | None = None
+        self._sidecar = Sidecar()
 
     def emit(self, event: Event) -> None:
         """Hand an event to the bus's own run; the first one starts it."""
@@ -213,6 +215,7 @@ class Bus:
     def close(self, error: BaseException | None = None) -> None:
         """End every open run, as `error` says if there is one, and detach from every trainer."""
         with ExitStack() as stack:  # all of it happens, even if Ctrl-C comes in one of the sinks
+            stack.callback(self._sidecar.close)
             for _, detach in self._attached.values():
                 stack.callback(_guarded_detach, detach)
             for emitter in reversed(self._emitters):
@@ -261,6 +264,7 @@ class Bus:
             self.routes,
             run,
             journal,
+            sidecar=self._sidecar,
             isolation=self._isolation,
             flush_secs=self._flush_secs,
             config=self._config,

@@ -7,6 +7,7 @@ and exactly once otherwise.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -26,7 +27,7 @@ from trainbus.interfaces import RunInfo, Sink
 from trainbus.lanes import Item, Lane, line
 from trainbus.reading import RunReader, first_entry
 from trainbus.receipt import SinkReport
-from trainbus.recordfile import Entry
+from trainbus.recordfile import Entry, RecordFile
 from trainbus.route import Route
 from trainbus.runfolder import (
     RunFolder,
@@ -60,6 +61,7 @@ class SinkWorker:
         in_background: bool = True,
         pid: int | None = None,
         clock: Callable[[], float] = time.monotonic,
+        mark: Callable[[int, bool], None] = lambda lane, is_called: None,
     ) -> None:
         """Prepare; nothing is opened before the first step that finds a record.
 
@@ -73,6 +75,7 @@ class SinkWorker:
             in_background: whether uploads may have a thread of their own.
             pid: the training process, where that is another one.
             clock: seconds, for retries.
+            mark: called with the lane (0, or 1 for uploads) before and after each call of the sink.
         """
         self.route = route
         self.done = False
@@ -95,12 +98,21 @@ class SinkWorker:
         self._known_attempt = 0
         self._is_at_end = False
         self._lock_fd: int | None = None
-        self.main = Lane(self._taken, self._bury, self._say, clock=clock)
+        self.main = Lane(
+            self._taken, self._bury, self._say, clock=clock, mark=functools.partial(mark, 0)
+        )
         self._uploads: Lane | None = None
         if in_background:
-            self._uploads = Lane(self._ledger.uploaded, self._bury, self._say, clock=clock)
+            self._uploads = Lane(
+                self._ledger.uploaded,
+                self._bury,
+                self._say,
+                clock=clock,
+                mark=functools.partial(mark, 1),
+            )
         self._uploader: threading.Thread | None = None
         self._stop = threading.Event()
+        self._said: set[str] = set()
 
     @property
     def interrupt(self) -> KeyboardInterrupt | None:
@@ -121,6 +133,8 @@ class SinkWorker:
         if wait := self.main.wait():
             return min(wait, POLL_S)
         try:
+            if self._uploader is None and self._uploads and self._push_upload(self._uploads):
+                return 0.0
             if self._reader is None and not self._begin():
                 return POLL_S
             if not self.main.todo and not self._staged and not self._read():
@@ -160,7 +174,11 @@ class SinkWorker:
 
     def has_everything(self) -> bool:
         """Return whether the sink was done with all there is when the last step began."""
-        return self.is_complete() and self.is_idle()
+        return self.is_idle() and (self._is_replay or self.is_complete())
+
+    def total(self) -> int:
+        """Return how many records the attempt has: counted on the way if all of it was read."""
+        return self.count if self.is_complete() else count(self._folder, self._attempt)
 
     def missing(self) -> int:
         """Return how many records the sink has not got, without touching anything."""
@@ -176,6 +194,15 @@ class SinkWorker:
         """Return the seconds that a call of the sink has taken so far."""
         since = [lane.busy_since for lane in (self.main, self._uploads) if lane is not None]
         return max((self._clock() - s for s in since if s is not None), default=0.0)
+
+    def blocked(self, secs: float) -> str | None:
+        """Return what to say of a call that has taken that long, None if none has."""
+        hung = self.hung_for()
+        if hung < secs:
+            return None
+        if self.opened:
+            return f"has been blocked for {hung:.0f} s"
+        return f"is still opening after {hung:.0f} s"
 
     def close(self) -> None:
         """Close the sink, save the cursor and let go of everything; no step may be under way."""
@@ -198,11 +225,10 @@ class SinkWorker:
             if self._sink is not None and not self.hung_for():
                 cursor.lost, cursor.where = self._sink.lost, self._sink.where
         pending = max(emitted - taken - skipped - dead, 0)
-        hung = self.hung_for()
         errors = [
             self.main.error if pending or dead or self.opened is False else None,
             self._uploads.error if self._uploads and (dead or pending) else None,
-            f"hangs since {hung:.0f} s" if hung > 1 else None,
+            self.blocked(1.0),
         ]
         return SinkReport(
             name=self.route.name,
@@ -359,18 +385,29 @@ class SinkWorker:
         self._uploads.todo.append(item)
         if self._uploader is None:
             name = f"trainbus uploads to {self.route.name}"
-            self._uploader = threading.Thread(target=self._run_uploads, name=name, daemon=True)
-            self._uploader.start()
+            thread = threading.Thread(target=self._run_uploads, name=name, daemon=True)
+            try:
+                thread.start()
+            except (RuntimeError, OSError, MemoryError) as error:
+                # `step` uploads until a thread can be started.
+                self._say_once(f"uploads have no thread of their own: {line(error)}")
+            else:
+                self._uploader = thread
 
     def _run_uploads(self) -> None:
         lane = self._uploads
         assert lane is not None
         while not self._stop.is_set():
-            sink = self._sink
-            if sink is None or lane.stopped or not lane.todo or lane.wait():
+            if not self._push_upload(lane):
                 self._stop.wait(POLL_S)
-            else:
-                lane.push(sink.upload)
+
+    def _push_upload(self, lane: Lane) -> bool:
+        """Make one upload; False if there is none to make now."""
+        sink = self._sink
+        if sink is None or lane.stopped or not lane.todo or lane.wait():
+            return False
+        lane.push(sink.upload)
+        return True
 
     def _bury(self, record: Record, reason: str) -> None:
         self._ledger.buried(record.seq)
@@ -388,6 +425,62 @@ class SinkWorker:
 
     def _say(self, text: str) -> None:
         logger.warning("sink %r (%s) %s", self.route.name, self.route.kind, text)
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self._say(text)
+
+
+def count(folder: RunFolder, attempt: int) -> int:
+    """Return how many whole records an attempt has."""
+    total = 0
+    for path in (folder.records(attempt), folder.end(attempt)):
+        file = RecordFile(folder, path)
+        while entries := file.read():
+            total += len(entries)
+        file.close()
+    return total
+
+
+def report_on_disk(
+    route: Route, folder: RunFolder, *, attempt: int, emitted: int, error: str | None
+) -> SinkReport:
+    """Return what the cursor tells of a sink whose worker can't be asked.
+
+    Args:
+        route: the sink.
+        folder: the run's directory.
+        attempt: the attempt that the report is about.
+        emitted: how many records it has.
+        error: why the worker can't be asked; left out where nothing is missing.
+    """
+    cursor = Ledger(folder.cursor(route.key), time.monotonic).read() or Cursor()
+    if cursor.attempt != attempt or (not cursor.closed and _is_volatile(route)):
+        cursor = Cursor(where=cursor.where)
+    pending = max(emitted - cursor.taken - cursor.skipped - cursor.dead, 0)
+    return SinkReport(
+        name=route.name,
+        kind=route.kind,
+        taken=cursor.taken,
+        skipped=cursor.skipped,
+        dead=cursor.dead,
+        pending=pending,
+        lost=cursor.lost,
+        where=cursor.where,
+        error=error if pending else None,
+    )
+
+
+def owe(route: Route, folder: RunFolder, attempt: int) -> None:
+    """Note that a sink which nobody delivers to has got nothing of the attempt.
+
+    A later attempt that it gets would else be taken for the first one.
+    """
+    ledger = Ledger(folder.cursor(route.key), time.monotonic)
+    if ledger.read() is None:
+        ledger.begin(Cursor(attempt=attempt))
+        ledger.save(0.0)
 
 
 def _is_volatile(route: Route) -> bool:

@@ -53,6 +53,7 @@ class Lane:
         *,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[float, float], float] | None = None,
+        mark: Callable[[bool], None] = lambda is_called: None,
     ) -> None:
         self.todo: deque[Item] = deque()
         self.stopped = False
@@ -64,6 +65,7 @@ class Lane:
         self._dead = dead
         self._say = say
         self._clock = clock
+        self._mark = mark
         # Trainers seed the shared generator, and what they draw from it must stay the same.
         self._jitter = jitter or random.Random().uniform
         self._not_before = 0.0
@@ -157,6 +159,7 @@ class Lane:
         self, call: Callable[..., Any], *args: Any, saying: str = _FAILED
     ) -> BaseException | None:
         self.busy_since = self._clock()
+        self._mark(True)
         try:
             call(*args)
         except KeyboardInterrupt as interrupt:
@@ -169,6 +172,7 @@ class Lane:
             self.error = line(error)
             return error
         finally:
+            self._mark(False)
             self.busy_since = None
         return None
 

@@ -7,6 +7,7 @@ outside its directory, decides how much memory is taken, or raises.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 from trainbus.blobs import Blobs
@@ -40,7 +41,7 @@ class RunReader:
         self._attempt: int | None = None
         self._parts: list[RecordFile] = []
         self._offset = offset
-        self._extra: list[bytes] = []
+        self._extra: deque[bytes] = deque()
         self.damaged = 0
         self.missing = 0
 
@@ -51,7 +52,7 @@ class RunReader:
 
     def add(self, lines: Sequence[bytes]) -> None:
         """Take lines that are in no file to be the last ones of the last attempt."""
-        self._extra = list(lines)
+        self._extra = deque(lines)
 
     def read(self, limit: int = 500) -> list[Entry]:
         """Return at most `limit` further records, all of one attempt; none if there are no more.
@@ -72,7 +73,7 @@ class RunReader:
                 self._after = found[-1].record.position
                 return found
             if is_last:
-                return self._read_extra() if self._extra else []
+                return self._read_extra(limit)
             self._leave()
 
     def close(self) -> None:
@@ -93,14 +94,14 @@ class RunReader:
     def _is_new(self, record: Record) -> bool:
         return record.attempt == self._attempt and record.position > self._after
 
-    def _read_extra(self) -> list[Entry]:
-        codec, found = Codec(load=Blobs(self._folder).load), []
-        for line in self._extra:
-            body = unseal(line.rstrip(b"\n"))
+    def _read_extra(self, limit: int) -> list[Entry]:
+        codec = Codec(load=Blobs(self._folder).load)
+        found: list[Entry] = []
+        while self._extra and len(found) < limit:
+            body = unseal(self._extra.popleft().rstrip(b"\n"))
             record = codec.decode(body) if body else None
             if record is not None and record.position > self._after:
                 found.append(Entry(record, blobs_of(body or b"")))
-        self._extra = []
         if found:
             self._after = found[-1].record.position
         return found

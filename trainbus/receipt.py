@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 
 import msgspec
 
@@ -10,7 +11,10 @@ from trainbus.checks import printable
 
 
 class SinkReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of one run's records in one sink: taken + skipped + dead + pending = emitted."""
+    """What became of one run's records in one sink.
+
+    taken + skipped + dead + pending + unsaved = emitted.
+    """
 
     name: str
     kind: str
@@ -21,6 +25,8 @@ class SinkReport(msgspec.Struct, frozen=True, kw_only=True):
     """What the sink refused three times; kept in `dead/`."""
     pending: int = 0
     """What waits in the journal."""
+    unsaved: int = 0
+    """What it has not got and no replay can send, as the disk had no room for it."""
     lost: int = 0
     """Of what was taken: records that the tracker has no way to show, such as a broken picture."""
     where: str | None = None
@@ -43,6 +49,11 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     config: str | None = None
 
     @property
+    def lost(self) -> int:
+        """The records that are neither on disk nor in any sink."""
+        return min((sink.unsaved for sink in self.sinks), default=self.unsaved)
+
+    @property
     def pending(self) -> int:
         """The records that at least one sink has not got and may still get."""
         return max((sink.pending for sink in self.sinks), default=0)
@@ -55,6 +66,8 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
             lines[0] += f", {self.dropped} DROPPED"
         if self.unsaved:
             lines[0] += f", {self.unsaved} NOT ON DISK"
+        if self.lost:
+            lines[0] += f", {self.lost} LOST"
         width = max([*(len(s.name) for s in self.sinks), len("journal")])
         for sink in self.sinks:
             lines.append(f"  {sink.name:<{width}}  {sink.kind}: {_counts(sink)}")
@@ -68,6 +81,22 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
         return "\n".join(printable(line) for line in lines)
 
 
+def split_unsaved(reports: Sequence[SinkReport], unsaved: int) -> list[SinkReport]:
+    """Return the reports with what is on no disk told apart from what waits in the journal.
+
+    Args:
+        reports: what each sink got, with all that it has not got as pending.
+        unsaved: how many records the disk had no room for. They are the last ones of the run, and
+            sinks get records in order.
+    """
+    found = []
+    for report in reports:
+        gone = min(report.pending, unsaved)
+        pending = report.pending - gone
+        found.append(msgspec.structs.replace(report, pending=pending, unsaved=gone))
+    return found
+
+
 def _counts(sink: SinkReport) -> str:
     counts = f"{sink.taken} taken"
     if sink.skipped:
@@ -76,6 +105,8 @@ def _counts(sink: SinkReport) -> str:
         counts += f", {sink.lost} of them can't be shown there"
     if sink.pending:
         counts += f", {sink.pending} PENDING"
+    if sink.unsaved:
+        counts += f", {sink.unsaved} LOST"
     if sink.dead:
         counts += f", {sink.dead} REFUSED"
     return counts

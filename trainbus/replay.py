@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from trainbus.blobs import Blobs
-from trainbus.delivery import SinkWorker
+from trainbus.delivery import POLL_S, SinkWorker, count
 from trainbus.endings import last_record, recover
 from trainbus.errors import JournalError
 from trainbus.events import RunEnded, event_name
 from trainbus.files import Files
-from trainbus.receipt import Receipt
+from trainbus.protocol import ReplayTask
+from trainbus.receipt import Receipt, SinkReport
 from trainbus.recordfile import RecordFile
 from trainbus.route import Route
 from trainbus.runfolder import RunFolder, is_being_written
-from trainbus.workers import save_receipt
+from trainbus.sidecar import Sidecar, SidecarRun
+from trainbus.workers import mode_of, save_receipt
+
+_HALT_S = 2.0
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -81,14 +85,16 @@ def replay(
     if last is None:
         raise JournalError(f"found no whole record in {folder.path}")
     files = Files(folder, trusted)
-    reports = []
-    for route in routes:
-        worker = SinkWorker(route, folder, files, attempt=attempts[-1], after=after, is_replay=True)
-        _drain(worker, flush_secs, partial(_tell, tell, worker, last.seq))
-        worker.close()
-        # What was read to its end was counted on the way.
-        total = worker.count if worker.is_complete() else count(folder, attempts[-1])
-        reports.append(worker.report(total))
+    task = _Task(folder, attempts[-1], after, files, trusted, flush_secs, tell, last.seq)
+    sidecar = Sidecar()
+    try:
+        found = [task.send(route, sidecar) for route in routes]
+    finally:
+        sidecar.close()
+    total = max((n for _, n in found if n is not None), default=None)
+    if total is None:
+        total = count(folder, attempts[-1])
+    reports = [_with_total(report, total) for report, _ in found]
     receipt = Receipt(
         run=last.run,
         status=last.event.status if isinstance(last.event, RunEnded) else "open",
@@ -152,17 +158,6 @@ def verify(folder: RunFolder, tell: Callable[[int], None] = lambda n: None) -> l
     return found
 
 
-def count(folder: RunFolder, attempt: int) -> int:
-    """Return how many whole records an attempt has."""
-    total = 0
-    for path in (folder.records(attempt), folder.end(attempt)):
-        file = RecordFile(folder, path)
-        while entries := file.read():
-            total += len(entries)
-        file.close()
-    return total
-
-
 def _check(folder: RunFolder, path: Path, blobs: Blobs, tell: Callable[[int], None]) -> Finding:
     file = RecordFile(folder, path)
     faults: list[str] = []
@@ -197,21 +192,73 @@ def _check(folder: RunFolder, path: Path, blobs: Blobs, tell: Callable[[int], No
     )
 
 
-def _tell(tell: Callable[[Progress], None], worker: SinkWorker, total: int) -> None:
-    tell(Progress(worker.route.name, worker.count, total))
+class _Task(NamedTuple):
+    """What is sent, and to whom progress is told."""
+
+    folder: RunFolder
+    attempt: int
+    after: tuple[int, int] | None
+    files: Files
+    trusted: Sequence[str]
+    flush_secs: float
+    tell: Callable[[Progress], None]
+    expected: int
+
+    def send(self, route: Route, sidecar: Sidecar) -> tuple[SinkReport, int | None]:
+        """Send to one sink; return what it got, and of how many records if that is known.
+
+        A sink may end the process that it runs in, so that another one has it where that can be.
+        """
+        if mode_of(route, "auto") == "process":
+            replay = ReplayTask(after=self.after, trusted=[str(path) for path in self.trusted])
+            run = sidecar.open(self.folder, self.attempt, [route], self.flush_secs, replay=replay)
+            if not run.refused:
+                return self._watch(run, route)
+        return self._drain(route)
+
+    def _watch(self, run: SidecarRun, route: Route) -> tuple[SinkReport, int | None]:
+        patience, known = time.monotonic() + self.flush_secs, 0
+        while not run.is_finished() and time.monotonic() < patience:
+            count = run.progress.get(route.name, 0)
+            if count != known or run.is_calling():
+                known, patience = count, time.monotonic() + self.flush_secs
+            self.tell(Progress(route.name, count, self.expected))
+            time.sleep(POLL_S / 5)
+        run.stop(_HALT_S)
+        self.files.damaged += run.damaged
+        self.files.refused += run.refused_files
+        emitted = run.emitted
+        (report,) = run.reports(self.expected if emitted is None else emitted)
+        self.tell(Progress(route.name, report.taken + report.skipped + report.dead, self.expected))
+        return report, emitted
+
+    def _drain(self, route: Route) -> tuple[SinkReport, int | None]:
+        """Step until everything is sent, or nothing more can be."""
+        worker = SinkWorker(
+            route,
+            self.folder,
+            self.files,
+            attempt=self.attempt,
+            after=self.after,
+            is_replay=True,
+        )
+        worker.finish()
+        patience = time.monotonic() + self.flush_secs
+        while not worker.done and not worker.main.stopped and time.monotonic() < patience:
+            before = worker.count
+            wait = worker.step()
+            if worker.count != before:
+                patience = time.monotonic() + self.flush_secs
+            elif wait and worker.is_idle():
+                break
+            self.tell(Progress(route.name, worker.count, self.expected))
+            if wait:
+                time.sleep(wait)
+        worker.close()
+        total = worker.total()
+        return worker.report(total), total
 
 
-def _drain(worker: SinkWorker, flush_secs: float, tell: Callable[[], None]) -> None:
-    """Step until everything is sent, or nothing more can be."""
-    worker.finish()
-    patience = time.monotonic() + flush_secs
-    while not worker.done and not worker.main.stopped and time.monotonic() < patience:
-        before = worker.count
-        wait = worker.step()
-        if worker.count != before:
-            patience = time.monotonic() + flush_secs
-        elif wait and worker.is_idle():
-            break
-        tell()
-        if wait:
-            time.sleep(wait)
+def _with_total(report: SinkReport, total: int) -> SinkReport:
+    pending = max(total - report.taken - report.skipped - report.dead, 0)
+    return msgspec.structs.replace(report, pending=pending)

@@ -16,20 +16,23 @@ from contextlib import suppress
 
 import msgspec
 
-from trainbus.delivery import POLL_S, SinkWorker
+from trainbus.delivery import POLL_S, SinkWorker, owe
 from trainbus.errors import SinkError
 from trainbus.files import Files
 from trainbus.interfaces import RunInfo
 from trainbus.journal import Journal, NoJournal
-from trainbus.receipt import Receipt
+from trainbus.receipt import Receipt, split_unsaved
 from trainbus.route import Isolation, Route
 from trainbus.runfolder import RunFolder, write_atomically
-from trainbus.sidecar import Sidecar
+from trainbus.sidecar import Sidecar, SidecarRun
 
 logger = logging.getLogger("trainbus")
 
 _SYNC_S = 1.0
-_HALT_S = 2.0
+_HALT_S = 5.0
+_HALT_PART = 0.25
+_MIN_HALT_S = 0.5
+_INTERRUPTED_S = 2.0
 _SAY_AFTER_S = 2.0
 _OPEN_DEADLINE_S = 120.0
 
@@ -43,11 +46,22 @@ class Delivery:
         run: RunInfo,
         journal: Journal | NoJournal,
         *,
+        sidecar: Sidecar,
         isolation: Isolation = "auto",
         flush_secs: float = 60.0,
         config: str | None = None,
     ) -> None:
-        """Start the workers; the run's start must be in the journal."""
+        """Start the workers; the run's start must be in the journal.
+
+        Args:
+            routes: the sinks.
+            run: the run.
+            journal: its records.
+            sidecar: the bus's, which delivers to the sinks that another process can make.
+            isolation: where sinks run that say nothing of it.
+            flush_secs: how long the end of the run waits for the sinks.
+            config: file that the bus was made from, for the command that sends the rest.
+        """
         self.dropped = 0
         """Events that never came into the journal."""
         self._run = run
@@ -60,12 +74,14 @@ class Delivery:
         self._interrupt: BaseException | None = None
         self._inline: list[SinkWorker] = []
         self._threads: list[ThreadedWorker] = []
-        self._sidecar: Sidecar | None = None
+        self._waiting: list[ThreadedWorker] = []
+        """Those for which no thread could be started."""
+        self._sidecar: SidecarRun | None = None
         if isinstance(journal, NoJournal):
             return
         elsewhere = []
         for route in routes:
-            mode = _mode(route, isolation)
+            mode = mode_of(route, isolation)
             if mode == "inline":
                 self._inline.append(self._worker(route, journal, in_background=False))
             elif mode == "thread":
@@ -73,12 +89,13 @@ class Delivery:
             else:
                 elsewhere.append(route)
         if elsewhere:
-            self._sidecar = Sidecar(journal.folder, run.attempt, elsewhere, flush_secs)
-            if not self._sidecar.start():
-                # No further process can be started here: a thread is the next best.
-                self._sidecar = None
-                for route in elsewhere:
-                    self._start_thread(route, journal)
+            self._sidecar = sidecar.open(journal.folder, run.attempt, elsewhere, flush_secs)
+            refused = self._sidecar.refused
+            for route in refused:  # no further process can be started: a thread is the next best
+                self._start_thread(route, journal)
+            if refused:
+                why = self._sidecar.unserved[refused[0].name]
+                logger.warning("sinks run in threads of the training process: %s", why)
 
     def poke(self) -> None:
         """Do what is to be done after a record was written; raises a Ctrl-C that came in a sink."""
@@ -93,7 +110,7 @@ class Delivery:
             self._polled_at = time.monotonic()
             if self._sidecar is not None:
                 self._sidecar.poll()
-            elif not self._threads and isinstance(self._journal, Journal):
+            if not self._is_synced_elsewhere() and isinstance(self._journal, Journal):
                 self._journal.sync()
 
     def hurry(self, secs: float) -> None:
@@ -119,15 +136,19 @@ class Delivery:
                 pass
             interrupt = worker.interrupt or interrupt
             worker.close()
+        self._start_waiting()
         for thread in self._threads:
             thread.finish(held)
         if self._sidecar is not None:
             self._sidecar.finish(held, emitted)
         try:
+            for waiting in self._waiting:
+                if waiting.worker.route.options is None:  # of which no replay can make another one
+                    self._drain(waiting.worker, held)
             self._wait(begun)
         except BaseException as error:  # Ctrl-C: what is not sent waits in the journal
             interrupt = error
-            self._halt()
+            self._halt(_INTERRUPTED_S)
         self._interrupt = interrupt
         return self._receipt(self._journal, status, emitted)
 
@@ -139,7 +160,7 @@ class Delivery:
 
     def abandon(self) -> None:
         """Let go of everything in a forked child, whose parent has the run."""
-        self._threads, self._inline = [], []
+        self._threads, self._inline, self._waiting = [], [], []
         if self._sidecar is not None:
             self._sidecar.abandon()
             self._sidecar = None
@@ -148,25 +169,57 @@ class Delivery:
 
     def _wait(self, begun: float) -> None:
         said = False
-        while not self._is_done() and time.monotonic() < (self._deadline or 0.0):
+        while not self._is_done() and time.monotonic() < self._halt_at(begun):
             time.sleep(POLL_S / 5)
             if not said and time.monotonic() - begun > _SAY_AFTER_S:
                 said = True
                 self._say_waiting()
-        self._halt()
+        self._halt(max((self._deadline or 0.0) - time.monotonic(), _MIN_HALT_S))
 
-    def _halt(self) -> None:
-        """End the workers, which then know what they got."""
+    def _halt_at(self, begun: float) -> float:
+        """Return when the workers are told to end, so that they have done so at the deadline."""
+        deadline = self._deadline or 0.0
+        return deadline - min(_HALT_PART * (deadline - begun), _HALT_S)
+
+    def _halt(self, secs: float) -> None:
+        """End the workers, which then know what they got; a call that hangs is left behind."""
+        until = time.monotonic() + secs
         for thread in self._threads:
             thread.halt()
-        for thread in self._threads:
-            thread.join()
         if self._sidecar is not None:
-            self._sidecar.stop()
+            self._sidecar.stop(secs)
+        for thread in self._threads:
+            thread.join(until)
+
+    def _drain(self, worker: SinkWorker, held: Sequence[bytes]) -> None:
+        """Deliver to a sink here, where it costs no training any more."""
+        worker.add(held)
+        worker.finish()
+        delivering.here = True
+        try:
+            while not (worker.done or worker.main.stopped or self._is_late()):
+                wait = worker.step()
+                if interrupt := worker.interrupt:
+                    raise interrupt
+                if wait and worker.has_everything():
+                    break
+                time.sleep(wait)
+        finally:
+            delivering.here = False
+            worker.close()
+
+    def _is_late(self) -> bool:
+        return time.monotonic() >= (self._deadline or 0.0)
 
     def _is_done(self) -> bool:
         sidecar = self._sidecar is None or self._sidecar.is_finished()
         return sidecar and all(thread.is_finished() for thread in self._threads)
+
+    def _is_synced_elsewhere(self) -> bool:
+        """Return whether somebody has the journal written to the disk, once a second."""
+        return bool(self._threads) or (
+            self._sidecar is not None and not self._sidecar.is_finished()
+        )
 
     def _say_waiting(self) -> None:
         left = (self._deadline or 0.0) - time.monotonic()
@@ -178,7 +231,7 @@ class Delivery:
         )
 
     def _receipt(self, journal: Journal, status: str, emitted: int) -> Receipt:
-        workers = [*self._inline, *(thread.worker for thread in self._threads)]
+        workers = self._workers()
         found = {worker.route.name: worker.report(emitted) for worker in workers}
         if self._sidecar is not None:
             found |= {report.name: report for report in self._sidecar.reports(emitted)}
@@ -187,7 +240,10 @@ class Delivery:
             status=status,
             attempt=self._run.attempt,
             emitted=emitted,
-            sinks=[found[route.name] for route in self._routes if route.name in found],
+            sinks=split_unsaved(
+                [found[route.name] for route in self._routes if route.name in found],
+                len(journal.held),
+            ),
             dropped=self.dropped + journal.dropped.total(),
             unsaved=len(journal.held),
             journal=str(journal.folder.path),
@@ -209,12 +265,12 @@ class Delivery:
         deadline = time.monotonic() + _OPEN_DEADLINE_S
         while wanted:
             errors: dict[str, str | None] = {}
-            for worker in [*self._inline, *(thread.worker for thread in self._threads)]:
+            for worker in self._workers():
                 if worker.opened is not None or worker.main.error is not None:
                     errors[worker.route.name] = None if worker.opened else worker.main.error or ""
             if self._sidecar is not None:
                 self._sidecar.poll()
-                errors |= self._sidecar.opened
+                errors |= self._sidecar.opened | self._sidecar.unserved
             for name, error in errors.items():
                 if name in wanted and error is not None:
                     route = wanted[name]
@@ -234,10 +290,36 @@ class Delivery:
             in_background=in_background,
         )
 
+    def _workers(self) -> list[SinkWorker]:
+        threads = [*self._threads, *self._waiting]
+        return [*self._inline, *(thread.worker for thread in threads)]
+
     def _start_thread(self, route: Route, journal: Journal) -> None:
         thread = ThreadedWorker(self._worker(route, journal), journal)
-        self._threads.append(thread)
-        thread.start()
+        self._threads.append(thread)  # first: Ctrl-C may come while it is started
+        fault = thread.start()
+        if fault is None:
+            return
+        self._threads.remove(thread)
+        self._waiting.append(thread)
+        thread.worker.main.error = fault
+        owe(route, journal.folder, self._run.attempt)
+        rest = "`trainbus replay` sends them" if route.options is not None else "it gets them then"
+        logger.warning(
+            "sink %r (%s) has neither process nor thread (%s); its records wait in the journal for "
+            "the end of the run: if there is no thread either, %s",
+            route.name,
+            route.kind,
+            fault,
+            rest,
+        )
+
+    def _start_waiting(self) -> None:
+        """Start the threads that could not be started, now that the training may need less."""
+        for thread in list(self._waiting):
+            if thread.start() is None:
+                self._waiting.remove(thread)
+                self._threads.append(thread)
 
 
 class ThreadedWorker:
@@ -250,13 +332,18 @@ class ThreadedWorker:
         self._finishing = False
         self._stopping = False
         self._wake = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, name=f"trainbus delivers to {worker.route.name}", daemon=True
-        )
+        self._thread: threading.Thread | None = None
 
-    def start(self) -> None:
-        """Begin to deliver."""
-        self._thread.start()
+    def start(self) -> str | None:
+        """Begin to deliver; return why no thread can be started, None if one was."""
+        name = f"trainbus delivers to {self.worker.route.name}"
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        try:
+            self._thread.start()
+        except (RuntimeError, OSError, MemoryError) as error:
+            self._thread = None
+            return str(error) or type(error).__name__
+        return None
 
     def finish(self, lines: Sequence[bytes] = ()) -> None:
         """Say that no more records will come, but for `lines` that the disk had no room for."""
@@ -271,13 +358,14 @@ class ThreadedWorker:
         self._stopping = True
         self._wake.set()
 
-    def join(self) -> None:
-        """Wait for the end; a call of the sink that hangs is left behind."""
-        self._thread.join(_HALT_S)
+    def join(self, until: float) -> None:
+        """Wait for the end, at most until then (in the seconds of `time.monotonic`)."""
+        if self._thread is not None:
+            self._thread.join(max(until - time.monotonic(), 0.0))
 
     def is_finished(self) -> bool:
         """Return whether the sink has everything, or will never have more."""
-        return not self._thread.is_alive()
+        return self._thread is not None and not self._thread.is_alive()
 
     def _run(self) -> None:
         worker = self.worker
@@ -311,7 +399,8 @@ def save_receipt(folder: RunFolder, receipt: Receipt) -> None:
         write_atomically(folder.receipt, msgspec.json.format(msgspec.json.encode(receipt)) + b"\n")
 
 
-def _mode(route: Route, isolation: Isolation) -> Isolation:
+def mode_of(route: Route, isolation: Isolation) -> Isolation:
+    """Return where a sink runs: the last resort of `auto` is a thread."""
     mode = route.isolation or isolation
     if mode == "auto":
         sample = route.sample()
