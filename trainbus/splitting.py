@@ -145,8 +145,8 @@ class _Split:
         text = value if isinstance(value, str) else _text(value)
         if text is not None:
             self._add(TextLogged, name, text=text)
-        elif drawing.is_pillow(value) or drawing.figure_of(value) is not None:
-            self._add(ImageLogged, name, array=drawing.pixels(value))
+        elif (picture := _picture_of(value)) is not None:
+            self._add(ImageLogged, name, array=drawing.pixels(picture))
         elif _are_pictures(value):
             for index, picture in enumerate(value):
                 self._put(f"{name}/{index}", picture, "", inside)
@@ -314,8 +314,19 @@ def _are_pictures(value: Any) -> bool:
     return (
         isinstance(value, list | tuple)
         and 0 < len(value) <= _MAX_SPREAD
-        and all(drawing.is_pillow(v) or drawing.figure_of(v) is not None for v in value)
+        and all(_picture_of(each) is not None for each in value)
     )
+
+
+def _picture_of(value: Any) -> Any:
+    """Return a figure, a picture of Pillow, or what a tracker's or logger's own image holds."""
+    if isinstance(value, np.ndarray | list | tuple) and not drawing.figure_of(value):
+        return None
+    inner = getattr(value, "image", None)
+    is_wrapped = drawing.is_pillow(inner) or isinstance(inner, np.ndarray)
+    if is_wrapped or drawing.is_pillow(value) or drawing.figure_of(value) is not None:
+        return inner if is_wrapped else value
+    return None
 
 
 def _hint(value: Any) -> str:
