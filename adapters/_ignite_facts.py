@@ -77,8 +77,13 @@ def rates(optimizers: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def metrics(state: Any) -> dict[str, Any]:
+    """Return the metrics of the trainer's own state as `train/<name>`."""
+    return {f"train/{name}": value for name, value in state.metrics.items()}
+
+
 def numbers(output: Any) -> dict[str, float]:
-    """Return the numbers of metrics, or of a training function's output, as `train/<name>`."""
+    """Return the numbers of a training function's output, which may be batches, by their names."""
     if isinstance(output, tuple):
         output = {f"output/{i}": value for i, value in enumerate(output)}
     elif not isinstance(output, Mapping):

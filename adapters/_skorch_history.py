@@ -8,21 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from trainbus.hooking import number
-
 from ._skorch_facts import scorings
 
 _NO_METRICS = re.compile(r"epoch|batches|.*_batch_count|.*_best")
 
 
-def values(row: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers in a row that measure something."""
-    found = {
-        name: number(value)
+def values(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values in a row that measure something."""
+    return {
+        name: value
         for name, value in row.items()
         if not _NO_METRICS.fullmatch(name) and not isinstance(value, bool | np.bool_)
     }
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def by_phase(net: Any, found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

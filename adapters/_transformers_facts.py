@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainbus.events import Best, CheckpointSaved, ModelDescribed, Resumed, RunStarted
-from trainbus.hooking import version
+from trainbus.hooking import number, version
 
 from ._transformers_log import phase_of
 
@@ -92,7 +92,8 @@ def _scores(state: Any) -> dict[str, Any]:
     for log in reversed(state.log_history):
         if log.get("step") != state.global_step:
             break
-        found |= {name: value for name, value in log.items() if phase_of(name) == "validation"}
+        values = {n: number(v) for n, v in log.items() if phase_of(n) == "validation"}
+        found |= {name: value for name, value in values.items() if value is not None}
     return found
 
 

@@ -201,13 +201,13 @@ class _Listener:
     @guarded
     def end_epoch(self) -> None:
         self.tell_saved()
-        self._tell_epoch(facts.numbers(self.trainer.state.metrics))
+        self._tell_epoch(facts.metrics(self.trainer.state))
 
     @guarded
     def cut_epoch(self) -> None:
         self._tell_epoch({})  # the metrics are still those of the epoch before
 
-    def _tell_epoch(self, values: dict[str, float]) -> None:
+    def _tell_epoch(self, values: dict[str, Any]) -> None:
         if self.report.epoch is not None:
             values = {**(values or self._output() or {}), **self._rates}
             self.report.metrics(values, "train", epoch=self.report.epoch)

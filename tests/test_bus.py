@@ -477,7 +477,7 @@ def test_a_metric_that_is_no_number_is_named_once(
         values: dict[str, Any] = {"loss": 1, "text": "x"}
         listener.bus.emit(MetricsLogged(values=values, phase="train"))
     assert METRICS == listener.records[-1].event
-    assert ["left out of metrics.logged: metric 'text': expected a number"] == warnings_of(caplog)
+    assert ["not recorded: metrics.logged: metric 'text': expected a number"] == warnings_of(caplog)
 
 
 def test_ids_are_unique() -> None:

@@ -22,6 +22,8 @@ from trainbus.events import (
     ModelDescribed,
     RunEnded,
     RunStarted,
+    TableLogged,
+    TextLogged,
 )
 from trainbus.hooking import (
     Reporter,
@@ -56,6 +58,7 @@ class Heard:
     def __init__(self, every: int | None = None) -> None:
         self.events: list[Event] = []
         self.failures: list[tuple[int, BaseException]] = []
+        self.left_out: list[str] = []
         self._every = every
 
     def __call__(self, event: Event, /) -> None:
@@ -66,6 +69,9 @@ class Heard:
 
     def failed_on(self, rank: int, error: BaseException) -> None:
         self.failures.append((rank, error))
+
+    def leave_out(self, what: str) -> None:
+        self.left_out.append(what)
 
 
 def counting(calls: list[str], name: str) -> Callable[..., Any]:
@@ -241,8 +247,8 @@ def test_a_run_is_told_in_a_few_calls() -> None:
     report.metrics({"early": 1.0}, "train")
     report.start(RunStarted(name="a"))
     report.start_epoch(np.int64(0))  # type: ignore[arg-type]
-    report.metrics({"loss": np.float32(0.5), "text": "x"}, "train", epoch=0, step=np.int64(3))  # type: ignore[arg-type]
-    report.metrics({"text": "x"}, "train", epoch=0)
+    report.metrics({"loss": np.float32(0.5), "none": None}, "train", epoch=0, step=np.int64(3))  # type: ignore[arg-type]
+    report.metrics({"none": None}, "train", epoch=0)
     report.end("early stop: it was enough")
     report.end()
     started, begun, metrics, over, ended = heard.events
@@ -252,6 +258,32 @@ def test_a_run_is_told_in_a_few_calls() -> None:
     assert (int, int) == (type(metrics.epoch), type(metrics.step))
     assert RunEnded(status="finished", reason="early stop: it was enough") == ended
     assert (None, 0) == (report.epoch, report.last_epoch)
+
+
+def test_what_is_no_number_is_told_as_what_it_is() -> None:
+    """Texts, deeper values, vectors and matrices reach the bus; what can't be recorded is named."""
+    heard = Heard()
+    report = Reporter(heard)
+    report.start(RunStarted())
+    values = {
+        "f1": 0.5,
+        "per class": {"cat": 0.1, "dog": {"small": np.float32(0.5)}},
+        "prec": np.array([0.25, 0.75]),
+        "confusion": [[1, 2], [3, 4]],
+        "label": "good",
+        "nothing": None,
+        "raw": b"x",
+    }
+    report.metrics(values, "validation", epoch=np.int64(1))  # type: ignore[arg-type]
+    numbers = {"f1": 0.5, "per class/cat": 0.1, "per class/dog/small": 0.5}
+    numbers |= {"prec/0": 0.25, "prec/1": 0.75}
+    assert [
+        MetricsLogged(values=numbers, phase="validation", epoch=1),
+        TableLogged(key="confusion", columns=["0", "1"], rows=[[1, 2], [3, 4]], epoch=1),
+        TextLogged(key="label", text="good", epoch=1),
+    ] == heard.events[1:]
+    hint = "bytes is no value: log a picture by its path or array, a file as an artifact"
+    assert [f"'raw': {hint}"] == heard.left_out
 
 
 @pytest.mark.parametrize(

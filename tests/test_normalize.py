@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
+import dataclasses
 import datetime
 import decimal
 import enum
+import fractions
 import itertools
 import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -84,6 +89,16 @@ class Colour(enum.Enum):
 
 class Level(enum.IntEnum):
     HIGH = 3
+
+
+class Kind(enum.Enum):
+    ADAM = enum.auto()
+
+
+@dataclasses.dataclass
+class Point:
+    x: int
+    y: Any = None
 
 
 class Big(int):
@@ -222,6 +237,20 @@ def test_an_event_with_any_array_can_be_read_back(array: Any) -> None:
         ({"a": [1]}, OrderedDict(a=[1])),
         ({"1": 2, "None": 3}, {1: 2, None: 3}),
         ("a/b", Path("a/b")),
+        ("red", Colour.RED),
+        ("ADAM", Kind.ADAM),
+        (0.1, decimal.Decimal("0.10")),
+        ("0.1000000000000000000001", decimal.Decimal("0.1000000000000000000001")),
+        (0.25, fractions.Fraction(1, 4)),
+        ("2024-01-02T00:00:00", datetime.datetime(2024, 1, 2)),
+        ("2024-01-02", np.datetime64("2024-01-02")),
+        ("1 day, 0:00:00", datetime.timedelta(days=1)),
+        ("collections.OrderedDict", OrderedDict),
+        ({"x": 1, "y": {"x": 2, "y": None}}, Point(1, Point(2))),
+        ({"x": 1, "y": 2}, collections.namedtuple("Pair", "x y")(1, 2)),
+        ({"a": {"b": 1}}, argparse.Namespace(a=SimpleNamespace(b=1))),
+        ([1, 2], collections.deque([1, 2])),
+        ("<object object>", object()),
         ("\\ud800", "\ud800"),
         ("tensor(1.0, 2.0)", Tensor(1.0, 2.0)),
         ("<Raises: RuntimeError in repr>", Raises()),
@@ -233,6 +262,53 @@ def test_values_keep_what_can_be_kept(expected: Any, value: Any) -> None:
     found = plain(value)
     assert expected == found
     assert type(expected) is type(found)
+
+
+def test_configurations_of_other_packages_are_plain() -> None:
+    """What attrs, pydantic, OmegaConf and transformers make of settings is names and values."""
+    import attrs
+    import pydantic
+    from omegaconf import DictConfig, OmegaConf
+    from transformers import BertConfig
+
+    @attrs.define
+    class Part:
+        rate: float = 0.1
+
+    class Whole(pydantic.BaseModel, extra="allow"):
+        part: Any
+        token: pydantic.SecretStr = pydantic.SecretStr("hunter22")
+
+    config = OmegaConf.create({"a": [{"b": "${c}"}, "???"], "c": 1, "d": "${nowhere}", "e": "???"})
+    assert isinstance(config, DictConfig)
+    assert {"a": [{"b": 1}, "???"], "c": 1, "d": "${nowhere}", "e": "???"} == plain(config)
+    whole = Whole.model_validate({"part": Part(), "more": [Path("p")]})
+    assert {"part": {"rate": 0.1}, "token": "**********", "more": ["p"]} == plain(whole)
+    assert 7 == plain({"model": BertConfig(hidden_size=7)})["model"]["hidden_size"]
+
+
+def test_an_optimizer_is_its_type_and_settings() -> None:
+    """What all groups share stands once, what one has for itself under its number."""
+    import torch
+
+    first, second = torch.nn.Linear(1, 1).parameters()
+    groups = [{"params": [first]}, {"params": [second], "lr": 0.5}]
+    found = plain({"optimizer": torch.optim.SGD(groups, lr=0.1, momentum=0.9)})["optimizer"]
+    expected = {"type": "SGD", "momentum": 0.9, "group_0": {"lr": 0.1}, "group_1": {"lr": 0.5}}
+    assert expected == {name: found[name] for name in expected}
+    assert not {"params", "foreach"} & found.keys()
+    dtype = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "weights": torch.ones(2)}
+    assert {"dtype": "torch.bfloat16", "device": "cpu", "weights": [1.0, 1.0]} == plain(dtype)
+
+
+def test_tensors_in_events_are_arrays() -> None:
+    """An adapter may hand over a tensor of any dtype where an event has an array."""
+    import torch
+
+    half = torch.full((1, 2), 0.5, dtype=torch.bfloat16, requires_grad=True)
+    event, left_out = normalize.event(CurveLogged(key="k", x=half[0], y=half, classes=["a"]))  # type: ignore[arg-type]
+    assert [] == left_out
+    np.testing.assert_array_equal([[0.5, 0.5]], decode(encodes(event)).event.y)  # type: ignore[union-attr]
 
 
 def test_size_and_depth_are_bounded() -> None:

@@ -17,6 +17,7 @@ from trainbus.events import (
     CurveLogged,
     EpochEnded,
     EpochStarted,
+    HistogramLogged,
     ImageLogged,
     MetricsLogged,
     RunEnded,
@@ -228,3 +229,174 @@ def test_a_run_object_serves_one_run_after_another(bus: Bus, memory: MemorySink)
     assert 2 == len({record.run for record in memory.records})
     epochs = [event for event in memory.events if isinstance(event, EpochStarted)]
     assert [] == epochs
+
+
+def torch_tensors() -> tuple[Any, Any]:
+    """Return a tensor that numpy refuses twice over, and one that has no data."""
+    torch = pytest.importorskip("torch")
+    whole = torch.full((2, 2), 0.5, dtype=torch.bfloat16, requires_grad=True)
+    return whole, torch.ones(2, 2, device="meta")
+
+
+def test_tensors_of_any_kind_are_values(bus: Bus, memory: MemorySink) -> None:
+    """A tensor in a graph, of a dtype that numpy has not, is a matrix, a curve, or a picture."""
+    whole, _ = torch_tensors()
+    with bus.run() as run:
+        run.log({"score": whole.sum(), "each": whole[0], "sparse": whole.detach().to_sparse()})
+        run.image("picture", whole)
+        run.confusion_matrix("matrix", whole, {0: "a", 1: "b"})  # type: ignore[arg-type]
+        run.curve("curve", whole[0], [whole[0], whole[1]], classes=np.array(["a", "b"]))  # type: ignore[arg-type]
+    values = {"train/score": 2.0, "train/each/0": 0.5, "train/each/1": 0.5}
+    assert values == only(memory, MetricsLogged).values
+    halves = np.full((2, 2), 0.5)
+    assert halves.tolist() == only(memory, TableLogged).rows
+    np.testing.assert_array_equal(halves, only(memory, ImageLogged).array)
+    matrix, curve = only(memory, ConfusionMatrixLogged), only(memory, CurveLogged)
+    np.testing.assert_array_equal(halves, matrix.matrix)
+    np.testing.assert_array_equal(halves, curve.y)
+    assert (["a", "b"], ["a", "b"]) == (matrix.classes, curve.classes)
+
+
+def test_nothing_that_is_logged_raises(
+    bus: Bus, memory: MemorySink, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What can't be recorded is said once, with what to do, and counted in the receipt."""
+    _, empty = torch_tensors()
+    with bus.run() as run:
+        for _ in range(2):
+            run.log(None)  # type: ignore[arg-type]
+        run.log({0: 0.5, "none": None, "raw": b"x", "meta": empty, "wave": 3j})  # type: ignore[dict-item]
+        run.image("meta", empty)
+        run.image("none", None)
+        run.image("flat", np.zeros(3))
+        run.curve("curve", ["a"], [1])
+        run.confusion_matrix("matrix", None, ["a"])
+        run.table("table", ["a"], 5)  # type: ignore[arg-type]
+        run.table("alone", "a")
+        run.checkpoint(None)  # type: ignore[arg-type]
+        run.artifact("data", 5)  # type: ignore[arg-type]
+        run.text("number", 5)  # type: ignore[arg-type]
+        run.alert(5)  # type: ignore[arg-type]
+    assert [] == check_grammar(memory.records)
+    assert {"train/0": 0.5} == only(memory, MetricsLogged).values
+    assert ("5", "5") == (only(memory, TextLogged).text, only(memory, AlertRaised).title)
+    said = [r.getMessage() for r in caplog.records if "not recorded" in r.getMessage()]
+    assert 13 == len(said) == len(set(said))
+    assert "not recorded: 'values': expected names with values, found NoneType" == said[0]
+    assert 14 == bus.receipts[0].unrecorded
+    assert "14 values not recorded" in str(bus.receipts[0]).splitlines()[0]
+
+
+def test_values_become_what_they_are(bus: Bus, memory: MemorySink) -> None:
+    """Of what `log` is given, each value is the event that fits it."""
+    long, longer = np.linspace(0, 1, 101), np.linspace(0, 1, 10_001)
+    with bus.run() as run:
+        run.log(
+            {
+                "val": {"f1": 0.5, "deep": {"er": 1}},
+                "per class": [0.25, 0.75],
+                "note": "good",
+                "confusion": np.array([[1, 2], [3, 4]]),
+                "rows": [{"a": 1}, {"b": "x"}],
+                "long": long,
+                "longer": longer,
+                "counted": np.histogram([0.0, 1.0], bins=2),
+                "pixels": np.zeros((3, 16, 17), dtype=np.uint8),
+                "grey": np.zeros((32, 32), dtype=np.uint8),
+                "nothing": None,
+            },
+            epoch=3,
+        )
+    values = {"val/f1": 0.5, "val/deep/er": 1.0, "train/per class/0": 0.25}
+    assert {**values, "train/per class/1": 0.75} == only(memory, MetricsLogged).values
+    assert TextLogged(key="train/note", text="good", epoch=3) == only(memory, TextLogged)
+    square, rows = (event for event in memory.events if isinstance(event, TableLogged))
+    assert [[1, 2], [3, 4]] == square.rows
+    assert (["a", "b"], [[1, None], [None, "x"]]) == (rows.columns, rows.rows)
+    np.testing.assert_array_equal(long, only(memory, CurveLogged).y[0])
+    large, counted = (event for event in memory.events if isinstance(event, HistogramLogged))
+    assert (10_001, [1, 1]) == (large.counts.sum(), counted.counts.tolist())
+    shapes = [event.array.shape for event in memory.events if isinstance(event, ImageLogged)]  # type: ignore[union-attr]
+    assert [(16, 17, 3), (32, 32)] == shapes
+    assert 0 == bus.receipts[0].unrecorded
+
+
+def test_figures_and_pictures_are_pictures(bus: Bus, memory: MemorySink) -> None:
+    """A figure of matplotlib is drawn, a picture of Pillow kept, and neither is changed."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    figure = Figure(figsize=(2, 1), dpi=50, facecolor=(1, 0, 0))
+    axes = figure.subplots(1, 2)
+    canvas = figure.canvas
+    picture = Image.new("P", (5, 4), 1)
+    with bus.run() as run:
+        run.log({"figure": figure, "picture": picture, "several": [picture, picture]})
+        run.image("axes", axes)
+        run.image("picture", picture)
+    found = {e.key: e.array for e in memory.events if isinstance(e, ImageLogged)}
+    names = ["figure", "picture", "several/0", "several/1"]
+    assert [*(f"train/{name}" for name in names), "axes", "picture"] == list(found)
+    for key in ("train/figure", "axes"):
+        assert (50, 100, 3) == found[key].shape  # type: ignore[union-attr]
+        assert [255, 0, 0] == found[key][0, 0].tolist()  # type: ignore[index]
+    assert (4, 5, 3) == found["picture"].shape  # type: ignore[union-attr]
+    assert canvas is figure.canvas
+
+
+@pytest.mark.parametrize(
+    ("expected", "array"),
+    [
+        ([0.0, 1.0], np.array([[0.0, 1.0]])),
+        ([0.5, 1.1], np.array([[0.5, 1.1]])),
+        ([0, 200], np.array([[0.0, 200.0]])),
+        ([0, 128, 255], np.array([[-1.0, 0.0, 1.0]])),
+        ([0, 255], np.array([[0, 65535]], dtype=np.uint16)),
+        ([0, 255], np.array([[False, True]])),
+        ([3, 4], np.array([[3, 4]])),
+    ],
+)
+def test_a_picture_is_not_white(
+    expected: list[float], array: Any, bus: Bus, memory: MemorySink
+) -> None:
+    """Values beyond 0…1 and bytes are scaled to bytes, where a tracker would cut them off."""
+    with bus.run() as run:
+        run.image("picture", array)
+    assert expected == only(memory, ImageLogged).array[0].tolist()
+
+
+def test_data_frames_are_tables(bus: Bus, memory: MemorySink) -> None:
+    """A data frame keeps the names of its columns, and of its rows where they have any."""
+    import pandas
+    import polars
+
+    frame = pandas.DataFrame({"a": [1, 2], "b": ["x", None], 3: [0.5, float("inf")]})
+    named = pandas.DataFrame({"f1": [0.5]}, index=pandas.Index(["cat"], name="class"))
+    with bus.run() as run:
+        run.table("pandas", frame)
+        run.table("polars", polars.DataFrame({"a": [1], "b": [None]}))
+        run.log({"named": named, "mean": named.mean()})
+        run.table("mapping", {"a": [1, 2], "b": [3, 4]})
+    found = [(e.columns, e.rows) for e in memory.events if isinstance(e, TableLogged)]
+    assert [
+        (["a", "b", "3"], [[1, "x", 0.5], [2, None, float("inf")]]),
+        (["a", "b"], [[1, None]]),
+        (["class", "f1"], [["cat", 0.5]]),
+        (["a", "b"], [[1, 3], [2, 4]]),
+    ] == found
+    assert {"train/mean": 0.5} == only(memory, MetricsLogged).values
+
+
+def test_configurations_of_any_kind_are_params(bus: Bus, memory: MemorySink) -> None:
+    """A namespace, a dataclass and a configuration with holes are plain names and values."""
+    from argparse import Namespace
+
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.create({"lr": "???", "of": "${lr}", "sizes": [1, "???"], "deep": {"x": 1}})
+    for params in (Namespace(lr=0.1), config, None, 5):
+        with bus.run(params=params):
+            pass
+    found = [event.params for event in memory.events if isinstance(event, RunStarted)]
+    plain = {"lr": "???", "of": "${lr}", "sizes": [1, "???"], "deep": {"x": 1}}
+    assert [{"lr": 0.1}, plain, {}, {"params": 5}] == found

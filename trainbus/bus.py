@@ -20,7 +20,7 @@ import msgspec
 from blinker import Namespace
 from msgspec import Meta
 
-from trainbus import registry
+from trainbus import normalize, registry
 from trainbus.emitter import Emitter, print_receipt
 from trainbus.errors import JournalError, SubscribeError
 from trainbus.events import (
@@ -152,7 +152,7 @@ class Bus:
         *,
         name: str | None = None,
         project: str | None = None,
-        params: Mapping[str, Any] | None = None,
+        params: Any = None,
         **started: Any,
     ) -> Run:
         """Return a run for a training loop of your own, to be used in a `with` statement.
@@ -160,13 +160,16 @@ class Bus:
         Args:
             name: what the run is called.
             project: what it belongs to.
-            params: its configuration.
+            params: its configuration: a mapping, a namespace, an instance of a dataclass or of a
+                class of attrs or pydantic, or a configuration of OmegaConf.
             started: further fields of `RunStarted`, such as `tags`, `task` or `save_dir`.
 
         Raises:
             TypeError: a field has a value of another type, or there is no such field.
         """
-        event = RunStarted(name=name, project=project, params=dict(params or {}), **started)
+        event = RunStarted(
+            name=name, project=project, params=normalize.plain_mapping(params, "params"), **started
+        )
         fields = msgspec.structs.replace(event, params={})
         try:
             msgspec.convert(msgspec.to_builtins(fields, enc_hook=repr), RunStarted)

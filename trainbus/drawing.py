@@ -1,16 +1,19 @@
-"""Pictures of what a tracker has no object of its own for: curves, matrices, histograms, arrays.
+"""Pictures: of what a tracker has no object of its own for, and of what users have as a picture.
 
-matplotlib draws them, without its global state: a training that plots is not disturbed.
+matplotlib draws curves, matrices and histograms, without its global state: a training that plots is
+not disturbed.
 """
 
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trainbus import normalize
 from trainbus.errors import MissingPackageError
 from trainbus.events import (
     Array,
@@ -93,6 +96,91 @@ def png(array: Array) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels.astype(np.uint8)).save(file, "png")
     return file.getvalue()
+
+
+def pixels(value: Any) -> Array:
+    """Return a figure, a picture of Pillow, the bytes of a file, or an array as an array of pixels.
+
+    A figure of matplotlib, or axes of one, is drawn as it is now. An array or tensor may be of any
+    device and dtype: (H, W), (H, W, C), or (C, H, W) where only the first axis can be channels.
+    Floats in 0…1 and bytes stay as they are; other values are scaled to bytes, those in 0…255 as
+    they are, any others from the least to the greatest.
+
+    Raises:
+        ValueError: it is no picture; the text says what to do.
+    """
+    if (figure := figure_of(value)) is not None:
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi="figure")  # on a canvas of its own
+        value = file.getvalue()
+    if isinstance(value, bytes):
+        from PIL import Image
+
+        value = Image.open(io.BytesIO(value))
+    if is_pillow(value):
+        value = _of_pillow(value)
+    found = normalize.to_array(value)
+    if found is None:
+        raise ValueError(f"{_type(value)} is no picture: log a path, an array or a figure")
+    while found.ndim > 3 and found.shape[0] == 1:
+        found = found[0]
+    if found.ndim == 3 and found.shape[2] not in (1, 2, 3, 4) and found.shape[0] in (1, 3, 4):
+        found = np.moveaxis(found, 0, 2)
+    if found.ndim not in (2, 3) or not found.size or (found.ndim == 3 and found.shape[2] > 4):
+        many = "log each picture on its own" if found.ndim > 3 else "expected (H, W) or (H, W, C)"
+        raise ValueError(f"an array {found.shape} is no picture: {many}")
+    return _in_range(found)
+
+
+def figure_of(value: Any) -> Figure | None:
+    """Return the figure of matplotlib that something is or belongs to, None if it is none."""
+    if "matplotlib.figure" not in sys.modules:
+        return None
+    from matplotlib.figure import Figure
+
+    if isinstance(value, np.ndarray) and value.dtype.kind == "O" and value.size:
+        value = value.flat[0]  # of `plt.subplots(2, 2)`
+    for found in (value, getattr(value, "figure", None)):
+        if isinstance(found, Figure):
+            return found
+    return None
+
+
+def is_pillow(value: Any) -> bool:
+    """Return whether something is a picture of Pillow."""
+    module = sys.modules.get("PIL.Image")
+    return module is not None and isinstance(value, module.Image)
+
+
+def _of_pillow(image: Any) -> Array:
+    if image.mode in ("P", "PA", "LA", "RGBa", "La"):
+        image = image.convert("RGBA")
+    elif image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBX"):
+        image = image.convert("RGB")
+    found = np.asarray(image)
+    if found.ndim == 3 and found.shape[2] == 4 and (found[:, :, 3] == 255).all():
+        return found[:, :, :3]
+    return found
+
+
+def _in_range(found: Array) -> Array:
+    """Return pixels as bytes, or as floats that are in 0…1 but for a little overshoot."""
+    if found.dtype == np.uint8:
+        return found
+    if found.dtype.kind == "b":
+        return found.astype(np.uint8) * np.uint8(255)
+    values = found.astype(np.float64)
+    known = values[np.isfinite(values)]
+    low, high = (known.min(), known.max()) if known.size else (0.0, 0.0)
+    if found.dtype.kind == "f" and low >= -0.2 and high <= 1.2:
+        return found if found.dtype.itemsize > 2 else found.astype(np.float32)
+    if low < 0 or high > 255:
+        values = (values - low) * (255 / (high - low))
+    return np.asarray(np.nan_to_num(np.clip(values.round(), 0, 255)).astype(np.uint8))
+
+
+def _type(value: Any) -> str:
+    return f"a {type(value).__module__}.{type(value).__qualname__}".replace("builtins.", "")
 
 
 def _figure() -> tuple[Figure, Axes]:

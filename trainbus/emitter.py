@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("trainbus")
 
 _MAX_NESTING = 3
+_MAX_LEFT_OUT = 20  # lines on what can't be recorded; further ones are only counted
 
 
 class Emitter:
@@ -60,6 +61,8 @@ class Emitter:
         self._shares_run = False
         self._ended_once = False
         self._warned: set[str] = set()
+        self._left_out: set[str] = set()
+        self._unrecorded = 0
 
     @property
     def services(self) -> frozenset[str]:
@@ -119,6 +122,17 @@ class Emitter:
                 self._warn("rank", f"rank {rank} found no run to tell its failure to: {error!r}")
         except Exception as second:
             self._warn("rank", f"the failure of rank {rank} can't be told: {second}")
+
+    def leave_out(self, what: str) -> None:
+        """Say once what of this run can't be recorded, and count it."""
+        if os.getpid() != self._pid or (self._run is None and self._ended_once):
+            return
+        self._unrecorded += 1
+        if what not in self._left_out and len(self._left_out) <= _MAX_LEFT_OUT:
+            self._left_out.add(what)
+            is_last = len(self._left_out) > _MAX_LEFT_OUT
+            more = "more is left out, which the receipt counts"
+            logger.warning("not recorded: %s", more if is_last else redact.text(what))
 
     def _is_adopted(self) -> bool:
         """Return whether this forked process logs: it does if its parent had no run to go on with.
@@ -225,7 +239,7 @@ class Emitter:
                 self._delivery.dropped += 1
             return None
         for what in left_out:
-            self._warn(f"{type(event)} {what}", f"left out of {event_name(event)}: {what}")
+            self.leave_out(f"{event_name(event)}: {what}")
         return event
 
     def end_previous(self) -> None:
@@ -304,6 +318,7 @@ class Emitter:
         return self._run, self._journal, self._delivery
 
     def _close(self, delivery: Delivery, status: str) -> None:
+        delivery.unrecorded, self._unrecorded = self._unrecorded, 0
         try:
             self._bus.close_run(delivery, status)
         finally:
@@ -331,6 +346,9 @@ class MutedEmitter:
         return None
 
     def failed_on(self, rank: int, error: BaseException) -> None:
+        """Do nothing."""
+
+    def leave_out(self, what: str) -> None:
         """Do nothing."""
 
 

@@ -16,14 +16,13 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any, Literal, TypeVar
 
-from trainbus import normalize
+from trainbus import normalize, splitting
 from trainbus.errors import AttachError, SinkError
 from trainbus.events import (
     Best,
     EpochEnded,
     EpochStarted,
     Event,
-    MetricsLogged,
     ModelDescribed,
     RunEnded,
     RunStarted,
@@ -188,21 +187,32 @@ class Reporter:
         final: bool = False,
         on_request: bool = False,
     ) -> None:
-        """Tell those of the values that are numbers, numpy scalars or tensors of one element."""
+        """Tell the values: numbers as metrics, and whatever else can be recorded as what it is.
+
+        Args:
+            values: name → number, numpy scalar, tensor, text, picture, figure, table, or a mapping
+                of them, which is flattened; None is no value.
+            phase: what they were measured in.
+            epoch: the epoch that they belong to.
+            step: optimizer updates done.
+            final: whether they evaluate the chosen weights after training.
+            on_request: whether they were measured only because a sink asked.
+        """
         if not self.is_open:
             return
-        kept, _ = normalize.metrics(values)
-        if kept:
-            self.tell(
-                MetricsLogged(
-                    values=kept,
-                    phase=phase,
-                    epoch=None if epoch is None else int(epoch),
-                    step=None if step is None else int(step),
-                    final=final,
-                    on_request=on_request,
-                )
-            )
+        events, left_out = splitting.split(
+            values,
+            phase,
+            epoch=None if epoch is None else int(epoch),
+            step=None if step is None else int(step),
+            final=final,
+            on_request=on_request,
+        )
+        for event in events:
+            self.tell(event)
+        if left_out and self.active and self.emit is not None:
+            for what in left_out:
+                self.emit.leave_out(what)
 
     def wants_step(self, step: int, phase: str = "train") -> bool:
         """Return whether a sink asked for the values of this step; they are then `on_request`."""

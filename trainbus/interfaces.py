@@ -148,6 +148,9 @@ class Emit(Protocol):
         Rank 0 only sees its connection break; its run ends with what is told here.
         """
 
+    def leave_out(self, what: str) -> None:
+        """Say once what can't be recorded and what to do, and count it in the receipt."""
+
 
 Detach: TypeAlias = Callable[[], None]
 """Takes an adapter's hooks out of the framework again; calling it twice does nothing more."""

@@ -1,14 +1,20 @@
 """Turns what frameworks and users hand over into plain values that always encode.
 
-Nothing here raises on a value: what can't be kept as it is becomes text.
+Nothing here raises on a value: what can't be kept as it is becomes text. No package that makes such
+values is imported: what one of its objects is, is told by the object, or by the package if the
+program has imported it.
 """
 
 from __future__ import annotations
 
+import enum
 import math
 import os
-from collections.abc import Iterable, Mapping
-from itertools import islice
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence, Set
+from itertools import chain, islice
+from types import BuiltinFunctionType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -30,8 +36,10 @@ _MAX_TEXT = 64 * 1024
 _MAX_ITEMS = 10_000
 _MAX_TOTAL = 1_000_000
 _MAX_BITS = 8192  # Python refuses to write much longer integers as decimals
-_CONTAINERS = (Mapping, list, tuple, set, frozenset, np.ndarray)
+_FUNCTIONS = (type, FunctionType, BuiltinFunctionType, MethodType)
 _FLOATS = {float}
+_CELLS = {float, int, bool, str, type(None)}
+_ADDRESS = re.compile(r" at 0x[0-9A-Fa-f]+")
 _PARTS = (Best, Failure, Resumed)
 _ARRAYS = ("array", "x", "y", "matrix", "counts", "edges")
 _PATHS = ("save_dir", "path")
@@ -46,10 +54,57 @@ _NUMBERS: dict[type[Any], tuple[str, ...]] = {
 def plain(value: Any) -> Any:
     """Return `value` as None, bool, int, float, str, list or dict with str keys, all the way down.
 
-    0-d tensors and numpy scalars become numbers, paths and everything unknown text. More than 16
-    levels, 10,000 items of one container, 1,000,000 of all together or 64 KiB of one text are cut.
+    Numbers of any kind become numbers, everything that `mapping` knows a dict, sequences and
+    tensors lists, an enum's member its value or name, dates ISO 8601, classes and functions their
+    name, paths and everything unknown text. More than 16 levels, 10,000 items of one container,
+    1,000,000 of all together or 64 KiB of one text are cut.
     """
     return _plain(value, (), [_MAX_TOTAL])
+
+
+def plain_mapping(value: Any, name: str = "value") -> dict[str, Any]:
+    """Return a configuration as a plain dict; what has no named parts stands under `name`."""
+    found = {} if value is None else plain(value)
+    return found if isinstance(found, dict) else {name: found}
+
+
+def mapping(value: Any) -> dict[Any, Any] | None:
+    """Return the named parts of an object, as they are; None for what has none.
+
+    They are those of a mapping (of OmegaConf too, with what is missing or can't be resolved as it
+    is written), a namespace, an instance of a dataclass or of a class of attrs, pydantic or
+    msgspec, a named tuple, a configuration of transformers, and an optimizer's type and settings.
+    """
+    if isinstance(value, Mapping):
+        return _items(value)
+    if isinstance(value, type):
+        return None
+    if isinstance(value, SimpleNamespace) or _is(value, "argparse", "Namespace"):
+        return dict(vars(value))
+    names = _fields(value)
+    if names is not None:
+        return {name: getattr(value, name, None) for name in names}
+    if callable(getattr(value, "keys", None)) and not hasattr(value, "shape"):
+        return _items(value) if hasattr(value, "__getitem__") else None
+    if callable(getattr(value, "to_dict", None)) and hasattr(value, "to_json_string"):
+        return dict(value.to_dict())
+    return _optimizer(value)
+
+
+def to_array(value: Any) -> Array | None:
+    """Return a tensor, or numbers in sequences, as an array of bools, ints or floats; else None.
+
+    A tensor may be on any device, of any dtype of real numbers, sparse, or part of a graph.
+    """
+    try:
+        found = _ndarray(value)
+        if isinstance(found, np.ma.MaskedArray):
+            found = np.ma.filled(found.astype(np.float64), np.nan)
+        if found.dtype.kind == "V" or (found.dtype.kind == "f" and found.dtype.itemsize > 8):
+            found = found.astype(np.float32 if found.dtype.kind == "V" else np.float64)
+    except Exception:  # no numbers, ragged, without data (as on torch's meta device), or broken
+        return None
+    return found if found.dtype.kind in "biuf" else None
 
 
 def to_number(value: Any) -> bool | int | float | None:
@@ -60,9 +115,25 @@ def to_number(value: Any) -> bool | int | float | None:
             return float(found)
         if isinstance(found, int):
             return found if type(found) in (bool, int) else int(found)
+    except AttributeError:  # it may still be a number of the standard library
+        if _is(value, "decimal", "Decimal") or _is(value, "fractions", "Fraction"):
+            return to_float(value)
     except Exception:  # no number, more than one element, or one that can't be read
         return None
     return None
+
+
+def to_float(number: float) -> float:
+    """Return a number as a float, infinite where it is too large for one."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
+
+
+def name_of(key: Any) -> str:
+    """Return what names a value as text, whatever it is."""
+    return _text(key if isinstance(key, str) else str(plain(key)))
 
 
 def metrics(values: Any) -> tuple[dict[str, float], list[str]]:
@@ -72,9 +143,9 @@ def metrics(values: Any) -> tuple[dict[str, float], list[str]]:
     for name, value in _take(values.items()):
         number = to_number(value)
         if number is None:
-            refused.append(_key(name))
+            refused.append(name_of(name))
         else:
-            kept[_key(name)] = _float(number)
+            kept[name_of(name)] = to_float(number)
     return kept, refused
 
 
@@ -139,14 +210,18 @@ def _field(value: Any, field: str, found: Any, refused: list[str]) -> Any:
         return [_repr(found)]  # the text of an object is no place to write to: this is refused
     if isinstance(found, _PARTS):
         return _struct(found, refused)
-    if isinstance(found, np.ndarray) and field in _ARRAYS:
-        return _array(found)
+    if field in _ARRAYS and not isinstance(found, str):
+        array = found if isinstance(found, np.ndarray) else to_array(found)
+        if array is not None:
+            return _array(array)
     if field in _NUMBERS.get(type(value), ()):
         return _metrics(found, field, refused)
     if field in _NAMES:
         return _names(found)
     if field == "rows":
         found = [list(row) if isinstance(row, tuple) else row for row in found]
+        if _are_plain(found):
+            return found
     if type(found) is list:  # classes and rows must stay as many as they are
         return [plain(item) for item in found]
     return plain(found)
@@ -158,7 +233,7 @@ def _names(found: Any) -> Any:
         found = list(found.values())
     if isinstance(found, str) or not isinstance(found, Iterable):
         return plain(found)
-    return [_key(item) for item in found]
+    return [name_of(item) for item in found]
 
 
 def _convert(value: Any) -> Any:
@@ -209,6 +284,23 @@ def _metrics(values: Any, field: str, refused: list[str]) -> Any:
     return kept
 
 
+def _are_plain(rows: list[Any]) -> bool:
+    """Return whether there is nothing to do for the rows of a table."""
+    try:
+        kinds = set(map(type, chain.from_iterable(rows)))
+        if set(map(type, rows)) != {list} or not kinds <= _CELLS:
+            return False
+        if str in kinds:
+            texts = {cell for row in rows for cell in row if type(cell) is str}
+            if max(map(len, texts)) > _MAX_TEXT or not "".join(texts).isascii():
+                return False
+        return int not in kinds or all(
+            -(2**63) <= cell < 2**63 for row in rows for cell in row if type(cell) is int
+        )
+    except TypeError:  # a row that is no list
+        return False
+
+
 def _plain(value: Any, inside: tuple[int, ...], left: list[int]) -> Any:
     """Return a value in containers with the ids `inside`, of which `left[0]` more may be taken."""
     try:
@@ -217,33 +309,176 @@ def _plain(value: Any, inside: tuple[int, ...], left: list[int]) -> Any:
             return value
         if isinstance(value, str):
             return _text(value)
-        if isinstance(value, _CONTAINERS):
-            return _container(value, inside, left)
-        number = to_number(value)
-        if isinstance(number, int) and number.bit_length() > _MAX_BITS:
-            return _text(hex(number))
-        if number is not None:
-            return number
-        return _text(str(value) if hasattr(value, "__fspath__") else _repr(value))
+        if isinstance(value, enum.Enum) and not isinstance(value, int):
+            return _text(value.value if isinstance(value.value, str) else value.name)
+        if kind not in (list, tuple, dict) and not isinstance(value, np.ndarray):
+            if _is(value, "decimal", "Decimal"):
+                near = to_float(value)
+                return near if type(value)(repr(near)) == value else _text(str(value))
+            number = to_number(value)
+            if isinstance(number, int) and number.bit_length() > _MAX_BITS:
+                return _text(hex(number))
+            if number is not None:
+                return number
+            if (text := _named(value)) is not None:
+                return _text(text)
+        return _container(value, inside, left)
     except Exception:
         return _text(_repr(value))
 
 
+def _named(value: Any) -> str | None:
+    """Return the text that stands for an object better than its repr, None if none does."""
+    if hasattr(value, "__fspath__"):
+        return str(value)
+    if isinstance(value, np.generic) and value.dtype.kind in "mMSU":
+        return str(value)
+    if callable(getattr(value, "isoformat", None)) and not isinstance(value, type):
+        return str(value.isoformat())
+    if _is(value, "datetime", "timedelta") or _is(value, "uuid", "UUID"):
+        return str(value)
+    if isinstance(value, _FUNCTIONS):
+        module = value.__module__
+        return (
+            value.__qualname__ if module in (None, "builtins") else f"{module}.{value.__qualname__}"
+        )
+    if type(value).__module__ in ("torch", "pydantic.types", "pydantic.networks"):
+        return str(value) if not hasattr(value, "shape") else None  # a device, a dtype, a SecretStr
+    return None
+
+
 def _container(value: Any, inside: tuple[int, ...], left: list[int]) -> Any:
-    if isinstance(value, np.ndarray):
-        if value.ndim == 0:
-            return _plain(value.item(), (*inside, id(value)), left)
-        value = value[:_MAX_ITEMS].tolist()
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        return _plain(value.item(), (*inside, id(value)), left)
+    found = _members(value)
+    if found is None:
+        return _text(_repr(value))
     if id(value) in inside or len(inside) >= _MAX_DEPTH or left[0] <= 0:
         return f"<{type(value).__qualname__}: left out>"  # its repr may be as endless as itself
     inside = (*inside, id(value))
-    if isinstance(value, Mapping):
-        items = _take(value.items())
-        left[0] -= len(items)
-        return {_key(k): _plain(v, inside, left) for k, v in items}
-    taken = _take(value)
-    left[0] -= len(taken)
-    return [_plain(item, inside, left) for item in taken]
+    left[0] -= len(found)
+    if isinstance(found, dict):
+        return {name_of(k): _plain(v, inside, left) for k, v in found.items()}
+    return [_plain(item, inside, left) for item in found]
+
+
+def _members(value: Any) -> dict[Any, Any] | list[Any] | None:
+    """Return what is in a container, by name or in order; None for what is none."""
+    if isinstance(value, np.ndarray):
+        return value[:_MAX_ITEMS].tolist()  # type: ignore[no-any-return]
+    if type(value) in (list, tuple, set, frozenset):
+        return _take(value)
+    if (named := mapping(value)) is not None:
+        return dict(_take(named.items()))
+    if callable(getattr(value, "detach", None)):
+        array = to_array(value)
+        is_small = array is not None and array.size <= _MAX_ITEMS
+        return array.tolist() if array is not None and is_small else None
+    if isinstance(value, Sequence | Set) and not isinstance(value, range | bytes | memoryview):
+        try:
+            return _take(value)
+        except Exception:
+            return [_at(value, index) for index in range(min(len(value), _MAX_ITEMS))]
+    return None
+
+
+def _items(value: Any) -> dict[Any, Any]:
+    try:
+        return {key: value[key] for key in islice(value.keys(), _MAX_ITEMS)}
+    except Exception:  # one that can't be had is no reason to lose the others
+        return {key: _at(value, key) for key in islice(value.keys(), _MAX_ITEMS)}
+
+
+def _at(value: Any, key: Any) -> Any:
+    try:
+        return value[key]
+    except Exception as error:
+        try:  # such as `???` and `${db.host}`, as they are written
+            package = sys.modules["omegaconf"]
+            return package.OmegaConf.to_container(value, resolve=False)[key]
+        except Exception:
+            return f"<{type(error).__qualname__}>"
+
+
+def _fields(value: Any) -> list[str] | None:
+    """Return the names of the fields that an object's class declares, None if it declares none."""
+    kind = type(value)
+    if hasattr(kind, "__dataclass_fields__"):
+        return [field.name for field in sys.modules["dataclasses"].fields(value)]
+    if hasattr(kind, "__attrs_attrs__"):
+        return [field.name for field in kind.__attrs_attrs__]
+    if hasattr(kind, "__pydantic_fields__") or hasattr(kind, "__pydantic_validator__"):
+        return [*kind.model_fields, *(getattr(value, "model_extra", None) or ())]
+    if isinstance(value, msgspec.Struct):
+        return list(value.__struct_fields__)
+    if isinstance(value, tuple) and isinstance(getattr(kind, "_fields", None), tuple):
+        return list(kind._fields)
+    return None
+
+
+def _optimizer(value: Any) -> dict[str, Any] | None:
+    """Return the type and the settings of an optimizer of PyTorch or Keras, None for other objects.
+
+    Settings are those that its parameter groups share, and under `group_<i>` those of one alone.
+    """
+    inner = getattr(value, "optimizer", None)
+    value = inner if hasattr(value, "param_groups") and hasattr(inner, "param_groups") else value
+    groups = getattr(value, "param_groups", None)
+    if isinstance(groups, list) and isinstance(getattr(value, "defaults", None), Mapping):
+        own = [{k: v for k, v in g.items() if k[:5] != "param" and v is not None} for g in groups]
+        shared = {k: v for k, v in own[0].items() if all(k in g and g[k] == v for g in own)}
+        found = {"type": type(value).__qualname__, **shared}
+        for index, group in enumerate(own):
+            if rest := {k: v for k, v in group.items() if k not in shared}:
+                found[f"group_{index}"] = rest
+        return found
+    if hasattr(value, "learning_rate") and callable(getattr(value, "get_config", None)):
+        return {"type": type(value).__qualname__, **value.get_config()}
+    return None
+
+
+def _is(value: Any, module: str, name: str) -> bool:
+    """Return whether an object is of a class in a module that may not be imported."""
+    kind = getattr(sys.modules.get(module), name, None)
+    return isinstance(kind, type) and isinstance(value, kind)
+
+
+def _ndarray(value: Any) -> Array:
+    if isinstance(value, np.ndarray):
+        return value
+    if callable(getattr(value, "detach", None)):
+        return _of_torch(value)
+    if isinstance(value, list | tuple):
+        try:
+            found = np.asarray(value)
+        except Exception:  # tensors that numpy refuses; what is ragged fails again
+            found = None
+        if found is None or found.dtype.kind in "OV":
+            found = np.stack([_ndarray(item) for item in value])
+        return found
+    for name in ("to_numpy", "numpy", "get"):  # of pandas and polars, TensorFlow, CuPy
+        convert = getattr(value, name, None)
+        if callable(convert) and hasattr(value, "dtype"):
+            try:
+                return np.asarray(convert())
+            except Exception:
+                continue  # another way may do
+    if not any(hasattr(value, name) for name in ("__array__", "__array_interface__", "__float__")):
+        raise TypeError(f"expected numbers, found {type(value).__qualname__}")
+    return np.asarray(value)
+
+
+def _of_torch(value: Any) -> Array:
+    found = value.detach()
+    if getattr(found, "is_quantized", False):
+        found = found.dequantize()
+    if not str(getattr(found, "layout", "strided")).endswith("strided"):
+        found = found.to_dense()
+    found = found.cpu()
+    try:
+        return np.asarray(found.numpy())
+    except (TypeError, RuntimeError):  # numpy has no bfloat16, and none of the 8-bit floats
+        return np.asarray(found.float().numpy())
 
 
 def _array(value: Array) -> Array:
@@ -264,10 +499,6 @@ def _take(items: Iterable[Any]) -> list[Any]:
     return list(islice(items, _MAX_ITEMS))
 
 
-def _key(key: Any) -> str:
-    return _text(key if isinstance(key, str) else str(plain(key)))
-
-
 def _text(value: str) -> str:
     return _utf8(str.__getitem__(value, slice(_MAX_TEXT)))
 
@@ -278,13 +509,7 @@ def _utf8(value: str) -> str:
 
 def _repr(value: Any) -> str:
     try:
-        return _utf8(repr(value)[:1000])
+        # Where an object lies in memory is another place in every process.
+        return _utf8(_ADDRESS.sub("", repr(value)[:1000]))
     except Exception as error:  # a broken __repr__ is no reason to lose the rest of the event
         return f"<{type(value).__qualname__}: {type(error).__name__} in repr>"
-
-
-def _float(number: float) -> float:
-    try:
-        return float(number)
-    except OverflowError:
-        return math.inf if number > 0 else -math.inf

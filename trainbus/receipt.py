@@ -45,6 +45,8 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """What was emitted and could not be kept: no event of the schema, or no room for it."""
     unsaved: int = 0
     """Of what was emitted: records that the disk had no room for, and that no replay can send."""
+    unrecorded: int = 0
+    """Values that were logged and are nothing that can be recorded."""
     journal: str | None = None
     config: str | None = None
 
@@ -68,6 +70,9 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
             lines[0] += f", {self.unsaved} NOT ON DISK"
         if self.lost:
             lines[0] += f", {self.lost} LOST"
+        if self.unrecorded:
+            values = "value" if self.unrecorded == 1 else "values"
+            lines[0] += f", {self.unrecorded} {values} not recorded"
         width = max([*(len(s.name) for s in self.sinks), len("journal")])
         for sink in self.sinks:
             lines.append(f"  {sink.name:<{width}}  {sink.kind}: {_counts(sink)}")

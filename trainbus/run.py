@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 
+from trainbus import drawing, normalize, splitting
 from trainbus.emitter import Emitter
 from trainbus.events import (
     AlertRaised,
+    Array,
     ArtifactLogged,
     CheckpointSaved,
     ConfusionMatrixLogged,
@@ -21,7 +23,6 @@ from trainbus.events import (
     EpochStarted,
     Event,
     ImageLogged,
-    MetricsLogged,
     RunStarted,
     TableLogged,
     TextLogged,
@@ -34,8 +35,10 @@ class Run:
     """One training, logged by hand; made by `bus.run(…)` and used in a `with` statement.
 
     The run ends with the `with` block: finished, or failed or stopped by the exception that leaves
-    it, which passes through unchanged. Nothing else in here raises because a sink fails. In a
-    distributed training rank 0 logs; the other ranks tell only what ends them.
+    it, which passes through unchanged. Nothing that is logged raises, whatever it is: it becomes
+    what can be recorded, or is left out, said once and counted in the receipt. Only a sink with
+    `on_error: raise` stops a training. In a distributed training rank 0 logs; the other ranks tell
+    only what ends them.
     """
 
     def __init__(self, emit: Emitter, started: RunStarted) -> None:
@@ -95,20 +98,26 @@ class Run:
         phase: str = "train",
         final: bool = False,
     ) -> None:
-        """Log numbers: of one optimizer step if `step` is given, else of the epoch.
+        """Log values: of one optimizer step if `step` is given, else of the epoch.
+
+        Numbers are metrics. Anything else becomes what it is: a text, a figure or picture, a data
+        frame or two-dimensional array (a table), a vector (up to 100 numbers are metrics by their
+        index, up to 10,000 a curve, more a histogram). Mappings are flattened: `{"val": {"f1": …}}`
+        is `val/f1`. None is no value.
 
         Args:
-            values: name → number, numpy scalar or tensor of one element. A name without a `/` gets
-                the phase before it: `loss` becomes `train/loss`.
+            values: name → value. A name without a `/` gets the phase before it: `loss` becomes
+                `train/loss`.
             epoch: counts from 0; by default the epoch of `epochs`.
             step: optimizer updates done.
             phase: `train`, `validation`, `test`, `system`, or a name of your own.
             final: the numbers are an evaluation of the chosen weights after training.
         """
-        named = {k if "/" in k else f"{phase}/{k}": v for k, v in values.items()}
-        self._emit(
-            MetricsLogged(values=named, phase=phase, epoch=self._at(epoch), step=step, final=final)
-        )
+        what = {"epoch": self._at(epoch), "step": step, "final": final}
+        events, left_out = splitting.split(values, phase, prefix=f"{phase}/", **what)
+        self._emit(*events)
+        for each in left_out:
+            self._leave_out(each)
 
     def image(
         self,
@@ -119,18 +128,30 @@ class Run:
         epoch: int | None = None,
         step: int | None = None,
     ) -> None:
-        """Log a picture: the path of a file, or an array (H, W) or (H, W, C), uint8 or 0…1."""
-        is_path = isinstance(image, str | os.PathLike)
-        self._emit(
-            ImageLogged(
-                key=key,
-                path=os.fspath(image) if is_path else None,
-                array=None if is_path else np.asarray(image),
+        """Log a picture.
+
+        Args:
+            key: name of the picture.
+            image: the path of a file, a figure or axes of matplotlib, a picture of Pillow, or an
+                array or tensor (H, W), (H, W, C), or (C, H, W) with 1, 3 or 4 channels. Values are
+                0…255 or 0…1; floats beyond are scaled from the least to the greatest.
+            caption: a line of text below it.
+            epoch: counts from 0; by default the epoch of `epochs`.
+            step: optimizer updates done.
+        """
+
+        def make() -> Event:
+            path = os.fspath(image) if isinstance(image, str | os.PathLike) else None
+            return ImageLogged(
+                key=normalize.name_of(key),
+                path=path,
+                array=drawing.pixels(image) if path is None else None,
                 caption=caption,
                 epoch=self._at(epoch),
                 step=step,
             )
-        )
+
+        self._make(f"image {key!r}", make)
 
     def curve(
         self,
@@ -145,51 +166,73 @@ class Run:
         epoch: int | None = None,
     ) -> None:
         """Log curves y (C, N), or one curve (N,), over x (N,), with one name a class."""
-        rows = np.atleast_2d(np.asarray(y))
-        self._emit(
-            CurveLogged(
-                key=key,
-                x=np.asarray(x),
+
+        def make() -> Event:
+            rows = np.atleast_2d(_numbers(y))
+            names = [] if classes is None else _names(classes)
+            return CurveLogged(
+                key=normalize.name_of(key),
+                x=_numbers(x),
                 y=rows,
-                classes=list(classes or ([key] if len(rows) == 1 else map(str, range(len(rows))))),
+                classes=names or ([key] if len(rows) == 1 else [str(i) for i in range(len(rows))]),
                 title=key if title is None else title,
                 x_label=x_label,
                 y_label=y_label,
                 epoch=self._at(epoch),
             )
-        )
+
+        self._make(f"curve {key!r}", make)
 
     def table(
         self,
         key: str,
-        columns: Sequence[str],
-        rows: Sequence[Sequence[Any]],
+        columns: Any,
+        rows: Iterable[Iterable[Any]] | None = None,
         *,
         epoch: int | None = None,
     ) -> None:
-        """Log a table: rows of plain values under named columns."""
-        self._emit(
-            TableLogged(
-                key=key,
-                columns=list(columns),
-                rows=[list(row) for row in rows],
-                epoch=self._at(epoch),
+        """Log a table: rows of plain values under named columns.
+
+        Args:
+            key: name of the table.
+            columns: names of the columns. Without `rows`, the whole table: a data frame of pandas
+                or polars, an Arrow table, a two-dimensional array, or a list of mappings.
+            rows: one list of cells a row.
+            epoch: counts from 0; by default the epoch of `epochs`.
+        """
+
+        def make() -> Event:
+            names, cells = _table(columns) if rows is None else (_names(columns), rows)
+            found = [list(row) for row in cells]
+            return TableLogged(
+                key=normalize.name_of(key), columns=names, rows=found, epoch=self._at(epoch)
             )
-        )
+
+        self._make(f"table {key!r}", make)
 
     def confusion_matrix(
         self, key: str, matrix: Any, classes: Sequence[str], *, epoch: int | None = None
     ) -> None:
         """Log counts (C, C): row i, column j is true class i predicted as j."""
-        self._emit(
-            ConfusionMatrixLogged(
-                key=key, matrix=np.asarray(matrix), classes=list(classes), epoch=self._at(epoch)
+
+        def make() -> Event:
+            return ConfusionMatrixLogged(
+                key=normalize.name_of(key),
+                matrix=_numbers(matrix),
+                classes=_names(classes),
+                epoch=self._at(epoch),
             )
-        )
+
+        self._make(f"confusion matrix {key!r}", make)
 
     def text(self, key: str, text: str, *, epoch: int | None = None) -> None:
-        """Log a piece of text."""
-        self._emit(TextLogged(key=key, text=text, epoch=self._at(epoch)))
+        """Log a piece of text; what is none is written as its plain value."""
+
+        def make() -> Event:
+            whole = text if isinstance(text, str) else normalize.name_of(text)
+            return TextLogged(key=normalize.name_of(key), text=whole, epoch=self._at(epoch))
+
+        self._make(f"text {key!r}", make)
 
     def checkpoint(
         self,
@@ -202,16 +245,18 @@ class Run:
         final: bool = False,
     ) -> None:
         """Log that a checkpoint was written; `final` says that this path won't be written again."""
-        self._emit(
-            CheckpointSaved(
+
+        def make() -> Event:
+            return CheckpointSaved(
                 path=os.fspath(path),
                 kind=kind,
                 epoch=self._at(epoch),
-                metrics=dict(metrics or {}),
-                metadata=dict(metadata or {}),
+                metrics=normalize.mapping(metrics) or {},
+                metadata=normalize.plain_mapping(metadata),
                 final=final,
             )
-        )
+
+        self._make("checkpoint", make)
 
     def artifact(
         self,
@@ -222,26 +267,49 @@ class Run:
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         """Log files that are to be kept together under a name."""
-        self._emit(
-            ArtifactLogged(
-                name=name,
+
+        def make() -> Event:
+            return ArtifactLogged(
+                name=normalize.name_of(name),
                 kind=kind,
                 paths=[os.fspath(p) for p in paths],
-                aliases=list(aliases),
-                metadata=dict(metadata or {}),
+                aliases=_names(aliases),
+                metadata=normalize.plain_mapping(metadata),
             )
-        )
+
+        self._make(f"artifact {name!r}", make)
 
     def alert(
         self, title: str, text: str = "", *, level: Literal["info", "warning", "error"] = "info"
     ) -> None:
         """Log something that a person should see now."""
-        self._emit(AlertRaised(title=title, text=text, level=level))
+        whole = text if isinstance(text, str) else normalize.name_of(text)
+        self._emit(AlertRaised(title=normalize.name_of(title), text=whole, level=level))
 
-    def _emit(self, *events: Event) -> None:
+    def _make(self, what: str, make: Callable[[], Event]) -> None:
+        """Emit the event that is made of what the user gave, if one can be made of it."""
+        if self._is_other_rank():
+            return
+        try:
+            event = make()
+        except Exception as error:
+            self._leave_out(f"{what}: {error}")
+        else:
+            self._emit(event)
+
+    def _leave_out(self, what: str) -> None:
+        self._emit()
+        if not self._is_other_rank():
+            self._emitter.leave_out(what)
+
+    def _is_other_rank(self) -> bool:
+        """Return whether another process has the run, which is that of rank 0."""
         if self._rank is None:
             self._rank = current_rank()
-        if self._rank:  # rank 0 has the run
+        return bool(self._rank)
+
+    def _emit(self, *events: Event) -> None:
+        if self._is_other_rank():
             return
         # A run that is used without `with` starts with what is first said of it.
         started, self._unsaid = self._unsaid, None
@@ -252,3 +320,30 @@ class Run:
 
     def _at(self, epoch: int | None) -> int | None:
         return self._epoch if epoch is None else epoch
+
+
+def _numbers(value: Any) -> Array:
+    found = normalize.to_array(value)
+    if found is None:
+        raise ValueError(f"expected numbers, found {type(value).__qualname__}")
+    return found
+
+
+def _names(values: Any) -> list[str]:
+    if isinstance(values, Mapping):  # of indices to names
+        values = values.values()
+    return [values] if isinstance(values, str) else [normalize.name_of(each) for each in values]
+
+
+def _table(value: Any) -> tuple[list[str], list[list[Any]]]:
+    if (found := splitting.table_of(value)) is not None:
+        return found
+    if isinstance(value, Mapping):
+        columns = [list(column) for column in value.values()]
+        return list(map(normalize.name_of, value)), [
+            list(row) for row in zip(*columns, strict=True)
+        ]
+    array = normalize.to_array(value)
+    if array is None or array.ndim != 2:
+        raise ValueError("expected columns and rows, a data frame or a two-dimensional array")
+    return [str(index) for index in range(array.shape[1])], array.tolist()

@@ -64,6 +64,8 @@ class Delivery:
         """
         self.dropped = 0
         """Events that never came into the journal."""
+        self.unrecorded = 0
+        """Values that no event could be made of."""
         self._run = run
         self._routes = routes
         self._journal = journal
@@ -124,7 +126,14 @@ class Delivery:
         self.hurry(self._flush_secs)
         if isinstance(self._journal, NoJournal):
             count = self._journal.seq
-            return Receipt(run=self._run.id, status=status, emitted=count, sinks=[], unsaved=count)
+            return Receipt(
+                run=self._run.id,
+                status=status,
+                emitted=count,
+                sinks=[],
+                unsaved=count,
+                unrecorded=self.unrecorded,
+            )
         self._journal.catch_up()
         held = self._journal.held
         emitted = self._journal.seq - self._journal.dropped.total()
@@ -246,6 +255,7 @@ class Delivery:
             ),
             dropped=self.dropped + journal.dropped.total(),
             unsaved=len(journal.held),
+            unrecorded=self.unrecorded,
             journal=str(journal.folder.path),
             config=self._config,
         )

@@ -20,12 +20,14 @@ from trainbus import AttachError, Bus
 from trainbus.emitter import MutedEmitter
 from trainbus.events import (
     CheckpointSaved,
+    ImageLogged,
     MetricsLogged,
     ModelDescribed,
     ParamsUpdated,
     Record,
     RunEnded,
     RunStarted,
+    TableLogged,
     TextLogged,
     decode,
     event_name,
@@ -355,6 +357,26 @@ def test_every_kind_of_value_arrives(bus: Bus, memory: MemorySink) -> None:
     assert math.isnan(event.values.pop("nan"))
     assert ({"t": 2.0, "d/a": 1.0, "d/b": 2.0}, 3) == (event.values, event.step)
     assert [TextLogged(key="note", text="hello", step=3)] == of(memory, TextLogged)
+
+
+def test_pictures_and_deeper_values_arrive(bus: Bus, memory: MemorySink) -> None:
+    """A picture is one, also as accelerate's users wrap it for W&B, and a mapping is flattened."""
+    import numpy as np
+    import wandb
+
+    own = accelerator(log_with=tracker(bus))
+    own.init_trackers("tiny")
+    pixels = np.zeros((8, 9, 3), dtype=np.uint8)
+    values = {"val/a": {"b": {"c": 0.5}}, "picture": pixels, "wrapped": wandb.Image(pixels)}
+    own.log({**values, "table": wandb.Table(columns=["x"], data=[[1]]), "raw": b"x"}, step=2)
+    own.end_training()
+    (event,) = of(memory, MetricsLogged)
+    assert ({"val/a/b/c": 0.5}, "validation") == (event.values, event.phase)
+    pictures = {e.key: (e.array.shape, e.step) for e in of(memory, ImageLogged)}
+    assert {"picture": ((8, 9, 3), 2), "wrapped": ((8, 9, 3), 2)} == pictures
+    assert [TableLogged(key="table", columns=["x"], rows=[[1]], step=2)] == of(memory, TableLogged)
+    bus.close()
+    assert 1 == bus.receipts[0].unrecorded
 
 
 def test_a_later_configuration_is_an_update(bus: Bus, memory: MemorySink) -> None:

@@ -32,6 +32,7 @@ from trainbus.events import (
     ModelDescribed,
     RunEnded,
     RunStarted,
+    TableLogged,
     decode,
 )
 from trainbus.testing import AdapterConformance, MemorySink, Training, check_grammar
@@ -46,7 +47,13 @@ with warnings.catch_warnings():  # of torch, whose own modules use what it depre
         create_supervised_trainer,
     )
     from ignite.handlers import Checkpoint, DiskSaver, EarlyStopping
-    from ignite.metrics import Loss, MeanAbsoluteError, RunningAverage
+    from ignite.metrics import (
+        ConfusionMatrix,
+        Loss,
+        MeanAbsoluteError,
+        Precision,
+        RunningAverage,
+    )
 
 BATCHES = 4
 
@@ -174,6 +181,26 @@ def test_metrics_of_the_trainer_stand_for_an_epoch(setup: Setup, heard: Heard) -
     setup.run(1)
     (event,) = heard.metrics("train")
     assert {"train/loss": setup.trainer.state.metrics["loss"]} == event.values
+
+
+def test_metrics_of_each_class_arrive(setup: Setup, heard: Heard) -> None:
+    """A vector has a value a class, as in ignite's own loggers, a matrix is a table."""
+    classes = lambda output: (output[0].repeat(1, 2), (output[1] > 2).long().squeeze(1))  # noqa: E731
+    precision = Precision(output_transform=classes, average=False)
+    precision.attach(setup.evaluator, "prec")
+    ConfusionMatrix(2, output_transform=classes).attach(setup.evaluator, "confusion")
+    setup.trainer.add_event_handler(
+        Events.EPOCH_COMPLETED, lambda engine: engine.state.metrics.update(both=torch.ones(2))
+    )
+    heard.bus.attach(setup.trainer)
+    setup.run(1)
+    found = setup.evaluator.state.metrics
+    (event,) = heard.metrics("validation")
+    assert found["prec"].tolist() == [event.values[f"val/prec/{index}"] for index in range(2)]
+    (table,) = heard.of(TableLogged)
+    assert ("val/confusion", found["confusion"].tolist()) == (table.key, table.rows)
+    (event,) = heard.metrics("train")
+    assert {"train/both/0": 1.0, "train/both/1": 1.0} == event.values
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,8 @@ from trainbus.events import (
     ParamsUpdated,
     RunEnded,
     RunStarted,
+    TableLogged,
+    TextLogged,
     event_name,
 )
 from trainbus.testing import AdapterConformance, Training, check_grammar
@@ -260,6 +262,30 @@ def test_a_trainer_that_logs_in_its_own_way_is_heard(tmp_path: Path) -> None:
     assert sorted({*names}) == sorted(names)
     assert {"eval_loss", "eval_added"} <= {*names}
     assert 2.0 == logged[0].values["added"]
+
+
+def test_what_compute_metrics_returns_arrives(tmp_path: Path) -> None:
+    """Values deeper down are flattened, a matrix is a table, a word a text, None no value."""
+    trainer = make(tmp_path, 1)
+    per_class = {"cat": 0.1, "dog": {"small": 0.5}}
+    trainer.compute_metrics = lambda prediction: {
+        "f1": 0.5,
+        "per class": per_class,
+        "confusion": [[1, 2], [3, 4]],
+        "label": "good",
+        "nothing": None,
+    }
+    records = train(trainer)
+    (event,) = (e for e in of(records, MetricsLogged) if e.phase == "validation")
+    expected = {"f1": 0.5, "per class/cat": 0.1, "per class/dog/small": 0.5}
+    assert {f"eval_{name}": value for name, value in expected.items()}.items() <= (
+        event.values.items()
+    )
+    rows = [[1, 2], [3, 4]]
+    table = TableLogged(key="eval_confusion", columns=["0", "1"], rows=rows, epoch=0, step=STEPS)
+    assert [table] == of(records, TableLogged)
+    text = TextLogged(key="eval_label", text="good", epoch=0, step=STEPS)
+    assert [text] == of(records, TextLogged)
 
 
 def test_nan_stays_nan(tmp_path: Path) -> None:
