@@ -6,7 +6,7 @@ JSON has no number for is the text `NaN`, `Infinity` or `-Infinity`; no list gro
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -32,7 +32,7 @@ class Data(msgspec.Struct):
     run: str
     position: tuple[int, int] = (0, 0)
     about: dict[str, Any] = {}
-    goals: dict[str, str] = {}
+    goals: dict[str, Literal["max", "min"]] = {}
     status: str = "running"
     reason: str | None = None
     error: Failure | None = None

@@ -35,7 +35,7 @@ from trainbus.storing import flat
 
 from . import _html_values as values
 from ._html_data import Data
-from ._html_ranks import goal_of, weight, worst_of_matrix, worst_of_table
+from ._html_ranks import weight, worst_of_matrix, worst_of_table
 from ._html_series import Series
 from ._html_values import MAX_TEXT, number, plain, text_of
 
@@ -62,6 +62,7 @@ class Gatherer:
         self._points = points
         self._curve_points = curve_points
         self._series = {(s.name, s.phase, s.axis): s for s in data.series}
+        self._goal_of = RunStarted(goals=data.goals).goal_of
 
     def take(self, record: Record) -> None:
         """Take one record that is new."""
@@ -132,7 +133,7 @@ class Gatherer:
         about = {name: getattr(event, name) for name in (*names, "framework_version", "save_dir")}
         about |= {"tags": list(event.tags), "world_size": event.world_size}
         data.about = {name: value for name, value in about.items() if value not in (None, [])}
-        data.goals = dict(event.goals)
+        data.goals, self._goal_of = dict(event.goals), event.goal_of
         data.status, data.reason, data.error = "running", None, None
         data.resumes = data.attempt > 1
         self._params(event.params)
@@ -195,7 +196,7 @@ class Gatherer:
 
     def _rank(self, name: str, value: float, epoch: int | None) -> None:
         """Keep the best value of the most telling metric that the trainer ranks by."""
-        data, goal = self.data, goal_of(name, self.data.goals)
+        data, goal = self.data, self._goal_of(name)
         if goal is None or not math.isfinite(value):
             return
         old = data.best

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import msgspec
@@ -73,8 +72,3 @@ def weight(name: str) -> int:
     """Return the place of a metric among those that tell of a model, the most telling first."""
     telling = (i for i, word in enumerate(_TELLING) if word in name.lower())
     return next(telling, len(_TELLING))
-
-
-def goal_of(name: str, goals: Mapping[str, str]) -> str | None:
-    """Return which value of a metric is better, if that is known: "max" or "min"."""
-    return next((goal for pattern, goal in goals.items() if fnmatchcase(name, pattern)), None)

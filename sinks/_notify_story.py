@@ -102,12 +102,11 @@ class Story:
         return None
 
     def _goal(self, name: str) -> str | None:
-        wanted, goals = self._options.metric, self._started.goals
+        wanted = self._options.metric
         if wanted is not None and name != wanted:
             return None
         given = self._options.goal if wanted is not None else None
-        fits = (p for p in goals if p == name or (p[-1:] == "*" and name.startswith(p[:-1])))
-        return given or goals.get(next(fits, name))
+        return given or self._started.goal_of(name)
 
     def _wanted(
         self, kind: Kind, record: Record, what: str, about: Mapping[str, str | None], level: str

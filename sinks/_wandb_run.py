@@ -7,6 +7,7 @@ import os
 import shlex
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,8 +72,13 @@ def use(run: WandbRun, info: RunInfo, options: WandbOptions) -> WandbRun:
     return run
 
 
-def start(info: RunInfo, options: WandbOptions) -> WandbRun:
+def start(info: RunInfo, options: WandbOptions, stop: Callable[[], None]) -> WandbRun:
     """Start the W&B run, or go on in the one that is resumed.
+
+    Args:
+        info: the run of trainbus.
+        options: of the sink.
+        stop: stops the training where that is another process; in its own one W&B does it.
 
     Raises:
         SinkError: W&B refuses to start the run.
@@ -81,7 +87,7 @@ def start(info: RunInfo, options: WandbOptions) -> WandbRun:
 
     try:
         with _STARTING:
-            run = _started(info, options)
+            run = _started(info, options, stop)
             _OURS.add(run)
     except (wandb.Error, OSError) as error:
         advice = (
@@ -95,7 +101,7 @@ def start(info: RunInfo, options: WandbOptions) -> WandbRun:
     return run
 
 
-def _started(info: RunInfo, options: WandbOptions) -> WandbRun:
+def _started(info: RunInfo, options: WandbOptions, stop: Callable[[], None]) -> WandbRun:
     import wandb
 
     started = info.started
@@ -107,7 +113,7 @@ def _started(info: RunInfo, options: WandbOptions) -> WandbRun:
     settings: dict[str, Any] = {"init_timeout": options.init_timeout_secs}
     if info.pid is not None:  # this is not the training process, whose service ends with it
         os.environ.pop("WANDB_SERVICE", None)
-        settings["x_stats_pid"] = info.pid
+        settings |= {"x_stats_pid": info.pid, "stop_fn": stop}
     # A second W&B sink on the same bus has a run of its own.
     taken = sum(other.id.startswith(wanted) for other in _OURS)
     project = options.project or (started.project and project_name(started.project))
@@ -124,7 +130,8 @@ def _started(info: RunInfo, options: WandbOptions) -> WandbRun:
         resume=options.resume or ("allow" if info.resumed or info.again else None),
         dir=folder,
         mode=options.mode,
-        reinit="default" if wandb.run is None else "create_new",
+        # The framework's own logger would take a run that is open as `wandb.run` for its own.
+        reinit="create_new" if wandb.run or "wandb" in started.own_loggers else "default",
         settings=wandb.Settings(**settings),
     )
     if run.settings.mode == "offline":
@@ -168,5 +175,3 @@ def finish(run: WandbRun, status: str) -> None:
     if run in _OURS:
         _OURS.discard(run)
         run.finish(exit_code=_EXIT_CODES[status])
-    else:
-        run.log({}, commit=True)  # what was logged last must not wait for the user's next row

@@ -7,7 +7,7 @@ the live line hides no cursor and captures no output; no name brings control cha
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from msgspec import Meta
@@ -72,7 +72,7 @@ class ConsoleSink(Sink):
         self._last = (0, 0)
         self._begun, self._epochs = 0.0, 0
         self._has_epochs = False
-        self._goals = run.started.goals
+        self._goal_of = run.started.goal_of
         self._values: dict[str, dict[str, float]] = {}
         self._best: Best | None = None
         self._paths = {"saved in": run.started.save_dir} if run.started.save_dir else {}
@@ -134,7 +134,7 @@ class ConsoleSink(Sink):
     def _rank(self, event: MetricsLogged) -> None:
         """Keep the best value so far of the first metric that the trainer ranks by."""
         for name, value in event.values.items():
-            goal, best = _goal(name, self._goals), self._best
+            goal, best = self._goal_of(name), self._best
             if goal is not None and (best is None or best.metric == name):
                 old = math.nan if best is None else best.value
                 if math.isnan(old) or (value > old if goal == "max" else value < old):
@@ -160,7 +160,7 @@ class ConsoleSink(Sink):
 
     def _line(self, console: Console, head: list[str], values: Values, live: bool = False) -> None:
         room = console.width - 1 - sum(len(part) + 2 for part in head)
-        first, *rest = [*head, *_fit(values, self._goals, room)]
+        first, *rest = [*head, *_fit(values, self._goal_of, room)]
         self._print(console, first, "".join(f"  {part}" for part in rest), live=live)
 
     def _print(self, console: Console, head: str, rest: str, live: bool = False) -> None:
@@ -176,17 +176,12 @@ class ConsoleSink(Sink):
             console.file.flush()
 
 
-def _goal(name: str, goals: Mapping[str, str]) -> str | None:
-    prefixes = (p for p in goals if p == name or (p[-1:] == "*" and name.startswith(p[:-1])))
-    return goals.get(next(prefixes, name))
-
-
-def _fit(values: Values, goals: Mapping[str, str], room: int) -> list[str]:
+def _fit(values: Values, goal_of: Callable[[str], object], room: int) -> list[str]:
     """Return the values as one text a phase, without the least important ones that don't fit."""
 
     def weight(item: tuple[str, str]) -> int:
         phase, name = item
-        important = _goal(name, goals) is not None or (phase == "train" and "loss" in name)
+        important = goal_of(name) is not None or (phase == "train" and "loss" in name)
         return 0 if important else 1 if phase == "validation" else 2
 
     kept = sorted(((phase, name) for phase in values for name in values[phase]), key=weight)

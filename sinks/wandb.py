@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from trainbus.errors import MissingPackageError, SinkError
@@ -33,7 +34,7 @@ from trainbus.events import (
     TextLogged,
 )
 from trainbus.interfaces import RunInfo, Sink
-from trainbus.storing import Overwritten, is_wanted, model_values
+from trainbus.storing import Overwritten, interrupt_training, is_wanted, model_values
 
 from . import _wandb_run as runs
 from ._wandb_artifacts import Curves, log_files
@@ -87,30 +88,37 @@ class WandbSink(Sink):
             SinkError: W&B refuses to start the run.
         """
         active = _imported().run
+        # A run that the framework's own logger feeds would get everything twice.
+        is_fed = "wandb" in run.started.own_loggers
         self._last = self._last_upload = self._sent = self._position = (0, 0)
         self.lost = 0
+        self._stop = Event()
         self._checkpoints = Overwritten(self.options.save_checkpoints)
-        self._owned = not runs.is_users(active)
+        self._owned = is_fed or not runs.is_users(active)
         if not self._owned:
             self._run = runs.use(active, run, self.options)
         else:
-            self._run = runs.start(run, self.options)
+            self._run = runs.start(run, self.options, partial(_interrupt, run, self._stop))
             if run.again:
                 self._last = runs.stored(self._run)
-        self._rows, self._curves = Rows(self._run, run.started.goals), Curves(self._run)
+        is_new = self._owned and not run.again and not run.resumed
+        is_shared = not self._owned or self._run.settings.mode == "shared"
+        goal_of = run.started.goal_of
+        self._rows = Rows(self._run, goal_of, is_shared=is_shared, is_new=is_new)
+        self._curves = Curves(self._run)
         self._where = runs.where(self._run)
 
     def write(self, records: Sequence[Record]) -> None:
         """Log the records that are new.
 
         Raises:
-            SinkError: nothing was opened.
+            SinkError: nothing was opened, or the user's run was finished too early.
         """
         for record in records:
             if record.position > self._last:
                 run = self._opened()
                 self._rows.time, self._position = record.time, record.position
-                self._take(run, record.event)
+                self._take_safely(run, record.event)
                 self._last = record.position
                 if self._rows.are_sent:
                     self._sent = record.position
@@ -121,11 +129,11 @@ class WandbSink(Sink):
         """Take checkpoints and artifacts, which may be large, beside the rows.
 
         Raises:
-            SinkError: nothing was opened.
+            SinkError: nothing was opened, or the user's run was finished too early.
         """
         for record in records:
             if record.position > self._last_upload:
-                self._take(self._opened(), record.event)
+                self._take_safely(self._opened(), record.event)
                 self._last_upload = record.position
 
     def _opened(self) -> WandbRun:
@@ -146,7 +154,7 @@ class WandbSink(Sink):
         """Close a run that was opened here, as failed unless its end was written."""
         try:
             if self._run is not None:
-                self._rows.commit()
+                self._rows.end(is_cut_short=False)
         finally:
             self._finish("failed")
 
@@ -154,6 +162,17 @@ class WandbSink(Sink):
     def where(self) -> str | None:
         """Address of the run, or the command that uploads it."""
         return self._where
+
+    def _take_safely(self, run: WandbRun, event: object) -> None:
+        try:
+            self._take(run, event)
+        except _imported().errors.UsageError as error:
+            if self._owned:
+                raise
+            raise SinkError(
+                f"your program's W&B run can't be logged to any more ({error}); finish it after "
+                "the training, or give this sink a run of its own with `isolation: process`"
+            ) from error
 
     def _take(self, run: WandbRun, event: object) -> None:
         from . import _wandb_charts as charts
@@ -234,8 +253,9 @@ class WandbSink(Sink):
                 run.summary.update({f"best/{event.best.metric}": event.best.value})
                 if event.best.epoch is not None:
                     run.summary.update({"best/epoch": _counted(event.best.epoch)})
-            if event.reason:
-                run.summary.update({"ended": event.reason})
+            is_from_here = self._stop.is_set() and event.status == "stopped"
+            if reason := "stopped from W&B" if is_from_here else event.reason:
+                run.summary.update({"ended": reason})
             for checkpoint in self._checkpoints.at_end():
                 self._log_checkpoint(run, checkpoint, checkpoint.kind)
             self._curves.log()
@@ -251,6 +271,7 @@ class WandbSink(Sink):
     def _finish(self, status: str) -> None:
         run, self._run = self._run, None
         if run is not None:
+            self.lost += self._rows.held
             runs.finish(run, status)
 
     def _say_cut(self, key: str, found: int, shown: int, what: str, rest: str = "") -> None:
@@ -264,6 +285,13 @@ def _imported() -> Any:
     except ImportError as error:
         raise MissingPackageError("wandb", extra="wandb") from error
     return wandb
+
+
+def _interrupt(run: RunInfo, is_asked: Event) -> None:
+    """Stop the training, as somebody asks for in W&B; it must not know the sink, W&B copies it."""
+    is_asked.set()
+    if interrupt_training(run):
+        logger.warning("the run was stopped in W&B; the training is interrupted as by Ctrl-C")
 
 
 def _counted(epoch: int | None) -> int | None:

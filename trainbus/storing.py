@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 from trainbus.errors import SinkError
 from trainbus.events import ArtifactLogged, CheckpointSaved, ModelDescribed, Record
+from trainbus.interfaces import RunInfo
 from trainbus.runfolder import write_atomically
 
 Position = tuple[int, int]
@@ -168,6 +170,18 @@ def check_folder(path: str | Path) -> str:
     except OSError as error:
         text = f"can't write below {existing}: {error.strerror}; set another folder"
         raise SinkError(text) from error
+
+
+def interrupt_training(run: RunInfo) -> bool:
+    """Interrupt the training process as Ctrl-C does, for a tracker in which a run can be stopped.
+
+    Returns:
+        Whether there is a training process: not where the sink runs in it, and not after its end.
+    """
+    if run.pid is None or os.getppid() != run.pid:
+        return False
+    os.kill(run.pid, signal.SIGINT)
+    return True
 
 
 def axis(event: Any) -> int:

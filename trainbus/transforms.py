@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -80,9 +80,8 @@ class Transform:
                 record, event=msgspec.structs.replace(event, values=values)
             )
         if isinstance(event, RunStarted) and self._renames:
-            goals = {self.name(k): v for k, v in event.goals.items()}
             return msgspec.structs.replace(
-                record, event=msgspec.structs.replace(event, goals=goals)
+                record, event=msgspec.structs.replace(event, goals=self._goals(event))
             )
         key = getattr(event, "key", None)
         if key is None:
@@ -101,6 +100,20 @@ class Transform:
             if found:
                 return new.replace("*", found[1], 1) if found.groups() else new
         return key
+
+    def _goals(self, started: RunStarted) -> dict[str, Literal["max", "min"]]:
+        """Return the goals under the names that the metrics have in this sink."""
+        goals = {self.name(k): v for k, v in started.goals.items()}
+        prefixes = {k: v for k, v in started.goals.items() if k.endswith("*")}
+        by_prefix = msgspec.structs.replace(started, goals=prefixes)
+        for old, new in self._spec.rename.items():
+            # What a name, or a part of the names, loses that had its goal by a shorter prefix.
+            is_part = old.endswith("*") and new.endswith("*")
+            stem = old[:-1] if is_part else old
+            goal = by_prefix.goal_of(stem)
+            if goal is not None and "*" not in stem and "?" not in stem:
+                goals.setdefault(new, goal)
+        return goals
 
     def _wanted(self, key: str) -> bool:
         return any(pattern.fullmatch(key) for pattern in self._include) and not any(

@@ -39,12 +39,11 @@ for (const run of RUNS) for (const series of run.series) {
   groups.get(series.base).push([run, series]);
 }
 const goalOf = (run, name) => {
-  for (const [pattern, goal] of Object.entries(run.goals)) {
-    const parts = pattern.split('*');
-    if (name === pattern || (parts.length === 2 && name.startsWith(parts[0])
-      && name.endsWith(parts[1]))) return goal;
-  }
-  return null;
+  // As `RunStarted.goal_of`: an exact name, else the longest `prefix*`; brackets are no pattern.
+  if (Object.hasOwn(run.goals, name)) return run.goals[name];
+  const fits = Object.keys(run.goals).filter((g) => g.endsWith('*')
+    && name.startsWith(g.slice(0, -1))).sort((a, b) => b.length - a.length);
+  return fits.length ? run.goals[fits[0]] : null;
 };
 const rank = (base) => {
   if (groups.get(base).some(([run, s]) => goalOf(run, s.name))) return 1;
