@@ -204,7 +204,9 @@ class Table:
             return
         changed.reverse()
         old = {
-            key: dict(zip(self._columns, row.cells)) for key, row in changed if row.at is not None
+            key: dict(zip(self._columns, row.cells, strict=False))
+            for key, row in changed
+            if row.at is not None
         }
         if len(old) > 1:  # a kill could leave them half written
             self._changes.save(old)

@@ -312,7 +312,7 @@ def test_no_text_is_a_formula(tmp_path: Path, escapes: bool) -> None:
     sink.write(
         records(
             RunStarted(name="=1+1", params={text: text for text in _FORMULAS}),
-            MetricsLogged(values={text: -1.0 for text in _FORMULAS}, phase="train", epoch=0),
+            MetricsLogged(values=dict.fromkeys(_FORMULAS, -1.0), phase="train", epoch=0),
             TableLogged(key="t", columns=["=a", "b", "c", "d", "e", "f", "g"], rows=rows),
             ConfusionMatrixLogged(key="m", matrix=np.array([[-1]]), classes=["=c"]),
         )
