@@ -33,20 +33,26 @@ from trainbus.events import (
 from trainbus.interfaces import Options, RunInfo, Sink
 from trainbus.storing import Names, Taken, check_folder, flat
 
-from ._csv_table import Table, encoded, replace
+from ._csv_table import Table, changes_of, encoded, replace
 
 _KEYS = ("phase", "step", "epoch", "time", "name", "value")
 """Columns of ours, which no metric may have."""
 
-_PAIR = ("name", "value")
 _ENDED = ("reason", "error.", "best.", "seconds")
 """Beginnings of what the end of a run adds to `run.csv`."""
 
 _LONGEST = 100_000
 """Characters of a cell; Python's reader refuses more than 131,072."""
 
-_FILES = ("final", "params", "run")
-"""Files of ours, which no phase may have."""
+_PAIR = ("name", "value")
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""Beginnings of what spreadsheets take for a formula, the wide forms of East Asia among them."""
+
+_FILES = {"final": ("phase", "epoch", "time"), "params": _PAIR, "run": _PAIR}
+"""Files of ours, which no phase may have, and their first columns."""
+
+_STEPS = "_steps"
+"""End of the name of a file of steps, which no phase may have."""
 
 
 class CsvOptions(Options, frozen=True, kw_only=True):
@@ -60,6 +66,13 @@ class CsvOptions(Options, frozen=True, kw_only=True):
             description="Folder of the files; `{run}` is replaced by the run's id",
         ),
     ] = "trainbus-runs/{run}-csv"
+    escape_formulas: Annotated[
+        bool,
+        Meta(
+            description="Whether a text that a spreadsheet would run as a formula gets a `'` in "
+            "front"
+        ),
+    ] = True
 
 
 class CsvSink(Sink):
@@ -89,14 +102,17 @@ class CsvSink(Sink):
             SinkError: the folder can't be written, or holds what is no table of this sink.
         """
         folder = Path(self.options.dir.replace("{run}", run.id)).expanduser().absolute()
-        self._columns, self._names = Names(_column, longest=1000), Names(_clean, longest=1000)
+        self._columns = Names(lambda name: self._safe(_column(name)), longest=1000)
+        self._names = Names(lambda name: self._safe(_clean(name)), longest=1000)
         self._phases, self._keys = Names(_phase, longest=100), Names(_file, longest=100)
         self._tables: dict[str, Table] = {}
         self._folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._taken = Taken(folder / ".trainbus.json")
-            began = self._table("run", *_PAIR).get("began")
+            began = self._table("run").get("began")
+            for left in folder.glob(changes_of("*.csv")):  # by a process that was killed
+                self._table(left.name[1:].removesuffix(changes_of(".csv")[1:]))
         except OSError as error:
             raise SinkError(f"can't write {folder}: {error.strerror}; set another `dir`") from error
         try:
@@ -132,9 +148,15 @@ class CsvSink(Sink):
             raise
 
     def close(self) -> None:
-        """Let go of the rows."""
-        self._is_open = False
-        self._tables = {}
+        """Let go of the rows, once all of them are in their places.
+
+        Raises:
+            OSError: the disk is full or gone; the next sink of the run puts them there.
+        """
+        tables = self._tables if self._is_open else {}
+        self._is_open, self._tables = False, {}
+        for table in tables.values():
+            table.close()
 
     @property
     def where(self) -> str | None:
@@ -146,7 +168,7 @@ class CsvSink(Sink):
             case RunStarted() as event:
                 about = {k: v for k, v in _fields(event).items() if k != "params"}
                 self._list("run", {"run": record.run, **about, "attempt": record.attempt})
-                stale = [n for n in self._table("run", *_PAIR).names() if n.startswith(_ENDED)]
+                stale = [n for n in self._table("run").names() if n.startswith(_ENDED)]
                 self._list("run", {**dict.fromkeys(stale), "status": "running"})
                 self._list("params", event.params)
             case ParamsUpdated() as event:
@@ -172,40 +194,56 @@ class CsvSink(Sink):
 
     def _take_metrics(self, event: MetricsLogged, time: float) -> None:
         epoch = "" if event.epoch is None else str(event.epoch + 1)
-        row = {"epoch": epoch, "time": _text(time)}
-        row |= {self._columns(name): _text(value) for name, value in event.values.items()}
+        row = {"epoch": epoch, "time": _number(time)}
+        row |= {self._columns(name): _number(value) for name, value in event.values.items()}
         if event.final:
-            key = (event.phase, epoch)
-            self._table("final", "phase", "epoch", "time").put(key, {"phase": event.phase, **row})
+            phase = self._text(event.phase)
+            self._table("final").put((phase, epoch), {"phase": phase, **row})
         elif event.step is not None:
-            table = self._table(f"{self._phases(event.phase)}_steps", "step", "epoch", "time")
+            table = self._table(f"{self._phases(event.phase)}{_STEPS}")
             table.put((str(event.step),), {"step": str(event.step), **row})
         else:
-            table = self._table(self._phases(event.phase), "epoch", "time")
+            table = self._table(self._phases(event.phase))
             table.put((epoch, "" if epoch else row["time"]), row)
 
     def _since(self, record: Record) -> float:
         return round(record.time - (self._began or 0.0), 6)
 
-    def _table(self, name: str, *columns: str) -> Table:
+    def _table(self, name: str) -> Table:
         if name not in self._tables:
             assert self._folder is not None
+            by_steps = ("step",) if name.endswith(_STEPS) else ()
+            columns = _FILES.get(name, (*by_steps, "epoch", "time"))
             self._tables[name] = Table(self._folder / f"{name}.csv", columns)
         return self._tables[name]
 
     def _list(self, name: str, values: Mapping[str, Any]) -> None:
         """Put values under their names; those of a run that goes on replace what it had."""
-        table = self._table(name, *_PAIR)
+        table = self._table(name)
         for key, value in flat(values).items():
             cell = self._names(key)
-            table.put((cell,), {"name": cell, "value": _text(value)})
+            table.put((cell,), {"name": cell, "value": self._text(value)})
+
+    def _text(self, value: Any) -> str:
+        """Return a value as a cell."""
+        if value is None:
+            return ""
+        if isinstance(value, float):
+            return _number(value)
+        return self._safe(_clean(str(value)))
+
+    def _safe(self, text: str) -> str:
+        """Return a text that no spreadsheet takes for a formula; numbers stay as they are."""
+        if not self.options.escape_formulas or not text.startswith(_FORMULAS) or _is_number(text):
+            return text
+        return f"'{text}"
 
     def _sheet(self, key: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Write a file of its own, in the place of the one that had its key before."""
         assert self._folder is not None
         folder = self._folder / "tables"
         folder.mkdir(exist_ok=True)
-        lines = [list(map(_text, line)) for line in [header, *rows]]
+        lines = [list(map(self._text, line)) for line in [header, *rows]]
         replace(folder / f"{self._keys(key)}.csv", encoded(lines))
 
 
@@ -214,13 +252,17 @@ def _fields(event: Any) -> dict[str, Any]:
     return {k: v for k, v in msgspec.to_builtins(event).items() if k != "type"}
 
 
-def _text(value: Any) -> str:
-    """Return a value as text; floats read back exactly, and pandas knows `NaN`, `inf`, `-inf`."""
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return "NaN" if math.isnan(value) else repr(float(value))
-    return _clean(str(value))
+def _number(value: float) -> str:
+    """Return a number as text; it reads back exactly, and pandas knows `NaN`, `inf`, `-inf`."""
+    return "NaN" if math.isnan(value) else repr(float(value))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _clean(text: str) -> str:
@@ -240,4 +282,4 @@ def _file(name: str) -> str:
 
 def _phase(name: str) -> str:
     found = _file(name)
-    return f"{found}_" if found in _FILES or found.endswith("_steps") else found
+    return f"{found}_" if found in _FILES or found.endswith(_STEPS) else found

@@ -175,7 +175,7 @@ def test_numbers_read_back_exactly(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "names",
     [
-        ("a,b", 'c"d', "e\nf", "g;h", "=SUM(A1)"),
+        ("a,b", 'c"d', "e\nf", "g;h", "=SUM(A1)", "'=SUM(A1)"),
         ("métrique/µ", "µ", "日本", "\u2028"),
         ("epoch", "time", "step", "phase", "", " "),
         ("x" * 3000, "x" * 3001),
@@ -189,7 +189,7 @@ def test_every_name_is_a_column(tmp_path: Path, names: tuple[str, ...]) -> None:
     header, row = lines(written(tmp_path, event) / "train.csv")
     assert len(names) + 2 == len(set(header)) == len(header)
     assert list(map(str, values.values())) == row[2:]
-    for name in set(names) & {"a,b", 'c"d', "g;h", "=SUM(A1)", "métrique/µ", "µ", "日本", "a_b"}:
+    for name in set(names) & {"a,b", 'c"d', "g;h", "'=SUM(A1)", "métrique/µ", "µ", "日本", "a_b"}:
         assert values[name] == float(row[header.index(name)])
 
 
@@ -237,6 +237,37 @@ def test_many_steps_are_appended_and_not_written_again(tmp_path: Path) -> None:
     assert list(range(10_000)) == pd.read_csv(path)["loss"].tolist()
 
 
+def test_a_long_file_keeps_every_change(tmp_path: Path) -> None:
+    """Steps that are redone far behind the end, new columns and late steps are all in their rows.
+
+    Also where a process is killed in between.
+    """
+    path = tmp_path / "run" / "train_steps.csv"
+
+    def feed(sink: CsvSink, *events: MetricsLogged, attempt: int) -> None:
+        made = records(RunStarted(), *events, attempt=attempt)
+        for start in range(0, len(made), 250):
+            sink.write(made[start : start + 250])
+
+    steps = [step for step in range(6000) if step != 77]
+    first = sink_for(tmp_path)
+    feed(first, *(metrics(step=step, loss=float(step)) for step in steps), attempt=1)
+    killed = sink_for(tmp_path, attempt=2)
+    again = [metrics(step=step, loss=-float(step)) for step in range(1000, 3500)]
+    feed(killed, metrics(step=77, loss=0.5), *again, attempt=2)
+    last = sink_for(tmp_path, attempt=3)
+    feed(last, metrics(step=5990, lr=0.1), metrics(step=5, lr=0.2), attempt=3)
+    last.close()
+    table = pd.read_csv(path).set_index("step")
+    assert ["epoch", "time", "loss", "lr"] == [*table.columns]
+    redone = {step: -float(step) for step in range(1000, 3500)}
+    expected = {**{step: float(step) for step in steps}, **redone, 77: 0.5}
+    assert expected == table["loss"].to_dict()
+    assert {5990: 0.1, 5: 0.2} == table["lr"].dropna().to_dict()
+    assert [*steps, 77] == [*table.index]
+    assert [path.name] == [p.name for p in path.parent.iterdir() if "train_steps" in p.name]
+
+
 # Params and the rest ------------------------------------------------------------------------------
 
 
@@ -267,6 +298,40 @@ def test_what_readers_of_csv_refuse_is_left_out(tmp_path: Path) -> None:
     sink_for(tmp_path, attempt=2).write(records(ParamsUpdated(params={"n": 1}), attempt=2))
     found = pairs(tmp_path / "run" / "params.csv")
     assert ["x" * 100_000, "a\ufffdb\nc\nd\ufffd", 'a,"b"\n', "no name", "1"] == [*found.values()]
+
+
+_FORMULAS = ["=cmd|' /C calc'!A0", "+1+cmd|'!A", "-2+3", "@SUM(1)", "\t=1", "\uff1d1"]
+
+
+@pytest.mark.parametrize("escapes", [True, False])
+def test_no_text_is_a_formula(tmp_path: Path, escapes: bool) -> None:
+    """Names, values and cells that a spreadsheet would run are marked as text, numbers never."""
+    sink = CsvSink(CsvOptions(dir=str(tmp_path / "{run}"), escape_formulas=escapes))
+    sink.open(RUN)
+    rows = [[text, -0.5, -3, "-0.5", "+1e5", "a=b", "x@y"] for text in _FORMULAS]
+    sink.write(
+        records(
+            RunStarted(name="=1+1", params={text: text for text in _FORMULAS}),
+            MetricsLogged(values=dict.fromkeys(_FORMULAS, -1.0), phase="train", epoch=0),
+            TableLogged(key="t", columns=["=a", "b", "c", "d", "e", "f", "g"], rows=rows),
+            ConfusionMatrixLogged(key="m", matrix=np.array([[-1]]), classes=["=c"]),
+        )
+    )
+    sink.close()
+    folder, mark = tmp_path / "run", "'" if escapes else ""
+    cells = [f"{mark}{text}" for text in _FORMULAS]
+    table = [[cell, "-0.5", "-3", "-0.5", "+1e5", "a=b", "x@y"] for cell in cells]
+    assert [[f"{mark}=a", *"bcdefg"], *table] == lines(folder / "tables" / "t.csv")
+    assert [["true/predicted", f"{mark}=c"], [f"{mark}=c", "-1"]] == lines(
+        folder / "tables" / "m.csv"
+    )
+    assert f"{mark}=1+1" == pairs(folder / "run.csv")["name"]
+    assert cells == [*pairs(folder / "params.csv").values()]
+    header, row = lines(folder / "train.csv")
+    assert ["-1.0"] * len(cells) == row[2:]
+    if escapes:
+        names = [*header[2:], *pairs(folder / "params.csv")]
+        assert [] == [n for n in names if not n.startswith("'") and n[0] in "=+-@\t\uff1d"]
 
 
 def test_run_csv_says_what_the_run_was(tmp_path: Path) -> None:
