@@ -6,10 +6,8 @@ run.
 
 from __future__ import annotations
 
-import getpass
 import inspect
 import logging
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +18,7 @@ import msgspec
 from blinker import Namespace
 from msgspec import Meta
 
-from trainbus import normalize, registry
+from trainbus import exits, normalize, registry
 from trainbus.emitter import Emitter, print_receipt
 from trainbus.errors import JournalError, SubscribeError
 from trainbus.events import (
@@ -36,7 +34,7 @@ from trainbus.journal import Journal, JournalSpec, NoJournal
 from trainbus.receipt import Receipt
 from trainbus.route import Isolation, Route
 from trainbus.run import Run
-from trainbus.runfolder import RunFolder
+from trainbus.runfolder import RunFolder, existing_spare_folder, spare_folder
 from trainbus.sidecar import Sidecar
 from trainbus.workers import Delivery
 
@@ -246,20 +244,19 @@ class Bus:
 
     def open_journal(self, run: str, attempt: int) -> Journal | NoJournal:
         """Create the journal of an attempt, where one can be written; called by emitters."""
-        wanted, spare = self.journal_folders()
         try:
-            folder = RunFolder.create([wanted, spare], run)
-            if folder.path.parent != wanted:
-                logger.warning("%s can't be written, the journal is in %s", wanted, folder.path)
+            folder = self._create_folder(run)
             return Journal(folder, attempt, max_bytes=self.journal.max_bytes, keeps=self._keeper())
-        except JournalError as error:
+        except Exception as error:
+            if exits.comes_from_handler(error):
+                raise
             logger.warning("training goes on, but this run is not logged: %s", error)
             return NoJournal(run, attempt)
 
-    def journal_folders(self) -> tuple[Path, Path]:
-        """Return where journals are written, and where if that can't be; called by emitters."""
-        spare = Path(tempfile.gettempdir()) / f"trainbus-runs-{getpass.getuser()}"
-        return Path(self.journal.dir).expanduser().absolute(), spare
+    def journal_folders(self) -> list[Path]:
+        """Return where journals of this bus may be; called by emitters."""
+        spare = existing_spare_folder()
+        return [Path(self.journal.dir), *([] if spare is None else [spare])]
 
     def open_delivery(self, run: RunInfo, journal: Journal | NoJournal) -> Delivery:
         """Start what takes a run's records to the sinks; called by emitters."""
@@ -283,6 +280,26 @@ class Bus:
             except Exception:
                 logger.warning("the receipt of run %s can't be shown", receipt.run, exc_info=True)
         delivery.raise_interrupt()
+
+    def _create_folder(self, run: str) -> RunFolder:
+        """Create the directory of a run, in the temporary folder where it can't be elsewhere.
+
+        Raises:
+            JournalError: it can't be created anywhere.
+        """
+        try:
+            return RunFolder.create([self.journal.dir], run)
+        except JournalError as first:
+            try:
+                spare = spare_folder()
+            except OSError as error:
+                reason = error.strerror or error
+                raise JournalError(f"{first}, nor a temporary folder: {reason}") from first
+            folder = RunFolder.create([self.journal.dir, spare], run)
+            logger.warning(
+                "%s can't be written, the journal is in %s", self.journal.dir, folder.path
+            )
+            return folder
 
     def _keeper(self) -> Callable[[CheckpointSaved | ArtifactLogged], bool]:
         """Return what says whether a sink sends the files of an event."""

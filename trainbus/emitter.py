@@ -6,16 +6,17 @@ Guarantees, whatever is called in whatever order: each run has one `run.started`
 
 from __future__ import annotations
 
+import functools
 import logging
 import multiprocessing
 import os
+import secrets
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainbus import exits, normalize, ranks, redact
 from trainbus.endings import true_end
@@ -41,6 +42,7 @@ logger = logging.getLogger("trainbus")
 
 _MAX_NESTING = 3
 _MAX_LEFT_OUT = 20  # lines on what can't be recorded; further ones are only counted
+_T = TypeVar("_T")
 
 
 class Emitter:
@@ -60,6 +62,8 @@ class Emitter:
         self._helps: bool | None = False
         self._shares_run = False
         self._ended_once = False
+        self._dropped = 0
+        self._is_kept = False
         self._warned: set[str] = set()
         self._left_out: set[str] = set()
         self._unrecorded = 0
@@ -96,6 +100,7 @@ class Emitter:
             return
         with self._lock:
             if self._nesting >= _MAX_NESTING:
+                self._dropped += 1
                 self._warn("nested", f"dropped {event_name(event)}: emitted by its own subscribers")
                 return
             self._pending.append((event, self._nesting))
@@ -106,7 +111,18 @@ class Emitter:
                 while self._pending:
                     following, nesting = self._pending.popleft()
                     self._nesting = nesting + 1
-                    self._take(following)
+                    self._is_kept = False
+                    try:
+                        self._take(following)
+                    except SinkError:  # `on_error: raise`
+                        raise
+                    except Exception as error:
+                        if exits.comes_from_handler(error):
+                            raise
+                        self._dropped += not self._is_kept
+                        what = "handed on" if self._is_kept else "recorded"
+                        text = f"{event_name(following)} could not be {what}: {error!r}"
+                        self._warn(f"not {what}", f"training goes on, but {text}")
             finally:
                 self._busy = False
                 self._nesting = 0
@@ -117,8 +133,7 @@ class Emitter:
         if not isinstance(error, Exception):  # who leaves by an exit or by Ctrl-C is no cause
             return
         try:
-            folders = [Path(folder) for folder in self._bus.journal_folders()]
-            if not ranks.report(folders, rank, error, time.time()):
+            if not ranks.report(self._bus.journal_folders(), rank, error, time.time()):
                 self._warn("rank", f"rank {rank} found no run to tell its failure to: {error!r}")
         except Exception as second:
             self._warn("rank", f"the failure of rank {rank} can't be told: {second}")
@@ -160,12 +175,13 @@ class Emitter:
             return
         if error is not None and (rank := current_rank()):
             self.failed_on(rank, error)
-        exits.unwatch(self)
+        self._try("the hooks for the end of the process stay", exits.unwatch, self)
 
     def watch_other_rank(self) -> None:
         """Have what ends this process told, if it is not the one that has the run."""
         if current_rank():
-            exits.watch(self, of_signals=False)
+            watch = functools.partial(exits.watch, self, of_signals=False)
+            self._try("an error that ends this process is not told to rank 0", watch)
 
     def interrupt(self, event: RunEnded, flush_secs: float) -> bool:
         """End the run from a signal handler; False if that is done when the emit under way is over.
@@ -235,8 +251,7 @@ class Emitter:
         except Exception as error:
             what = f"dropped a {type(event).__qualname__} that is no event of the schema: {error}"
             self._warn(what, what)
-            if self._delivery is not None:
-                self._delivery.dropped += 1
+            self._dropped += 1
             return None
         for what in left_out:
             self.leave_out(f"{event_name(event)}: {what}")
@@ -248,47 +263,54 @@ class Emitter:
             self._finish(RunEnded(status="stopped", reason="another run started in its place"))
 
     def _start(self, event: RunStarted) -> None:
-        event = self._bus.defaults.apply(event)
-        run_id, attempt = identify(event)
+        event = self._with_defaults(event)
+        found = self._try("a resumed training may begin a new run", identify, event)
+        run_id, attempt = found or (f"run_{secrets.token_hex(8)}", 1)
         self._journal = self._bus.open_journal(run_id, attempt)
         attempt = self._journal.attempt
         self._run = RunInfo(id=run_id, started=event, attempt=attempt)
         self._owner = threading.get_ident()
-        exits.watch(self)
+        self._try("the end of the process may not end the run", exits.watch, self)
         if event.save_dir is not None:
-            try:
-                mark(event.save_dir, run_id, attempt)
-            except (OSError, ValueError) as error:
-                self._warn("marker", f"a resumed training will not find this run again: {error}")
+            what = "a resumed training will not find this run again"
+            self._try(what, mark, event.save_dir, run_id, attempt)
         record = self._journal.append(event, time.time())
-        self._announce()
-        self._delivery = self._bus.open_delivery(self._run, self._journal)
+        self._is_kept = True
+        folder = self._journal.folder
+        if folder is not None:
+            self._try("failures of other ranks will not be told", ranks.announce, folder, attempt)
+        delivery = self._deliver(self._run, self._journal)
         self._bus.dispatch(record)
-        self._delivery.poke()
+        if delivery is None:
+            return
+        delivery.poke()
         try:
-            self._delivery.demand()
+            delivery.demand()
         except SinkError as error:
             self._finish(ended_by(error))
             raise
 
-    def _announce(self) -> None:
-        folder = self._journal.folder if self._journal is not None else None
-        if folder is not None and self._run is not None:
-            try:
-                ranks.announce(folder, self._run.attempt)
-            except OSError as error:
-                self._warn("job", f"failures of other ranks will not be told: {error}")
+    def _with_defaults(self, event: RunStarted) -> RunStarted:
+        """Return a run's start with what the user sets for every run."""
+        changed = self._bus.defaults.apply(event)
+        # Those that were not read from a file have types that nobody has looked at.
+        ready = event if changed is event else self._ready(changed)
+        return ready if isinstance(ready, RunStarted) else event
 
     def _record(self, event: Event) -> None:
-        _, journal, delivery = self._opened()
+        run, journal = self._opened()
         record = journal.append(event, time.time())
+        self._is_kept = True
         try:
             self._bus.dispatch(record)
         finally:
-            delivery.poke()
+            delivery = self._delivery or self._deliver(run, journal)
+            if delivery is not None:
+                delivery.poke()
 
     def _finish(self, event: RunEnded) -> None:
-        run, journal, delivery = self._opened()
+        run, journal = self._opened()
+        delivery = self._delivery or self._deliver(run, journal)
         if journal.ended:  # and then a signal came
             self._close(delivery, event.status)
             return
@@ -298,33 +320,58 @@ class Emitter:
                 ready = self._ready(event)
                 if not isinstance(ready, RunEnded):
                     return
-                if journal.folder is not None:
-                    ready = true_end(journal.folder, run.attempt, ready)
-                    ranks.withdraw(journal.folder)
+                if (folder := journal.folder) is not None:
+                    what = "what ended other ranks is not known"
+                    ready = self._try(what, true_end, folder, run.attempt, ready) or ready
+                    self._try("the note of this job stays", ranks.withdraw, folder)
                 record = journal.append(ready, time.time())
+                self._is_kept = True
         finally:
             if record is not None:
                 try:
                     self._bus.dispatch(record)
-                    delivery.poke()
+                    if delivery is not None:
+                        delivery.poke()
                 finally:
                     self._close(delivery, event.status)
 
-    def _opened(self) -> tuple[RunInfo, Journal | NoJournal, Delivery]:
+    def _opened(self) -> tuple[RunInfo, Journal | NoJournal]:
         assert self._run is not None
         assert self._journal is not None
-        if self._delivery is None:  # Ctrl-C came while the run was started
-            self._delivery = self._bus.open_delivery(self._run, self._journal)
-        return self._run, self._journal, self._delivery
+        return self._run, self._journal
 
-    def _close(self, delivery: Delivery, status: str) -> None:
-        delivery.unrecorded, self._unrecorded = self._unrecorded, 0
+    def _deliver(self, run: RunInfo, journal: Journal | NoJournal) -> Delivery | None:
+        """Start what takes the run's records to the sinks; None if that failed before, or fails."""
+        # It is missing after a Ctrl-C too, that came while the run was started.
+        what = "no sink gets anything of this run before `trainbus replay`"
+        if self._delivery is None and what not in self._warned:
+            self._delivery = self._try(what, self._bus.open_delivery, run, journal)
+        return self._delivery
+
+    def _close(self, delivery: Delivery | None, status: str) -> None:
+        dropped, self._dropped = self._dropped, 0
+        unrecorded, self._unrecorded = self._unrecorded, 0
         try:
-            self._bus.close_run(delivery, status)
+            if delivery is not None:
+                delivery.dropped += dropped
+                delivery.unrecorded += unrecorded
+                self._bus.close_run(delivery, status)
+            elif isinstance(self._journal, Journal):
+                self._journal.close()
         finally:
             self._run = self._journal = self._delivery = None
             self._ended_once = True
-            exits.unwatch(self)
+            self._try("the hooks for the end of the process stay", exits.unwatch, self)
+
+    def _try(self, consequence: str, call: Callable[..., _T], *args: Any) -> _T | None:
+        """Return what a call returns; what it raises costs the run no more than a line says."""
+        try:
+            return call(*args)
+        except Exception as error:
+            if exits.comes_from_handler(error):
+                raise
+            self._warn(consequence, f"{consequence}: {error}")
+            return None
 
     def _warn(self, what: str, text: str) -> None:
         if what not in self._warned:

@@ -254,11 +254,12 @@ def ended_by(error: BaseException | None, *, best: Best | None = None) -> RunEnd
     """Return a run's end: finished without an exception, stopped by Ctrl-C or exit, else failed."""
     if error is None:
         return RunEnded(status="finished", best=best)
-    failure = Failure(
-        type=type(error).__qualname__,
-        message=str(error),
-        traceback="".join(traceback.format_exception(error)),
-    )
+    try:
+        message = str(error)
+        trace = "".join(traceback.format_exception(error))
+    except Exception:  # the error is the user's, and so is what makes its text
+        message, trace = "(its text can't be made)", ""
+    failure = Failure(type=type(error).__qualname__, message=message, traceback=trace)
     if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
         return RunEnded(status="stopped", reason=failure.type, error=failure, best=best)
     reason = f"{failure.type}: {failure.message}"

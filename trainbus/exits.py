@@ -14,13 +14,14 @@ signal that somebody else handles is left to them.
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -116,6 +117,29 @@ def settle() -> None:
     """Let a SIGTERM that came during an `emit` do its work; called after each."""
     if _killed_by is not None and threading.current_thread() is threading.main_thread():
         _die(_killed_by)
+
+
+def comes_from_handler(error: BaseException) -> bool:
+    """Return whether a signal handler of the program raised an exception, which is the program's.
+
+    Python runs handlers between any two lines, also of ours, as a time limit by SIGALRM does.
+    """
+    handlers = {_code(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code in handlers:
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def _code(handler: Any) -> CodeType | None:
+    """Return the code that runs when a signal comes."""
+    if isinstance(handler, functools.partial):
+        handler = handler.func
+    if not hasattr(handler, "__code__"):  # an object that is called
+        handler = getattr(type(handler), "__call__", None)  # noqa: B004
+    return getattr(handler, "__code__", None)
 
 
 def _on_exception(

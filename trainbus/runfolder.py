@@ -56,14 +56,15 @@ class RunFolder:
         """
         faults = []
         for parent in parents:
-            folder = cls(Path(parent).expanduser() / run)
             try:
+                # Neither the home of a user nor the working directory has to be there.
+                folder = cls(Path(parent).expanduser() / run)
                 folder.path.parent.mkdir(parents=True, exist_ok=True)
                 folder.path.mkdir(mode=0o700, exist_ok=True)
                 with tempfile.TemporaryFile(dir=folder.path):
                     return folder
-            except OSError as error:
-                faults.append(f"{folder.path.parent}: {error.strerror}")
+            except (OSError, RuntimeError, ValueError) as error:
+                faults.append(f"{os.fspath(parent)}: {getattr(error, 'strerror', None) or error}")
         raise JournalError(f"no directory for the journal can be written ({'; '.join(faults)})")
 
     @classmethod
@@ -119,6 +120,47 @@ class RunFolder:
             return os.listdir(self.path)
         except OSError:
             return []
+
+
+def spare_folder() -> Path:
+    """Return the user's private folder for journals below the system's temporary one.
+
+    Where something else has its name, such as a folder of another user, a fresh one is made.
+
+    Raises:
+        OSError: there is no temporary folder that can be written.
+    """
+    path = _spare_path()
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    return path if _is_private(path) else Path(tempfile.mkdtemp(prefix="trainbus-runs-"))
+
+
+def existing_spare_folder() -> Path | None:
+    """Return the user's private folder for journals if there is one."""
+    try:
+        path = _spare_path()
+    except OSError:
+        return None
+    return path if _is_private(path) else None
+
+
+def _spare_path() -> Path:
+    # A user need not have a name: containers run under any uid.
+    uid = os.getuid() if hasattr(os, "getuid") else 0
+    return Path(tempfile.gettempdir()) / f"trainbus-runs-{uid}"
+
+
+def _is_private(path: Path) -> bool:
+    """Return whether a path is a folder that this user owns and nobody else can write."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    if not hasattr(os, "getuid"):  # on Windows temporary folders are each user's own
+        return stat.S_ISDIR(found.st_mode)
+    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    return is_own and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def is_run_id(text: str) -> bool:
