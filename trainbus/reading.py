@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from trainbus.blobs import Blobs
 from trainbus.events import Codec, Record
 from trainbus.lines import unseal
-from trainbus.recordfile import Entry, RecordFile, blobs_of
+from trainbus.recordfile import Entry, RecordFile, entry_of
 from trainbus.runfolder import RunFolder
 
 
@@ -97,9 +97,9 @@ class RunReader:
         codec, found = Codec(load=Blobs(self._folder).load), []
         for line in self._extra:
             body = unseal(line.rstrip(b"\n"))
-            record = codec.decode(body) if body else None
-            if record is not None and record.position > self._after:
-                found.append(Entry(record, blobs_of(body or b"")))
+            entry = entry_of(body, codec) if body else None
+            if entry is not None and entry.record.position > self._after:
+                found.append(entry)
         self._extra = []
         if found:
             self._after = found[-1].record.position
