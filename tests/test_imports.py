@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 # A module imports only from the lines above its own.
 LAYERS = [
     ["events", "errors"],
-    ["interfaces", "secretnames"],
+    ["interfaces", "secretnames", "paths", "filestates"],
     ["secrettexts"],
     ["redact"],
     ["normalize", "transforms", "registry", "checks", "runfolder"],

@@ -197,16 +197,18 @@ def replay(
                 count = "1 record" if plan.missing == 1 else f"{plan.missing} records"
                 typer.echo(printable(f"{plan.sink} ({plan.kind}): {count} would be sent"))
             return
+        trusted = _folders("--files-from", files_from)
         with _progress() as tell:
             receipt, files = replays.replay(
                 run,
                 routes,
                 after=after,
-                trusted=files_from or [],
+                trusted=trusted,
                 tell=lambda at: tell(f"to {at.sink}", at.done, at.total),
             )
     typer.echo(str(receipt))
-    for fault in files.damaged:
+    faults = [*files.damaged, *files.changed]
+    for fault in faults:
         typer.echo(printable(fault), err=True)
     if refused := sorted(set(files.refused)):
         folders = " ".join(
@@ -219,7 +221,7 @@ def replay(
             ),
             err=True,
         )
-    if any(sink.pending or sink.dead for sink in receipt.sinks) or files.damaged:
+    if any(sink.pending or sink.dead for sink in receipt.sinks) or faults:
         raise typer.Exit(1)
 
 
@@ -283,7 +285,8 @@ def compare(
     from trainbus.compare import compare as write
 
     with _faults():
-        page = write([Path(folder) for folder in folders], Path(out), files_from or [])
+        trusted = _folders("--files-from", files_from)
+        page = write([Path(folder) for folder in folders], Path(out), trusted)
         typer.echo(printable(str(page.absolute())))
 
 
@@ -349,6 +352,16 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[what], completed=done)
 
         yield tell
+
+
+def _folders(option: str, given: list[str] | None) -> list[str]:
+    """Return the absolute paths of folders that an option names."""
+    for folder in given or []:
+        if not folder.strip():
+            raise JournalError(f"{option}: found an empty name, expected that of a folder")
+        if not os.path.isdir(folder):
+            raise JournalError(f"{option}: found no folder {folder!r}, expected one that exists")
+    return [os.path.abspath(folder) for folder in given or []]
 
 
 def _position(text: str | None, run: RunFolder) -> tuple[int, int] | None:

@@ -25,6 +25,7 @@ class Cursor(msgspec.Struct, kw_only=True):
     skipped: int = 0
     dead: int = 0
     lost: int = 0
+    superseded: int = 0
     closed: bool = True
     """Whether the sink was closed after the last record it took."""
     uploads: list[int] = []
@@ -63,9 +64,7 @@ class Ledger:
     def took(self, items: Sequence[Item], offset: int | None) -> None:
         """Count what the sink took or did not want, and where to read on, if that is known."""
         with self._mutex:
-            wanted = sum(item.wanted is not None for item in items)
-            self.cursor.taken += wanted
-            self.cursor.skipped += len(items) - wanted
+            self._count(items)
             self.cursor.seq = max(self.cursor.seq, items[-1].record.seq)
             if offset is not None:
                 self.cursor.offset = offset
@@ -83,9 +82,13 @@ class Ledger:
         with self._mutex:
             done = {item.record.seq for item in items}
             self.cursor.uploads = [s for s in self.cursor.uploads if s not in done]
-            wanted = sum(item.wanted is not None for item in items)
-            self.cursor.taken += wanted
-            self.cursor.skipped += len(items) - wanted
+            self._count(items)
+
+    def _count(self, items: Sequence[Item]) -> None:
+        skipped = sum(item.is_filtered_out for item in items)
+        self.cursor.skipped += skipped
+        self.cursor.taken += len(items) - skipped
+        self.cursor.superseded += sum(item.is_superseded for item in items)
 
     def buried(self, seq: int) -> None:
         """Count a record that the sink can't take."""

@@ -238,6 +238,7 @@ class SinkWorker:
             dead=dead,
             pending=pending,
             lost=cursor.lost,
+            superseded=cursor.superseded,
             where=cursor.where,
             error=next((e for e in errors if e), None),
         )
@@ -301,10 +302,14 @@ class SinkWorker:
         uploads = self._uploads if type(sink).upload is not Sink.upload else None
         while self._staged and not self._is_held_up():
             entry = self._staged.popleft()
-            record = self._files.resolve(entry) if sink.reads_files else entry.record
+            record, is_superseded = entry.record, False
             if record.seq <= self._ledger.cursor.seq and record.seq not in unfinished:
                 continue
-            item = Item(record, self._transform(record))
+            if sink.reads_files:
+                record, is_superseded = self._files.take(entry, is_sent=_is_sent(sink, record))
+            wanted = self._transform(record)
+            is_superseded = is_superseded and wanted is not None
+            item = Item(record, None if is_superseded else wanted, is_superseded)
             if uploads is not None and isinstance(record.event, CheckpointSaved | ArtifactLogged):
                 self._upload(item)
             else:
@@ -481,6 +486,14 @@ def owe(route: Route, folder: RunFolder, attempt: int) -> None:
     if ledger.read() is None:
         ledger.begin(Cursor(attempt=attempt))
         ledger.save(0.0)
+
+
+def _is_sent(sink: Sink, record: Record) -> bool:
+    """Return whether a sink sends the file of a checkpoint."""
+    try:
+        return isinstance(record.event, CheckpointSaved) and sink.keeps(record.event)
+    except Exception:  # then it is not known, and `write` will tell
+        return True
 
 
 def _is_volatile(route: Route) -> bool:

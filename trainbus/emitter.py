@@ -32,6 +32,7 @@ from trainbus.hooking import current_rank
 from trainbus.identity import identify, mark
 from trainbus.interfaces import RunInfo
 from trainbus.journal import Journal, NoJournal
+from trainbus.paths import located
 from trainbus.receipt import Receipt
 from trainbus.workers import Delivery, delivering
 
@@ -247,7 +248,7 @@ class Emitter:
         try:
             event_name(event)
             event, left_out = normalize.event(event)
-            event = redact.event(event, self._bus.secret_keys)
+            event = redact.event(located(event), self._bus.secret_keys)
         except Exception as error:
             what = f"dropped a {type(event).__qualname__} that is no event of the schema: {error}"
             self._warn(what, what)

@@ -40,6 +40,13 @@ class Item(NamedTuple):
 
     record: Record
     wanted: Record | None
+    is_superseded: bool = False
+    """Whether it is a checkpoint that the sink need not see, as the trainer has overwritten it."""
+
+    @property
+    def is_filtered_out(self) -> bool:
+        """Whether the sink was not to have it."""
+        return self.wanted is None and not self.is_superseded
 
 
 class Lane:

@@ -1,6 +1,9 @@
 """Lines of a journal: a JSON object each, with its checksum in front, and what is kept beside it.
 
 {"crc":"<8 hex digits: crc32 of the bytes from the next quote to the line feed>","seq":1,…}
+
+A record that names files says before `seq` what is known of them: `blobs` are copies in the run's
+directory, `files` the size and time of those that are where they were.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from trainbus.events import (
     Record,
     event_name,
 )
+from trainbus.filestates import states_of
 from trainbus.runfolder import RunFolder
 
 MAX_LINE = 2**20
@@ -90,15 +94,23 @@ class LineMaker:
 
     def line(self, record: Record) -> bytes:
         """Return the line of a record."""
-        files: list[Blob] = []
+        about: dict[str, Any] = {}
         if isinstance(record.event, _WITH_FILES):
-            files = self._copy_files(record.event)
+            about = self._about_files(record.event)
         body = self._codec.encode(record)
         if len(body) > MAX_LINE:
             body = self._shorten(record, body)
-        if files:
-            return seal(b'{"blobs":' + msgspec.json.encode(files) + b"," + body[1:])
+        if about:
+            return seal(msgspec.json.encode(about)[:-1] + b"," + body[1:])
         return seal(body)
+
+    def _about_files(self, event: Any) -> dict[str, Any]:
+        """Return what is known of an event's files: their copies, or what they are now."""
+        blobs = self._copy_files(event)
+        copied = {blob.path for blob in blobs}
+        paths = event.paths if isinstance(event, ArtifactLogged) else [event.path]
+        states = states_of(path for path in paths if path and path not in copied)
+        return {key: found for key, found in (("blobs", blobs), ("files", states)) if found}
 
     def _copy_files(self, event: Any) -> list[Blob]:
         if isinstance(event, ImageLogged):

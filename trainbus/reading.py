@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from trainbus.blobs import Blobs
 from trainbus.events import Codec, Record
 from trainbus.lines import unseal
-from trainbus.recordfile import Entry, RecordFile, blobs_of
+from trainbus.recordfile import Entry, RecordFile, entry_of
 from trainbus.runfolder import RunFolder
 
 
@@ -99,9 +99,9 @@ class RunReader:
         found: list[Entry] = []
         while self._extra and len(found) < limit:
             body = unseal(self._extra.popleft().rstrip(b"\n"))
-            record = codec.decode(body) if body else None
-            if record is not None and record.position > self._after:
-                found.append(Entry(record, blobs_of(body or b"")))
+            entry = entry_of(body, codec) if body else None
+            if entry is not None and entry.record.position > self._after:
+                found.append(entry)
         if found:
             self._after = found[-1].record.position
         return found

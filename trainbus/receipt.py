@@ -29,6 +29,8 @@ class SinkReport(msgspec.Struct, frozen=True, kw_only=True):
     """What it has not got and no replay can send, as the disk had no room for it."""
     lost: int = 0
     """Of what was taken: records that the tracker has no way to show, such as a broken picture."""
+    superseded: int = 0
+    """Of what was taken: checkpoints that the trainer had overwritten before they were sent."""
     where: str | None = None
     error: str | None = None
 

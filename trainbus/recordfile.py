@@ -16,6 +16,7 @@ import msgspec
 from trainbus.blobs import Blob, Blobs
 from trainbus.errors import JournalError
 from trainbus.events import Codec, Record
+from trainbus.filestates import FileState
 from trainbus.lines import LONGEST_LINE, unseal
 from trainbus.runfolder import RunFolder, is_run_id, open_within
 
@@ -25,18 +26,22 @@ _MAX_FAULTS = 100
 _MAX_PARTS = 100
 
 
-class _Blobs(msgspec.Struct):
+class _Files(msgspec.Struct):
     blobs: list[Blob] = []
+    files: list[FileState] = []
 
 
-_BLOBS = msgspec.json.Decoder(_Blobs)
+_FILES = msgspec.json.Decoder(_Files)
 
 
 class Entry(NamedTuple):
-    """A record as it stands in the journal, and the copies of the files that it names."""
+    """A record as it stands in the journal, and what it says of the files that it names."""
 
     record: Record
     blobs: Sequence[Blob]
+    """Copies of files."""
+    files: Sequence[FileState] = ()
+    """What the other files were when they were logged."""
 
 
 class RecordFile:
@@ -128,8 +133,8 @@ class RecordFile:
             if body is None:
                 return
         try:
-            record = self._codec.decode(body)
-            blobs = blobs_of(body) if body.startswith(b'{"blobs":') else ()
+            entry = entry_of(body, self._codec)
+            record = entry.record
             if not is_run_id(record.run):
                 raise JournalError(f"refused a record of run {record.run[:80]!r}")
         except (msgspec.DecodeError, JournalError, ValueError, RecursionError) as error:
@@ -138,7 +143,7 @@ class RecordFile:
             self._bad += 1
             return
         self._count(record.seq)
-        found.append(Entry(record, blobs))
+        found.append(entry)
 
     def _count(self, seq: int) -> None:
         gap = 0 if self._last_seq is None else seq - self._last_seq - 1
@@ -177,6 +182,15 @@ def _whole_part(line: bytes) -> bytes | None:
     return None
 
 
-def blobs_of(body: bytes) -> list[Blob]:
-    """Return the copies of files that a record names, given without its checksum."""
-    return _BLOBS.decode(body).blobs
+def entry_of(body: bytes, codec: Codec) -> Entry:
+    """Return the entry of a line, given without its checksum.
+
+    Raises:
+        msgspec.DecodeError: it is no JSON, or not a record.
+        JournalError: what it keeps outside of the line can't be read.
+    """
+    record = codec.decode(body)
+    if not body.startswith((b'{"blobs":', b'{"files":')):
+        return Entry(record, ())
+    found = _FILES.decode(body)
+    return Entry(record, found.blobs, found.files)
