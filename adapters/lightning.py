@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainbus.errors import AttachError, SinkError
 from trainbus.events import Best
-from trainbus.hooking import Reporter, described, guarded, late_class, patch, wrap
+from trainbus.hooking import Reporter, described, guarded, if_alive, late_class, patch, wrap
 from trainbus.interfaces import Detach, Emit
 
 from . import _lightning_facts as facts
@@ -65,14 +65,19 @@ def attach(target: Any, emit: Emit) -> Detach:
         return lambda: None
     callback = _bus_callback()()
     callback.hung_in = True
-    callback.report.connect(emit)
+    silence = callback.report.connect(emit, callback.detach)
     target.callbacks.append(callback)
+    take_out = if_alive(_take_out, target, callback)
 
     def detach() -> None:
-        callback.detach()
-        target.callbacks = [each for each in target.callbacks if each is not callback]
+        silence()
+        take_out()
 
     return detach
+
+
+def _take_out(trainer: Any, callback: _Hooks) -> None:
+    trainer.callbacks = [each for each in trainer.callbacks if each is not callback]
 
 
 def hook(module: ModuleType, attach: Callable[[object], object]) -> None:

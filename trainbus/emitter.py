@@ -240,6 +240,7 @@ class Emitter:
         attempt = self._journal.attempt
         self._run = RunInfo(id=run_id, started=event, attempt=attempt)
         self._owner = threading.get_ident()
+        self._bus.hold(self)
         exits.watch(self)
         if event.save_dir is not None:
             try:
@@ -309,6 +310,7 @@ class Emitter:
         finally:
             self._run = self._journal = self._delivery = None
             self._ended_once = True
+            self._bus.release(self)
             exits.unwatch(self)
 
     def _warn(self, what: str, text: str) -> None:
