@@ -26,9 +26,8 @@ class _Output:
 
     def __call__(self, engine: Any, logger: Any, event_name: Any) -> None:
         found = self._setup_output_metrics_state_attrs(engine, log_text=True, key_tuple=False)
-        at = self.global_step_transform(engine, event_name)
-        position = _position(at, event_name, self.global_step_transform)
-        logger.log(engine, _events(found, _phase(self.tag), position))
+        at, transform = self.global_step_transform(engine, event_name), self.global_step_transform
+        logger.log(engine, _events(found, _phase(self.tag), at, event_name, transform))
 
 
 class _Params:
@@ -44,43 +43,43 @@ class _Params:
             f"{name}/group_{i}": group[self.param_name]
             for i, group in enumerate(self.optimizer.param_groups)
         }
-        position = _position(engine.state.get_event_attrib_value(event_name), event_name)
-        logger.log(engine, _events(found, "train", position))
+        at = engine.state.get_event_attrib_value(event_name)
+        logger.log(engine, _events(found, "train", at, event_name))
 
 
 def _events(
-    found: Mapping[str, Any], phase: str, position: Mapping[str, int]
+    found: Mapping[str, Any],
+    phase: str,
+    at: int,
+    event: Any,
+    transform: Callable[..., int] | None = None,
 ) -> Iterator[Event]:
+    """Yield what was found, at the epoch or step that ignite's loggers would place it at."""
+    is_epoch = _counts_epochs(event, transform)
+    epoch, step = (int(at) - 1 if at > 0 else None, None) if is_epoch else (None, int(at))
     values = {name: number(value) for name, value in found.items()}
     numbers = {name: value for name, value in values.items() if value is not None}
     if numbers:
-        yield MetricsLogged(values=numbers, phase=phase, **position)
+        yield MetricsLogged(values=numbers, phase=phase, epoch=epoch, step=step)
     for name, value in found.items():
         if isinstance(value, str):
-            yield TextLogged(key=name, text=value, **position)
+            yield TextLogged(key=name, text=value, epoch=epoch, step=step)
 
 
 def _phase(tag: str | None) -> str:
     return next((p for start, p in _PHASES.items() if str(tag).startswith(start)), "train")
 
 
-def _position(
-    at: int, event: Any, transform: Callable[..., int] | None = None
-) -> dict[str, int]:
-    """Return the epoch or the step that ignite's loggers would place values at.
-
-    A transform of the user's returns what it likes: only ignite's own returns an epoch.
-    """
+def _counts_epochs(event: Any, transform: Callable[..., int] | None) -> bool:
+    """Return whether a position is an epoch; of a user's transform it is not known."""
     from ignite.engine import State
 
     name = getattr(transform, "__qualname__", "")
-    if name.startswith("global_step_from_engine"):
+    if transform is not None and name.startswith("global_step_from_engine"):
         event = inspect.getclosurevars(transform).nonlocals.get("custom_event_name") or event
     elif transform is not None and not name.startswith("BaseOutputHandler."):
-        return {"step": int(at)}
-    if State.event_to_attr.get(event) == "epoch":
-        return {"epoch": int(at) - 1} if at > 0 else {}
-    return {"step": int(at)}
+        return False
+    return bool(State.event_to_attr.get(event) == "epoch")
 
 
 def _base(name: str) -> type:
@@ -89,9 +88,7 @@ def _base(name: str) -> type:
     return getattr(base_logger, name)  # type: ignore[no-any-return]
 
 
-output_handler = late_class(
-    _ADAPTER, "OutputHandler", _Output, lambda: _base("BaseOutputHandler")
-)
+output_handler = late_class(_ADAPTER, "OutputHandler", _Output, lambda: _base("BaseOutputHandler"))
 params_handler = late_class(
     _ADAPTER, "OptimizerParamsHandler", _Params, lambda: _base("BaseOptimizerParamsHandler")
 )

@@ -32,6 +32,8 @@ NEEDS = (
 )
 """What the adapter relies on; `trainbus doctor` looks whether it is there."""
 
+_REMEDY = "leave out either logger"
+
 
 def attach(target: Any, emit: Emit) -> Detach:
     """Have the trainings of an engine emit events.
@@ -193,7 +195,8 @@ class BusLogger:
         if facts.rank() or self.report.emit is None:
             return
         if self.report.emit.run_id is None and not self._detach:
-            self.report.start(facts.logging(engine))
+            own = Engines(engine, {}).loggers()
+            self.report.start(facts.logging(engine), loggers=own, remedy=_REMEDY)
         for event in events if self.report.active else ():
             self.report.emit(event)
 
@@ -245,7 +248,9 @@ class _Listener:
                 save_dir=self._checkpoints.folder,
                 before=before,
                 is_cut=left is not None,
-            )
+            ),
+            loggers=self._engines.loggers(),
+            remedy=_REMEDY,
         )
         self._run = getattr(self.report.emit, "run_id", None)
         self._describe()

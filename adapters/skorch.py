@@ -53,8 +53,6 @@ def attach(target: Any, emit: Emit) -> Detach:
             f"expected a skorch net or a BusCallback, found {type(target).__qualname__}; "
             "attach the NeuralNet that you call `fit()` on"
         )
-    if any(hooks.is_the_users and hooks.report.active for hooks in _hooks_of(target)):
-        return lambda: None
     hooks = _bus_callback().__new__(_bus_callback())
     hooks.report, hooks.is_the_users = Reporter(emit), False
     before = target.callbacks
@@ -161,9 +159,15 @@ class _Hooks:
         if self._source is not None:
             self.report.active = self._source.report.active
         self._step = sum(int(row.get("train_batch_count", 0)) for row in net.history)
-        if facts.rank(net):
+        theirs = (c for c in facts.callbacks_of(net) if isinstance(c, _Hooks) and c.is_the_users)
+        is_heard = not self.is_the_users and any(each.report.active for each in theirs)
+        if facts.rank(net) or is_heard:
             return
-        self.report.start(facts.started(net, self._step, without=_Hooks))
+        self.report.start(
+            facts.started(net, self._step, without=_Hooks),
+            loggers=facts.callbacks_of(net),
+            remedy="leave it out of the callbacks",
+        )
         self._describe(net)
 
     @guarded

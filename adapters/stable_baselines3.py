@@ -221,7 +221,11 @@ class _Hooks:
         self._is_in_rollout = False
         self._callbacks = list(callbacks_of(callback))
         self._checkpoints = Checkpoints(self._callbacks)
-        self.report.start(started(model, name, self._callbacks, run if last is model else None))
+        self.report.start(
+            started(model, name, self._callbacks, run if last is model else None),
+            loggers=(*self._callbacks, *model.logger.output_formats),
+            remedy="leave out tensorboard_log, or the callback",
+        )
         self._last_run = model, getattr(self.report.emit, "run_id", None)
         self.report.tell(described(model.policy.parameters()))
 

@@ -180,7 +180,11 @@ class _Hooks:
         else:
             self._reset()
             checkpoint = self._resumes_from or args.resume_from_checkpoint
-            self.report.start(facts.started(args, state, model, self._folder(args), checkpoint))
+            self.report.start(
+                facts.started(args, state, model, self._folder(args), checkpoint),
+                loggers=self._own_loggers(args),
+                remedy='TrainingArguments(report_to="none")',
+            )
             self.report.tell(facts.described(model))
         self._batch = batch
         self._next_epoch = facts.next_epoch(state)
@@ -224,6 +228,14 @@ class _Hooks:
     @guarded
     def _finish(self) -> None:
         self.report.end(*self._end)
+
+    def _own_loggers(self, args: Any) -> list[Any]:
+        if self._trainer is not None:
+            return list(self._trainer.callback_handler.callbacks)
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as KNOWN
+
+        # A callback alone is not told of the others: those that Trainer makes have these names.
+        return [KNOWN[name] for name in args.report_to or () if name in KNOWN]
 
     def _folder(self, args: Any) -> Path:
         if self._trainer is None:

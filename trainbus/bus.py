@@ -354,9 +354,7 @@ class _Attachment:
         among: id of the target → attachment, where this one is removed.
     """
 
-    def __init__(
-        self, target: object, detach_hooks: Detach, among: dict[int, _Attachment]
-    ) -> None:
+    def __init__(self, target: object, detach_hooks: Detach, among: dict[int, _Attachment]) -> None:
         key, found = id(target), weakref.ref(self)
 
         def forget(_: object = None) -> _Attachment | None:

@@ -111,7 +111,7 @@ class Emitter:
 
     def failed_on(self, rank: int, error: BaseException) -> None:
         """Tell what ended another rank, so that the run of rank 0 ends with the true cause."""
-        if not isinstance(error, Exception):  # who leaves by an exit or by Ctrl-C is no cause
+        if ended_by(error).status != "failed":  # who leaves by an exit or by Ctrl-C is no cause
             return
         try:
             folders = [Path(folder) for folder in self._bus.journal_folders()]
