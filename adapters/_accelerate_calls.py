@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from trainbus.hooking import wrap
+from trainbus.hooking import around_of, wrap
 from trainbus.interfaces import Detach
 
 Told: TypeAlias = Callable[..., None]
@@ -38,6 +38,11 @@ class Calls:
         for unwrap in self._unwrap:
             unwrap()
         self.accelerator, self._unwrap = None, []
+
+
+def is_attached(accelerator: Any) -> bool:
+    """Return whether somebody listens to an accelerator who is not one of its trackers."""
+    return accelerator is not None and around_of(accelerator, "init_trackers") is not None
 
 
 def _before(tell: Told) -> Callable[..., Any]:

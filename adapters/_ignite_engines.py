@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -31,12 +31,20 @@ class Engines:
 
     def handlers(self) -> list[Any]:
         """Return the handlers of trainer and evaluators, each once."""
-        engines = [self._trainer, *self._evaluators.values()]
-        lists = [entries for engine in engines for entries in engine._event_handlers.values()]
-        found = [entry[0] for entries in lists for entry in entries]
+        found = [handler for handler, *_ in self._entries()]
         # Behind an event with a filter, a function stands for the handler.
         handlers = [h._parent() if hasattr(h, "_parent") else h for h in found]
         return list({id(h): h for h in handlers}.values())
+
+    def loggers(self) -> list[Any]:
+        """Return what handlers are called with, among which are ignite's loggers."""
+        return [each for _, args, _ in self._entries() for each in args]
+
+    def _entries(self) -> Iterator[tuple[Any, Sequence[Any], Mapping[str, Any]]]:
+        """Yield handlers with their arguments."""
+        for engine in (self._trainer, *self._evaluators.values()):
+            for entries in engine._event_handlers.values():
+                yield from entries
 
     def name(self, evaluator: Any, *, is_train: bool) -> str:
         """Return the user's name, else that of the engine's logger, else `val`, told apart.

@@ -56,6 +56,18 @@ def started(
     )
 
 
+def logging(engine: Any) -> RunStarted:
+    """Return the start of a run that handlers log into, of which no trainer is known."""
+    from ignite import distributed
+
+    return RunStarted(
+        framework="ignite",
+        framework_version=version("ignite"),
+        params=settings(engine, {}),
+        world_size=int(distributed.get_world_size()),
+    )
+
+
 def settings(trainer: Any, optimizers: Mapping[str, Any]) -> dict[str, Any]:
     """Return what ignite knows of a training's configuration."""
     state = trainer.state

@@ -13,7 +13,7 @@ from functools import wraps
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-from trainbus.hooking import Reporter, around_of, wrap
+from trainbus.hooking import Reporter, arounds_of, wrap
 from trainbus.interfaces import Detach
 
 from ._ignite_facts import rank, trains
@@ -57,12 +57,13 @@ class Hooks:
 
     Args:
         listener: whose trainer it is, and who is told.
-        is_logger: whether a `BusLogger` put it there.
+        logger: the `BusLogger` that put it there, which lives as long as the trainer.
     """
 
-    def __init__(self, listener: Listener, *, is_logger: bool = False) -> None:
+    def __init__(self, listener: Listener, *, logger: object = None) -> None:
         self.listener = listener
-        self.is_logger = is_logger
+        self.logger = logger
+        self._is_silent = False
         self._watch = listener.report.watch(rank)
         self._is_interrupted = self._is_terminated = self._goes_on = False
         self._left: int | None = None
@@ -73,20 +74,24 @@ class Hooks:
         """Stand around the trainer's methods, and return what ends it."""
         # Handlers would not do: those that come later run later, and one for exceptions, even one
         # that was removed again, makes ignite swallow them.
-        trainer = self.listener.trainer
+        trainer, report = self.listener.trainer, self.listener.report
         ends = [wrap(trainer, "_fire_event", self._fire), wrap(trainer, "run", self._run)]
 
         def detach() -> None:
-            self.listener.report.active = False
+            report.active = False
             for end in ends:
                 end()
 
         return detach
 
     def _run(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        engine: Any = method.__self__  # type: ignore[attr-defined]
+        self._is_silent = self.logger is None and any(h.logger for h in _all_hooks_of(engine))
+        if self._is_silent:
+            return method(*args, **kwargs)
         self._goes_on, self._is_interrupted = self._is_interrupted, False
         self._is_terminated, self._error = False, None
-        self.listener.trainer = method.__self__  # type: ignore[attr-defined]  # or a copy of it
+        self.listener.trainer = engine  # or a copy of it
         return self._watch(self._train, method, *args, **kwargs)
 
     def _train(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -101,7 +106,7 @@ class Hooks:
         """Call the handlers of an event; tell what comes before and what after all of them."""
         name, outer = getattr(event, "name", event), self._during
         is_other = method.__self__ is not self.listener.trainer  # type: ignore[attr-defined]
-        if is_other or (name not in _HEARD and not self._goes_on):
+        if self._is_silent or is_other or (name not in _HEARD and not self._goes_on):
             method(event, *args, **kwargs)
             return
         if self._goes_on:
@@ -138,8 +143,14 @@ class Hooks:
 
 def hooks_of(engine: Any) -> Hooks | None:
     """Return what hangs on an engine, None if nothing does or it is silent."""
-    hooks = getattr(around_of(engine, "run"), "__self__", None)
-    return hooks if isinstance(hooks, Hooks) and hooks.listener.report.active else None
+    return next(_all_hooks_of(engine), None)
+
+
+def _all_hooks_of(engine: Any) -> Iterator[Hooks]:
+    for around in arounds_of(engine, "run"):
+        hooks = getattr(around, "__self__", None)
+        if isinstance(hooks, Hooks) and hooks.listener.report.active:
+            yield hooks
 
 
 def outermost(attach: Callable[[object], object]) -> Callable[..., Any]:

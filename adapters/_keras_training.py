@@ -64,7 +64,9 @@ class Training:
                 world_size=world_size(),
                 resumed=Resumed(epoch=epoch - 1, step=updates, save_dir=folder) if epoch else None,
                 goals=facts.goals(model, self._callbacks) or {},
-            )
+            ),
+            loggers=self._callbacks,
+            remedy="leave it out of the callbacks of fit()",
         )
         described = facts.described(model)
         if described is not None:

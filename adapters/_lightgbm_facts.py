@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import socket
+import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
 
 from trainbus.events import Best
@@ -100,6 +102,17 @@ def _is_here(host: str) -> bool:
             return bool(probe.getsockname()[0] == probe.getpeername()[0])
     except OSError:
         return False
+
+
+def callbacks_of_train() -> list[Any]:
+    """Return the callbacks of the `lightgbm.train` that is under way: it tells none of others."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "train" and frame.f_globals.get("__name__") == "lightgbm.engine":
+            names = ("callbacks_before_iter", "callbacks_after_iter")
+            return [each for name in names for each in frame.f_locals.get(name, ())]
+        frame = frame.f_back
+    return []
 
 
 def _first(params: Mapping[str, Any], *names: str) -> Any:

@@ -42,7 +42,11 @@ class Fit:
         if calls is None and getattr(target, "warm_start", False):
             self._done = facts.rounds(vars(target))
         if not current_rank():
-            self._report.start(facts.started(target, data, self._done))
+            self._report.start(
+                facts.started(target, data, self._done),
+                loggers=vars(target).get("_skl_callbacks", ()),
+                remedy="leave it out of set_callbacks()",
+            )
 
     def monitored(self, target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Return the arguments of a `fit`, by which gradient boosting is heard."""

@@ -51,7 +51,7 @@ class Log:
             values = {
                 name: value
                 for name, value in logs.items()
-                if phase_of(name) == phase and name not in ("epoch", "step")
+                if phase_of(name) == phase and name != "epoch"
             }
             self._report.metrics(values, phase, epoch=self._report.epoch, step=step)
 

@@ -23,7 +23,7 @@ class Training:
         self.values: dict[str, Any] = {}
         """What was measured in the round that ended last."""
         self._file: tuple[str | None, Any] = (None, None)
-        callbacks = getattr(variables.get("cb_container"), "callbacks", ())
+        self.callbacks = callbacks = getattr(variables.get("cb_container"), "callbacks", ())
         kinds = [[t.__name__ for t in type(callback).__mro__] for callback in callbacks]
         found = {name: c for c, names in zip(callbacks, kinds, strict=True) for name in names}
         self._stopper, self._saver = found.get("EarlyStopping"), found.get("TrainingCheckPoint")

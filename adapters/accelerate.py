@@ -7,6 +7,7 @@ after `init_trackers`, so that a `load_state` before counts as going on with an 
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,13 +15,23 @@ from types import ModuleType
 from typing import Any, Literal
 
 from trainbus.errors import AttachError
-from trainbus.events import CheckpointSaved, ParamsUpdated, Resumed, RunStarted, TextLogged
-from trainbus.hooking import Reporter, described, guarded, late_class, patch, version
+from trainbus.events import (
+    CheckpointSaved,
+    ImageLogged,
+    ParamsUpdated,
+    Resumed,
+    RunStarted,
+    TableLogged,
+    TextLogged,
+)
+from trainbus.hooking import Reporter, described, guarded, if_alive, late_class, patch, version
 from trainbus.interfaces import Detach, Emit
 
-from ._accelerate_calls import Calls, Told
+from ._accelerate_calls import Calls, Told, is_attached
 from ._accelerate_facts import initializing, process_index, save_dir_of, settings, weights
-from ._accelerate_values import counter, phases, texts
+from ._accelerate_values import counter, phases, pictures, table, texts
+
+logger = logging.getLogger("trainbus")
 
 TESTED = "1.15.0"
 
@@ -43,16 +54,20 @@ class _Hooks:
     requires_logging_directory = False
     main_process_only = True
 
-    def __init__(self, bus: Any = None) -> None:
+    def __init__(self, bus_or_name: Any = None, /, *, bus: Any = None) -> None:
         self.report = Reporter()
         self.pending: dict[str, Any] | None = None
         """Of the run that is going to start, if one is: what `init_trackers` was told of it."""
         self.calls = Calls()
-        self._resumed: Resumed | None = None
+        self.resumed: Resumed | None = None
+        """Where the run that is going to start goes on."""
         self._paths: set[str] = set()
         super().__init__()
-        if bus is not None:
-            bus.attach(self)
+        # accelerate gives the name of the project to a class that is registered.
+        is_name = isinstance(bus_or_name, str)
+        self._bus = bus if is_name or bus_or_name is None else bus_or_name
+        if self._bus is not None:
+            self._bus.attach(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the accelerator out: another process has its own."""
@@ -70,6 +85,21 @@ class _Hooks:
     @guarded
     def start(self) -> None:
         accelerator, project = initializing()
+        is_busy = self.pending is not None or self.report.is_open
+        if is_busy and self._bus is not None and accelerator not in (None, self.calls.accelerator):
+            twin = _make_tracker()(self._bus)  # each accelerator has a run of its own
+            trackers = accelerator.trackers
+            trackers[:] = [twin if each is self else each for each in trackers]
+            twin.start()
+            return
+        if self.report.emit is None and not is_attached(accelerator):
+            logger.warning(
+                "the tracker 'trainbus' logs nothing, it has no bus: call "
+                "init_trackers(…, init_kwargs={'trainbus': {'bus': bus}}), or "
+                "bus.attach(accelerator) before it"
+            )
+        if self.report.emit is None:
+            return
         if accelerator is not None:
             self.join(accelerator)
             # `init_trackers` adds what is there already, and each would be told of everything.
@@ -95,11 +125,38 @@ class _Hooks:
             self.report.metrics(measured, phase, epoch=epoch, step=at)
 
     @guarded
+    def log_images(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Log pictures, each value of which is a list of them or an array (N, H, W, C)."""
+        self._begin()
+        at, epoch = counter(step), counter(kwargs.get("epoch"))
+        is_chw = kwargs.get("dataformats") == "NCHW"
+        for key, array in pictures(values, is_chw=is_chw):
+            self.report.tell(ImageLogged(key=key, array=array, epoch=epoch, step=at))
+
+    @guarded
+    def log_table(
+        self,
+        table_name: str,
+        columns: Any = None,
+        data: Any = None,
+        dataframe: Any = None,
+        step: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Log a table, given as columns and rows or as a data frame."""
+        self._begin()
+        names, rows = table(columns, data, dataframe)
+        at, epoch = counter(step), counter(kwargs.get("epoch"))
+        self.report.tell(
+            TableLogged(key=table_name, columns=names, rows=rows, epoch=epoch, step=at)
+        )
+
+    @guarded
     def finish(self) -> None:
         if self.pending:
             self._begin()
         self.report.end()
-        self.pending, self._resumed = None, None
+        self.pending, self.resumed = None, None
 
     def join(self, accelerator: Any, *, is_tracker: bool = True) -> None:
         """Listen to what accelerate does not tell its trackers, and to the rest if this is none."""
@@ -134,7 +191,13 @@ class _Hooks:
     def _initialized(
         self, _: None, /, project_name: Any, config: Any = None, init_kwargs: Any = None
     ) -> None:
-        if self.calls.accelerator.is_main_process:
+        accelerator = self.calls.accelerator
+        for own in accelerator.trackers:
+            if isinstance(own, _Hooks) and own.report.active and own.report.emit is not None:
+                own.resumed = self.resumed or own.resumed
+                self.pending = None  # the tracker, which came after this, is told all
+                return
+        if accelerator.is_main_process:
             self.pending = {"project": str(project_name), "params": dict(config or {})}
 
     @guarded
@@ -154,14 +217,14 @@ class _Hooks:
     @guarded
     def _loaded(self, _: None, /, input_dir: Any = None, *args: Any, **kwargs: Any) -> None:
         if not self.report.is_open:  # else it is such as the best weights, for the last evaluation
-            self._resumed = Resumed(save_dir=save_dir_of(input_dir))
+            self.resumed = Resumed(save_dir=save_dir_of(input_dir))
 
     @guarded
     def _begin(self, *args: Any, **kwargs: Any) -> None:
         if self.pending is None:
             return
         pending, self.pending = self.pending, None
-        resumed, self._resumed = self._resumed, None
+        resumed, self.resumed = self.resumed, None
         accelerator = self.calls.accelerator
         folder = getattr(accelerator, "project_dir", None)
         self.report.start(
@@ -173,7 +236,9 @@ class _Hooks:
                 save_dir=None if folder is None else str(folder),
                 world_size=getattr(accelerator, "num_processes", 1),
                 resumed=resumed,
-            )
+            ),
+            loggers=getattr(accelerator, "trackers", ()),
+            remedy="leave its name out of log_with",
         )
         self._paths = set()
         if parameters := weights(accelerator):
@@ -205,14 +270,14 @@ def attach(target: Any, emit: Emit) -> Detach:
     for own in target.log_with:
         if isinstance(own, _Hooks) and own.report.active:
             own.join(target)  # the program's own tracker is told the rest
-            return own.calls.leave
+            return if_alive(Calls.leave, own.calls)
     # What is among the accelerator's trackers can be taken for one of those the program knows.
     hooks = _Hooks()
-    hooks.report.connect(emit)
+    detach = hooks.report.connect(emit, hooks.detach)
     hooks.join(target, is_tracker=False)
     if target.is_main_process:
         hooks.pending = {}  # `init_trackers` may have been called before
-    return hooks.detach
+    return detach
 
 
 def hook(module: ModuleType, attach: Callable[[object], object]) -> None:

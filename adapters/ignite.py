@@ -5,19 +5,22 @@ The step is ignite's iteration: with gradient accumulation there are fewer updat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 from trainbus.errors import AttachError
-from trainbus.events import RunEnded
+from trainbus.events import Event, RunEnded
 from trainbus.hooking import Reporter, described, guarded, patch
 from trainbus.interfaces import Detach, Emit
 
 from . import _ignite_facts as facts
+from . import _ignite_handlers as handlers
 from ._ignite_checkpoints import Checkpoints
 from ._ignite_engines import Engines
-from ._ignite_hooks import BEFORE, Hooks, hooks_of, outermost
+from ._ignite_hooks import BEFORE, Hooks, outermost
 
 TESTED = "0.5.5"
 _EVENTS = (*BEFORE, "EPOCH_COMPLETED", "INTERRUPT", "EXCEPTION_RAISED")
@@ -28,6 +31,8 @@ NEEDS = (
     *(f"ignite.distributed:{name}" for name in ("backend", "get_rank", "get_world_size")),
 )
 """What the adapter relies on; `trainbus doctor` looks whether it is there."""
+
+_REMEDY = "leave out either logger"
 
 
 def attach(target: Any, emit: Emit) -> Detach:
@@ -52,10 +57,17 @@ def attach(target: Any, emit: Emit) -> Detach:
             f"expected an ignite Engine that trains, found {type(target).__qualname__}; attach "
             "the trainer, before `run()`, or call `BusLogger(bus).attach(trainer, …)`"
         )
-    hung = hooks_of(target)
-    if hung is not None and hung.is_logger:
-        return lambda: None
     return Hooks(_Listener(Reporter(emit), target)).hang()
+
+
+def __getattr__(name: str) -> Any:
+    makers = {
+        "OutputHandler": handlers.output_handler,
+        "OptimizerParamsHandler": handlers.params_handler,
+    }
+    if name in makers:
+        return makers[name]()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def hook(module: Any, attach: Callable[[object], object]) -> None:
@@ -71,50 +83,126 @@ def hook(module: Any, attach: Callable[[object], object]) -> None:
 class BusLogger:
     """The bus as one of ignite's loggers: `BusLogger(bus).attach(trainer, evaluators={"val": e})`.
 
+    It has the methods of ignite's own loggers, too. What their handlers log goes into the run of
+    the trainer that is attached; where none is, into a run that ends with the logger.
+
     Args:
         bus: where the events go.
     """
 
     def __init__(self, bus: Any) -> None:
         self.report = Reporter()
-        self._detach: dict[int, Detach] = {}
+        self._detach: weakref.WeakKeyDictionary[Any, Detach] = weakref.WeakKeyDictionary()
         bus.attach(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the engines out, which can't be pickled."""
-        return {"report": self.report, "_detach": {}}
+        return {"report": self.report}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _detach=weakref.WeakKeyDictionary())
+
+    def __enter__(self) -> BusLogger:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self.report.fail(error, rank=facts.rank())
+        self.close()
 
     def attach(
         self,
         trainer: Any,
-        *,
+        log_handler: Callable[..., Any] | None = None,
+        event_name: Any = None,
+        *args: Any,
         evaluators: Mapping[str, Any] | None = None,
         optimizer: Any = None,
         params: Mapping[str, Any] | None = None,
         output_transform: Callable[[Any], Any] | None = None,
-    ) -> Detach:
-        """Have the trainings of an engine emit events.
+        **kwargs: Any,
+    ) -> Any:
+        """Have the trainings of an engine emit events, or a handler called as ignite's loggers do.
 
         Args:
-            trainer: the engine that trains.
+            trainer: the engine that trains; with a handler, any engine.
+            log_handler: such as an `OutputHandler` of this module.
+            event_name: when the handler is called.
+            *args: what the handler is called with besides engine, logger and event.
             evaluators: name → engine; the name stands before those of its metrics.
             optimizer: whose learning rates are logged.
             params: configuration of the training, of which ignite knows little.
             output_transform: makes a number, or a dict of them, of the trainer's output.
+            **kwargs: what the handler is called with.
 
         Returns:
-            A function that takes the hooks out again.
+            A function that takes the hooks out again; with a handler, ignite's handle to remove it.
+
+        Raises:
+            RuntimeError: ignite has no such event.
         """
-        self._detach.pop(id(trainer), lambda: None)()
+        if log_handler is not None:
+            from ignite.handlers.base_logger import BaseLogger
+
+            return BaseLogger.attach(self, trainer, log_handler, event_name, *args, **kwargs)
+        self._detach.pop(trainer, lambda: None)()
         report = Reporter(self.report.emit)
         report.active = self.report.active
         named, given = dict(evaluators or {}), dict(params or {})
         listener = _Listener(report, trainer, named, optimizer, given, output_transform)
-        self._detach[id(trainer)] = detach = Hooks(listener, is_logger=True).hang()
+        self._detach[trainer] = detach = Hooks(listener, logger=self).hang()
         return detach
 
+    def attach_output_handler(self, engine: Any, event_name: Any, *args: Any, **kwargs: Any) -> Any:
+        """Log metrics or outputs of an engine at an event, as ignite's loggers do.
+
+        Args:
+            engine: the engine.
+            event_name: when they are logged.
+            *args: arguments of `OutputHandler`: `tag`, `metric_names`, `output_transform`,
+                `global_step_transform`, `state_attributes`.
+            **kwargs: likewise.
+
+        Returns:
+            ignite's handle to remove the handler.
+        """
+        return self.attach(engine, handlers.output_handler()(*args, **kwargs), event_name)
+
+    def attach_opt_params_handler(
+        self, engine: Any, event_name: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Log a parameter of an optimizer's groups at an event, as ignite's loggers do.
+
+        Args:
+            engine: the engine.
+            event_name: when it is logged.
+            *args: arguments of `OptimizerParamsHandler`: `optimizer`, `param_name`, `tag`.
+            **kwargs: likewise.
+
+        Returns:
+            ignite's handle to remove the handler.
+        """
+        return self.attach(engine, handlers.params_handler()(*args, **kwargs), event_name)
+
+    @guarded
+    def log(self, engine: Any, events: Iterable[Event]) -> None:
+        """Take what a handler logs; called by handlers."""
+        if facts.rank() or self.report.emit is None:
+            return
+        if self.report.emit.run_id is None and not self._detach:
+            own = Engines(engine, {}).loggers()
+            self.report.start(facts.logging(engine), loggers=own, remedy=_REMEDY)
+        for event in events if self.report.active else ():
+            self.report.emit(event)
+
     def close(self) -> None:
-        """Take the hooks out of every engine."""
+        """Take the hooks out of every engine, and end the run of the handlers if there is one."""
+        self.report.end()
         self.report.active = False
         while self._detach:
             self._detach.popitem()[1]()
@@ -160,7 +248,9 @@ class _Listener:
                 save_dir=self._checkpoints.folder,
                 before=before,
                 is_cut=left is not None,
-            )
+            ),
+            loggers=self._engines.loggers(),
+            remedy=_REMEDY,
         )
         self._run = getattr(self.report.emit, "run_id", None)
         self._describe()

@@ -58,11 +58,11 @@ def attach(target: Any, emit: Emit) -> Detach:
             "attach the model that you call `fit()` on"
         )
     hooks = _callback_class()()
-    hooks.report.connect(emit)
+    silence = hooks.report.connect(emit, hooks.detach)
     unwrap = wrap(target, "fit", _Fit(hooks))
 
     def detach() -> None:
-        hooks.detach()
+        silence()
         unwrap()
 
     return detach

@@ -20,7 +20,7 @@ from trainbus.events import EpochEnded, EpochStarted, Resumed, RunStarted
 from trainbus.hooking import Reporter, guarded, patch, version, wrap
 from trainbus.interfaces import Detach, Emit
 
-from ._lightgbm_facts import Training, machines
+from ._lightgbm_facts import Training, callbacks_of_train, machines
 
 TESTED = "4.7.0"
 NEEDS = (
@@ -153,7 +153,9 @@ class BusCallback:
                 framework_version=version("lightgbm"),
                 world_size=max(len(machines(env.params)), 1),
                 resumed=Resumed(epoch=done - 1, step=done) if done else None,
-            )
+            ),
+            loggers=callbacks_of_train(),
+            remedy="leave it out of the callbacks",
         )
 
     @guarded

@@ -8,6 +8,7 @@ A run is one `trainer.fit`; `validate`, `test` and `predict` tell nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainbus.errors import AttachError, SinkError
 from trainbus.events import Best
-from trainbus.hooking import Reporter, described, guarded, late_class, patch, wrap
+from trainbus.hooking import Reporter, described, guarded, if_alive, late_class, number, patch, wrap
 from trainbus.interfaces import Detach, Emit
 
 from . import _lightning_facts as facts
@@ -61,18 +62,21 @@ def attach(target: Any, emit: Emit) -> Detach:
             f"expected a Lightning Trainer, found {type(target).__qualname__}; "
             "attach the Trainer that you call `fit()` on"
         )
-    if any(isinstance(each, _Hooks) and not each.hung_in for each in target.callbacks):
-        return lambda: None
     callback = _bus_callback()()
     callback.hung_in = True
-    callback.report.connect(emit)
+    silence = callback.report.connect(emit, callback.detach)
     target.callbacks.append(callback)
+    take_out = if_alive(_take_out, target, callback)
 
     def detach() -> None:
-        callback.detach()
-        target.callbacks = [each for each in target.callbacks if each is not callback]
+        silence()
+        take_out()
 
     return detach
+
+
+def _take_out(trainer: Any, callback: _Hooks) -> None:
+    trainer.callbacks = [each for each in trainer.callbacks if each is not callback]
 
 
 def hook(module: ModuleType, attach: Callable[[object], object]) -> None:
@@ -121,7 +125,7 @@ class _Hooks:
 
     @guarded
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if stage != "fit" or not self.report.active:
+        if stage != "fit" or not self._reports(trainer):
             return
         self._wraps.close()
         self._forget()
@@ -129,6 +133,12 @@ class _Hooks:
         # new list: the old one is being walked through.
         trainer.callbacks = [*(each for each in trainer.callbacks if each is not self), self]
         self._wraps.callback(wrap(trainer, "_run_stage", partial(self._run_stage, trainer)))
+
+    def _reports(self, trainer: Any) -> bool:
+        """Return whether this callback reports: what `attach` put there yields to the user's."""
+        theirs = (c for c in trainer.callbacks if isinstance(c, _Hooks) and not c.hung_in)
+        is_heard = self.hung_in and any(each.report.active for each in theirs)
+        return self.report.active and not is_heard
 
     def _run_stage(self, trainer: Any, method: Callable[..., Any], /, *args: Any) -> Any:
         """Stand around the training: by now all is set up, and Lightning handles the signals."""
@@ -147,7 +157,8 @@ class _Hooks:
             (trainer, "save_checkpoint", self._tell_checkpoint),
         ):
             self._wraps.callback(wrap(target, name, partial(_then, partial(tell, trainer))))
-        self.report.start(facts.started(trainer))
+        own = (*trainer.loggers, *trainer.callbacks)
+        self.report.start(facts.started(trainer), loggers=own, remedy="Trainer(logger=False)")
         self._describe(trainer.lightning_module)
 
     @guarded
@@ -183,16 +194,21 @@ class _Hooks:
     ) -> None:
         if trainer.sanity_checking:
             return
-        values = {k: v for k, v in metrics.items() if k not in ("epoch", "step")}
+        values = {k: v for k, v in metrics.items() if k != "epoch"}
         done, epoch = trainer.global_step, trainer.current_epoch
+        # Where no step is given, Lightning takes a metric of this name for the position.
+        own = number(values.pop("step", None)) if step is None else None
+        at = int(own) if own is not None and math.isfinite(own) else None
         if trainer.validating:
             # A step comes with the values of single batches of the validation.
-            at_step = step is not None or facts.validates_within_epochs(trainer)
-            self.report.metrics(values, "validation", epoch=epoch, step=done if at_step else None)
+            if at is None and (step is not None or facts.validates_within_epochs(trainer)):
+                at = done
+            self.report.metrics(values, "validation", epoch=epoch, step=at)
         elif self._in_batch:
-            self.report.metrics(self._rates.of_step | values, "train", epoch=epoch, step=done)
+            at = done if at is None else at
+            self.report.metrics(self._rates.of_step | values, "train", epoch=epoch, step=at)
         elif self.report.epoch is not None:  # called once at the end of it, without values too
-            self.report.metrics(self._rates.of_epoch | values, "train", epoch=epoch)
+            self.report.metrics(self._rates.of_epoch | values, "train", epoch=epoch, step=at)
             self.report.end_epoch()
 
     @guarded
@@ -202,6 +218,8 @@ class _Hooks:
     @guarded
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self._is_over or trainer.state.fn != "fit" or facts.is_launched(trainer):
+            return
+        if not self._reports(trainer):
             return
         self._is_over = True
         try:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from trainbus.errors import AttachError
-from trainbus.hooking import Reporter, current_rank, guarded, wrap
+from trainbus.hooking import Reporter, current_rank, guarded, when_gone, wrap
 from trainbus.interfaces import Detach, Emit
 
 from ._sklearn_fit import Fit
@@ -62,6 +62,8 @@ def attach(target: Any, emit: Emit) -> Detach:
         "__getstate__": _hide_from_copies,
     }
     undo = [wrap(target, n, partial(f, target)) for n, f in around.items() if hasattr(target, n)]
+    # Partial fits have no last one: who deletes the estimator has had enough of them.
+    when_gone(target, hooks.end_partial, if_due=lambda: hooks.report.is_open)
 
     def detach() -> None:
         hooks.end_partial()

@@ -14,7 +14,7 @@ from typing import Any
 
 from trainbus.errors import AttachError
 from trainbus.events import Best
-from trainbus.hooking import Reporter, described, guarded, late_class, patch, wrap
+from trainbus.hooking import Reporter, described, guarded, if_alive, late_class, patch, wrap
 from trainbus.interfaces import Detach, Emit
 
 from . import _skorch_facts as facts
@@ -53,8 +53,6 @@ def attach(target: Any, emit: Emit) -> Detach:
             f"expected a skorch net or a BusCallback, found {type(target).__qualname__}; "
             "attach the NeuralNet that you call `fit()` on"
         )
-    if any(hooks.is_the_users and hooks.report.active for hooks in _hooks_of(target)):
-        return lambda: None
     hooks = _bus_callback().__new__(_bus_callback())
     hooks.report, hooks.is_the_users = Reporter(emit), False
     before = target.callbacks
@@ -62,15 +60,22 @@ def attach(target: Any, emit: Emit) -> Detach:
     if target.initialized_:
         target.callbacks_ = [*target.callbacks_, ("trainbus", hooks)]
 
+    report, take_out = hooks.report, if_alive(partial(_take_out, before), target, hooks)
+
     def detach() -> None:
-        hooks.report.active = False
-        if any(each is hooks for each in target.callbacks or ()):
-            left = [each for each in target.callbacks if each is not hooks]
-            target.callbacks = before if left == list(before or ()) else left
-        if target.initialized_:
-            target.callbacks_ = [pair for pair in target.callbacks_ if pair[1] is not hooks]
+        report.active = False
+        take_out()
 
     return detach
+
+
+def _take_out(before: Any, net: Any, hooks: _Hooks) -> None:
+    """Take the callback out of a net; `before` is what stood there before."""
+    if any(each is hooks for each in net.callbacks or ()):
+        left = [each for each in net.callbacks if each is not hooks]
+        net.callbacks = before if left == list(before or ()) else left
+    if net.initialized_:
+        net.callbacks_ = [pair for pair in net.callbacks_ if pair[1] is not hooks]
 
 
 def hook(module: ModuleType, attach: Callable[[object], object]) -> None:
@@ -154,9 +159,15 @@ class _Hooks:
         if self._source is not None:
             self.report.active = self._source.report.active
         self._step = sum(int(row.get("train_batch_count", 0)) for row in net.history)
-        if facts.rank(net):
+        theirs = (c for c in facts.callbacks_of(net) if isinstance(c, _Hooks) and c.is_the_users)
+        is_heard = not self.is_the_users and any(each.report.active for each in theirs)
+        if facts.rank(net) or is_heard:
             return
-        self.report.start(facts.started(net, self._step, without=_Hooks))
+        self.report.start(
+            facts.started(net, self._step, without=_Hooks),
+            loggers=facts.callbacks_of(net),
+            remedy="leave it out of the callbacks",
+        )
         self._describe(net)
 
     @guarded

@@ -63,13 +63,13 @@ def attach(target: Any, emit: Emit) -> Detach:
             "the model that you call `learn()` on, or pass `callback=BusCallback(bus)` to it"
         )
     hooks = _bus_callback()()
-    hooks.report.connect(emit)
+    silence = hooks.report.connect(emit, hooks.detach)
     # A model is saved without what is hung into it.
     around = (hooks.watch, hooks.join, lambda excluded: [*excluded(), *_WRAPPED])
     undo = [wrap(target, name, each) for name, each in zip(_WRAPPED, around, strict=True)]
 
     def detach() -> None:
-        hooks.detach()
+        silence()
         for each in undo:
             each()
 
@@ -221,7 +221,11 @@ class _Hooks:
         self._is_in_rollout = False
         self._callbacks = list(callbacks_of(callback))
         self._checkpoints = Checkpoints(self._callbacks)
-        self.report.start(started(model, name, self._callbacks, run if last is model else None))
+        self.report.start(
+            started(model, name, self._callbacks, run if last is model else None),
+            loggers=(*self._callbacks, *model.logger.output_formats),
+            remedy="leave out tensorboard_log, or the callback",
+        )
         self._last_run = model, getattr(self.report.emit, "run_id", None)
         self.report.tell(described(model.policy.parameters()))
 

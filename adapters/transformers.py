@@ -16,7 +16,7 @@ from typing import Any
 
 from trainbus.errors import AttachError
 from trainbus.events import Best, CheckpointSaved, ParamsUpdated
-from trainbus.hooking import Reporter, guarded, late_class, patch, wrap
+from trainbus.hooking import Reporter, guarded, if_alive, late_class, patch, wrap
 from trainbus.interfaces import Detach, Emit
 
 from . import _transformers_facts as facts
@@ -75,14 +75,19 @@ def attach(target: Any, emit: Emit) -> Detach:
     # First, as the Trainer's own integrations: a later callback may change the values, or raise.
     target.callback_handler.callbacks.insert(0, callback)
     unwrap = wrap(target, "train", partial(callback.watch, target))
+    report, take_out = callback.report, if_alive(_take_out, target, callback)
 
     def detach() -> None:
-        callback.report.active = False
+        report.active = False
         unwrap()
-        callbacks = target.callback_handler.callbacks
-        callbacks[:] = [c for c in callbacks if c is not callback]
+        take_out()
 
     return detach
+
+
+def _take_out(trainer: Any, callback: _Hooks) -> None:
+    callbacks = trainer.callback_handler.callbacks
+    callbacks[:] = [each for each in callbacks if each is not callback]
 
 
 def register(bus: Any) -> Callable[[], None]:
@@ -175,7 +180,11 @@ class _Hooks:
         else:
             self._reset()
             checkpoint = self._resumes_from or args.resume_from_checkpoint
-            self.report.start(facts.started(args, state, model, self._folder(args), checkpoint))
+            self.report.start(
+                facts.started(args, state, model, self._folder(args), checkpoint),
+                loggers=self._own_loggers(args),
+                remedy='TrainingArguments(report_to="none")',
+            )
             self.report.tell(facts.described(model))
         self._batch = batch
         self._next_epoch = facts.next_epoch(state)
@@ -219,6 +228,14 @@ class _Hooks:
     @guarded
     def _finish(self) -> None:
         self.report.end(*self._end)
+
+    def _own_loggers(self, args: Any) -> list[Any]:
+        if self._trainer is not None:
+            return list(self._trainer.callback_handler.callbacks)
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as KNOWN
+
+        # A callback alone is not told of the others: those that Trainer makes have these names.
+        return [KNOWN[name] for name in args.report_to or () if name in KNOWN]
 
     def _folder(self, args: Any) -> Path:
         if self._trainer is None:

@@ -147,7 +147,9 @@ class _Hooks:
                 save_dir=now.save_dir,
                 world_size=xgboost.collective.get_world_size(),
                 resumed=before,
-            )
+            ),
+            loggers=now.callbacks,
+            remedy="leave it out of the callbacks",
         )
 
     @guarded

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import weakref
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, TypeAlias
@@ -26,6 +28,7 @@ from trainbus.events import (
     CheckpointSaved,
     Event,
     Record,
+    RunEnded,
     RunStarted,
     event_name,
 )
@@ -37,12 +40,14 @@ from trainbus.run import Run
 from trainbus.runfolder import RunFolder, existing_spare_folder, spare_folder
 from trainbus.sidecar import Sidecar
 from trainbus.workers import Delivery
+from trainbus.wrapping import when_gone
 
 logger = logging.getLogger("trainbus")
 
 SinkSource: TypeAlias = Route | Sink | Callable[[], Sink]
 
 _FAILURES_TO_MUTE = 5
+_ABANDONED = "what reported this run was deleted before the run had ended"
 
 
 class RunDefaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -100,7 +105,9 @@ class Bus:
         self._on_receipt = on_receipt
         self._signals = Namespace()
         self._emitters: list[Emitter] = []
-        self._attached: dict[int, tuple[object, Detach]] = {}
+        """Those that have an open run; others live as long as somebody emits by them."""
+        self._idle: weakref.WeakSet[Emitter] = weakref.WeakSet()
+        self._attached: dict[int, _Attachment] = {}
         self._main: Emitter | None = None
         self._sidecar = Sidecar()
 
@@ -112,6 +119,8 @@ class Bus:
 
     def attach(self, target: object) -> Detach:
         """Hang the framework's hooks into `target`, so that its training reports to this bus.
+
+        The bus does not keep the target alive. A run whose hooks no longer exist ends as stopped.
 
         Args:
             target: what the framework trains with, such as a `YOLO` model or a trainer.
@@ -125,25 +134,11 @@ class Bus:
             AttachError: the object is not one that its framework trains with.
         """
         known = self._attached.get(id(target))
-        if known is not None:
-            return known[1]
-        detach_hooks = registry.adapter_for(target)(target, self._emitter())
-
-        def detach() -> None:
-            if self._attached.pop(id(target), None) is not None:
-                detach_hooks()
-
-        self._attached[id(target)] = (target, detach)
-        return detach
-
-    def follow(self, target: object) -> None:
-        """Attach to a trainer for as long as it lives, without keeping it alive.
-
-        Raises:
-            NoAdapterError: no installed adapter knows the object's framework.
-            AttachError: the object is not one that its framework trains with.
-        """
-        registry.adapter_for(target)(target, self._emitter())
+        if known is None or known.target() is not target:
+            emit = _Handle(self._emitter())
+            detach_hooks = registry.adapter_for(target)(target, emit)
+            known = self._attached[id(target)] = _Attachment(target, detach_hooks, self._attached)
+        return known.detach
 
     def run(
         self,
@@ -217,9 +212,9 @@ class Bus:
         """End every open run, as `error` says if there is one, and detach from every trainer."""
         with ExitStack() as stack:  # all of it happens, even if Ctrl-C comes in one of the sinks
             stack.callback(self._sidecar.close)
-            for _, detach in self._attached.values():
-                stack.callback(_guarded_detach, detach)
-            for emitter in reversed(self._emitters):
+            for attachment in self._attached.copy().values():
+                stack.callback(_guarded_detach, attachment.detach)
+            for emitter in reversed([*self._emitters, *self._idle]):
                 stack.callback(emitter.end, error)
 
     def __enter__(self) -> Bus:
@@ -241,6 +236,15 @@ class Bus:
             signal = self._signals.get(name)
             if signal is not None and signal.receivers:
                 signal.send(record)
+
+    def hold(self, emitter: Emitter) -> None:
+        """Keep an emitter, whose run has begun, until `release`; called by emitters."""
+        self._emitters.append(emitter)
+
+    def release(self, emitter: Emitter) -> None:
+        """Let go of an emitter whose run has ended; called by emitters."""
+        with suppress(ValueError):
+            self._emitters.remove(emitter)
 
     def open_journal(self, run: str, attempt: int) -> Journal | NoJournal:
         """Create the journal of an attempt, where one can be written; called by emitters."""
@@ -314,10 +318,87 @@ class Bus:
         return keeps
 
     def _emitter(self) -> Emitter:
-        emitter = Emitter(self)
-        self._emitters.append(emitter)
+        emitter = self._new_emitter()
+        self._idle.add(emitter)
         emitter.watch_other_rank()
         return emitter
+
+    def _new_emitter(self) -> Emitter:
+        return Emitter(self)
+
+
+class _Handle:
+    """What an adapter emits by; when the last hook that has it is gone, its open run ends."""
+
+    def __init__(self, emitter: Emitter) -> None:
+        self._emitter = emitter
+        when_gone(self, partial(_end, emitter), if_due=lambda: emitter.run_id is not None)
+
+    def __call__(self, event: Event, /) -> None:
+        self._emitter(event)
+
+    @property
+    def services(self) -> frozenset[str]:
+        return self._emitter.services
+
+    @property
+    def run_id(self) -> str | None:
+        return self._emitter.run_id
+
+    def every(self, phase: str) -> int | None:
+        return self._emitter.every(phase)
+
+    def failed_on(self, rank: int, error: BaseException) -> None:
+        self._emitter.failed_on(rank, error)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Handle:
+        """Frameworks copy their callbacks; the copy reports to the same run."""
+        return self
+
+    def __copy__(self) -> _Handle:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self._emitter.__reduce__()
+
+
+def _end(emitter: Emitter) -> None:
+    try:
+        emitter(RunEnded(status="stopped", reason=_ABANDONED))
+    except Exception:
+        logger.warning("a run could not be ended", exc_info=True)
+
+
+class _Attachment:
+    """A target and the way out of it; forgotten with the target, which it does not keep alive.
+
+    Args:
+        target: the object that is attached. What can't be referenced weakly is kept.
+        detach_hooks: takes the adapter's hooks out.
+        among: id of the target → attachment, where this one is removed.
+    """
+
+    def __init__(self, target: object, detach_hooks: Detach, among: dict[int, _Attachment]) -> None:
+        key, found = id(target), weakref.ref(self)
+
+        def forget(_: object = None) -> _Attachment | None:
+            this = found()
+            if this is None or among.get(key) is not this:
+                return None
+            return among.pop(key, None)
+
+        def detach() -> None:
+            this = forget()
+            if this is not None:
+                this._detach_hooks()
+
+        self._detach_hooks = detach_hooks
+        self.detach: Detach = detach
+        self.target: Callable[[], object]
+        try:
+            self.target = weakref.ref(target, forget)
+        except TypeError:
+            self.target = lambda: target
 
 
 class _Guarded:

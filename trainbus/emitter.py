@@ -131,7 +131,7 @@ class Emitter:
 
     def failed_on(self, rank: int, error: BaseException) -> None:
         """Tell what ended another rank, so that the run of rank 0 ends with the true cause."""
-        if not isinstance(error, Exception):  # who leaves by an exit or by Ctrl-C is no cause
+        if ended_by(error).status != "failed":  # who leaves by an exit or by Ctrl-C is no cause
             return
         try:
             if not ranks.report(self._bus.journal_folders(), rank, error, time.time()):
@@ -271,6 +271,7 @@ class Emitter:
         attempt = self._journal.attempt
         self._run = RunInfo(id=run_id, started=event, attempt=attempt)
         self._owner = threading.get_ident()
+        self._bus.hold(self)
         self._try("the end of the process may not end the run", exits.watch, self)
         if event.save_dir is not None:
             what = "a resumed training will not find this run again"
@@ -362,6 +363,7 @@ class Emitter:
         finally:
             self._run = self._journal = self._delivery = None
             self._ended_once = True
+            self._bus.release(self)
             self._try("the hooks for the end of the process stay", exits.unwatch, self)
 
     def _try(self, consequence: str, call: Callable[..., _T], *args: Any) -> _T | None:

@@ -250,8 +250,23 @@ class RunEnded(_Base, frozen=True, kw_only=True, tag="run.ended"):
     best: Best | None = None
 
 
+_ON_PURPOSE = {
+    "optuna.exceptions.TrialPruned": "pruned",
+    "lightgbm.callback.EarlyStopException": "early stop",
+    "ignite.engine.engine._EngineTerminateException": "terminated",
+    "ignite.engine.engine._EngineTerminateSingleEpochException": "terminated",
+    "lightning.pytorch.utilities.exceptions._TunerExitException": "end of the tuning",
+    "pytorch_lightning.utilities.exceptions._TunerExitException": "end of the tuning",
+}
+"""Exception that a framework ends a training by on purpose → why; compared by name."""
+
+
 def ended_by(error: BaseException | None, *, best: Best | None = None) -> RunEnded:
-    """Return a run's end: finished without an exception, stopped by Ctrl-C or exit, else failed."""
+    """Return a run's end: finished without an exception, stopped on purpose, else failed.
+
+    Ctrl-C and exits are on purpose, and so are the exceptions by which frameworks end a training,
+    such as Optuna's `TrialPruned`: nothing has failed.
+    """
     if error is None:
         return RunEnded(status="finished", best=best)
     try:
@@ -262,6 +277,9 @@ def ended_by(error: BaseException | None, *, best: Best | None = None) -> RunEnd
     failure = Failure(type=type(error).__qualname__, message=message, traceback=trace)
     if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
         return RunEnded(status="stopped", reason=failure.type, error=failure, best=best)
+    for kind in type(error).__mro__:
+        if (why := _ON_PURPOSE.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
+            return RunEnded(status="stopped", reason=why, error=failure, best=best)
     reason = f"{failure.type}: {failure.message}"
     return RunEnded(status="failed", reason=reason, error=failure, best=best)
 

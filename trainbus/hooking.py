@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any, Literal, TypeVar
 
+from msgspec import structs
+
 from trainbus import normalize, splitting
 from trainbus.errors import AttachError, SinkError
 from trainbus.events import (
@@ -29,18 +31,22 @@ from trainbus.events import (
     ended_by,
 )
 from trainbus.interfaces import Detach, Emit
-from trainbus.wrapping import around_of, patch, wrap
+from trainbus.wrapping import around_of, arounds_of, if_alive, patch, when_gone, wrap
 
 __all__ = [
     "Reporter",
     "around_of",
+    "arounds_of",
     "current_rank",
     "described",
     "guarded",
+    "if_alive",
     "late_class",
     "number",
     "patch",
+    "tracker_of",
     "version",
+    "when_gone",
     "wrap",
 ]
 
@@ -137,10 +143,14 @@ class Reporter:
 
         Args:
             emit: where the events go.
-            release: called first when it is ended, unless another `emit` was connected since.
+            release: called first when it is ended, unless another `emit` was connected since. A
+                bound method does not keep its object alive.
         """
         self.emit, self.active = emit, True
         self.is_open, self.epoch = False, None
+        owner = getattr(release, "__self__", None)
+        if owner is not None:
+            release = if_alive(release.__func__, owner)  # type: ignore[attr-defined]
 
         def detach() -> None:
             if self.emit is emit:  # and not of another bus by now
@@ -149,11 +159,37 @@ class Reporter:
 
         return detach
 
-    def start(self, started: RunStarted) -> None:
-        """Open the run."""
+    def start(
+        self, started: RunStarted, *, loggers: Iterable[object] = (), remedy: str = ""
+    ) -> None:
+        """Open the run.
+
+        Args:
+            started: its start.
+            loggers: callbacks of the framework or classes of them, among which there may be loggers
+                of its own. A tracker that the bus feeds too is named in a warning.
+            remedy: how the user switches the framework's own loggers off.
+        """
         if self.active:
             self.is_open, self.epoch, self.last_epoch = True, None, None
-            self.tell(started)
+            self.tell(self._with_own_loggers(started, loggers, remedy))
+
+    def _with_own_loggers(
+        self, started: RunStarted, loggers: Iterable[object], remedy: str
+    ) -> RunStarted:
+        own: dict[str, str] = {}
+        for each in loggers:
+            kind = each if isinstance(each, type) else type(each)
+            if (service := tracker_of(kind)) is not None:
+                own.setdefault(service, kind.__qualname__.lstrip("_"))
+        fed: frozenset[str] = frozenset() if self.emit is None else self.emit.services
+        for service in sorted(own.keys() & fed):
+            logger.warning(
+                "%s's own %s and a sink of trainbus both log to %s; remove one of them%s",
+                *(started.framework, own[service], _TRACKERS[service][0]),
+                f" ({remedy})" if remedy else "",
+            )
+        return structs.replace(started, own_loggers=sorted(own)) if own else started
 
     def tell(self, event: Event) -> None:
         """Emit an event, if a run is open."""
@@ -267,6 +303,43 @@ class Reporter:
         self.tell(event)
         self.is_open = False
         self.epoch = None
+
+
+_TRACKERS = {
+    "wandb": ("Weights & Biases", "wandb"),
+    "mlflow": ("MLflow", "mlflow"),
+    "tensorboard": ("TensorBoard", "tensorboard"),
+    "comet_ml": ("Comet", "comet"),
+    "clearml": ("ClearML", "clearml"),
+    "dvclive": ("DVCLive", "dvclive"),
+    "swanlab": ("SwanLab", "swanlab"),
+    "trackio": ("Trackio", "trackio"),
+    "neptune": ("Neptune", "neptune"),
+    "aim": ("Aim", "aim"),
+}
+"""Import name of a tracker → what it is called, and how names of classes that log to it begin."""
+
+_FRAMEWORKS = (
+    *("accelerate", "ignite", "keras", "lightgbm", "lightning", "pytorch_lightning", "sklearn"),
+    *("skorch", "stable_baselines3", "transformers", "xgboost", "optuna"),
+)
+
+
+def tracker_of(callback: type) -> str | None:
+    """Return the import name of the tracker that a class logs to, None if it is no logger.
+
+    A class that came with the tracker logs to it, such as those of `wandb.integration`; so does a
+    framework's own whose name says so, such as `WandbLogger`. Nothing is imported for it.
+    """
+    for kind in callback.__mro__:
+        package, name = kind.__module__.partition(".")[0], kind.__name__.lstrip("_").lower()
+        if package in _TRACKERS:
+            return package
+        if package in _FRAMEWORKS:
+            for service, (_, start) in _TRACKERS.items():
+                if name.startswith(start):
+                    return service
+    return None
 
 
 class _Watch:

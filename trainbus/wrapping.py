@@ -1,12 +1,14 @@
-"""Stands around the methods of a trainer, and of a framework's classes.
+"""Wraps the methods of a trainer, and of a framework's classes.
 
 What is put around one object can be taken away again, in any order, and the object is then as it
-was; what is put into a class stays.
+was; what is put into a class stays. No function returned from here keeps an object alive.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import _thread
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import wraps
 from inspect import Parameter, signature
@@ -40,21 +42,31 @@ def wrap(target: Any, name: str, around: Callable[..., Any]) -> Detach:
         return around(method, *args, **kwargs) if layer.active else method(*args, **kwargs)
 
     call.__name__, call.__trainbus__ = name, layer  # type: ignore[attr-defined]
-    wrapped = MethodType(call, target)
-    setattr(target, name, wrapped)
+    setattr(target, name, MethodType(call, target))
+    silence, unwrap = if_alive(_silence, layer), if_alive(_unwrap, target, call)
 
     def detach() -> None:
-        layer.active = False
-        if vars(target).get(name) is wrapped:
-            before = layer.before
-            while (below := _layer_of(before)) is not None and not below.active:
-                before = below.before
-            if before is None:
-                delattr(target, name)
-            else:
-                setattr(target, name, before)
+        silence()  # copies of the object, too
+        unwrap()
 
     return detach
+
+
+def _silence(layer: _Layer) -> None:
+    layer.active = False
+
+
+def _unwrap(target: Any, call: Any) -> None:
+    name, layer = call.__name__, _layer_of(call)
+    if layer is None or getattr(vars(target).get(name), "__func__", None) is not call:
+        return  # somebody wrapped it since, and goes on through what is silent now
+    before = layer.before
+    while (below := _layer_of(before)) is not None and not below.active:
+        before = below.before
+    if before is None:
+        delattr(target, name)
+    else:
+        setattr(target, name, before)
 
 
 class _Layer:
@@ -86,8 +98,16 @@ class _Layer:
 
 def around_of(target: Any, name: str) -> Any:
     """Return what `wrap` has put around an object's method last, None if there is nothing."""
+    return next(arounds_of(target, name), None)
+
+
+def arounds_of(target: Any, name: str) -> Iterator[Any]:
+    """Yield what `wrap` has put around an object's method, the last one first."""
     layer = _layer_of(vars(target).get(name))
-    return layer.around if layer is not None and layer.active else None
+    while layer is not None:
+        if layer.active:
+            yield layer.around
+        layer = _layer_of(layer.before)
 
 
 def _layer_of(method: Any) -> _Layer | None:
@@ -114,3 +134,49 @@ def patch(owner: Any, name: str, around: Callable[..., Any]) -> None:
 
     vars(call)["__patched__"] = owner
     setattr(owner, name, call)
+
+
+def if_alive(function: Callable[..., object], *objects: Any) -> Detach:
+    """Return a function that calls `function(*objects)`, and does nothing once one is gone.
+
+    Args:
+        function: refers to none of the objects itself.
+        objects: are not kept alive, as far as they can be referenced weakly.
+    """
+    found = [_weakly(each) for each in objects]
+
+    def call() -> None:
+        alive = [each() for each in found]
+        if not any(each is None for each in alive):
+            function(*alive)
+
+    return call
+
+
+def when_gone(
+    owner: object, do: Callable[[], object], *, if_due: Callable[[], bool] = lambda: True
+) -> None:
+    """Call `do` in a thread of its own when an object no longer exists, but not at exit.
+
+    Args:
+        owner: the object; the functions do not refer to it.
+        do: may take its time, and does not raise.
+        if_due: asked first, by the garbage collector: it takes no locks.
+    """
+
+    def gone() -> None:
+        # The collector may come at any point of any thread, which may hold any lock: nothing that
+        # waits is done in here, and `threading.Thread` itself takes locks to start.
+        if if_due():
+            with suppress(RuntimeError):  # no thread can be started
+                _thread.start_new_thread(do, ())
+
+    with suppress(TypeError):  # it can't be referenced weakly
+        weakref.finalize(owner, gone).atexit = False
+
+
+def _weakly(target: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(target)
+    except TypeError:
+        return lambda: target

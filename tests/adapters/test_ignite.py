@@ -706,7 +706,7 @@ def attached(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
     def attach(target: object) -> None:
         found.append(target)
-        heard.bus.follow(target)
+        heard.bus.attach(target)
 
     monkeypatch.setattr(Engine, "run", Engine.run)
     about = Engine.run.__doc__, inspect.signature(Engine.run)

@@ -672,7 +672,7 @@ other.subscribe(lambda record: records.append("other"))
 
 def attach(target):
     attached.append(target)
-    bus.follow(target)
+    bus.attach(target)
 
 before = inspect.signature(keras.Model.fit), keras.Model.fit.__doc__
 adapter.hook(keras, attach)

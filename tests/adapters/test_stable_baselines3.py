@@ -681,7 +681,7 @@ bus.subscribe(heard.append)
 init = module.BaseAlgorithm.__init__
 def attach(model):
     asked.append(model)
-    bus.follow(model)
+    bus.attach(model)
 for _ in range(2):
     adapter.hook(module, attach)
 assert init is module.BaseAlgorithm.__init__.__wrapped__

@@ -63,7 +63,7 @@ class Session:
                 self._has_tried = True  # one try, and one complaint
                 self._bus = load(self._config)
             if self._bus is not None:
-                self._bus.follow(target)
+                self._bus.attach(target)
         except SinkError:
             raise
         except Exception as error:

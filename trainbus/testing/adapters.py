@@ -21,6 +21,7 @@ import copy
 import gc
 import importlib
 import logging
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -248,6 +249,22 @@ class AdapterConformance(ABC):
         one, _ = self._one_and_three()
         assert _names(one.records) == _names(recording.records)
 
+    def test_keeps_no_target_alive(self) -> None:
+        """A target that was attached, and has trained, is freed with its last user's reference."""
+        bus = self._bus()
+        training = self.start(self._scratch.folder / "dropped", 1)
+        try:
+            target = weakref.ref(training.target)
+        except TypeError:
+            raise SkipTest("the framework's objects can't be referenced weakly") from None
+        detach = self.attach(bus, training.target)
+        training.run()
+        del training
+        gc.collect()
+        assert target() is None
+        detach()
+        assert [] == bus._emitters
+
     def test_keeps_two_trainings_apart(self) -> None:
         """Two trainings, one after another on one bus, are two runs."""
         one, three = self._one_and_three()
@@ -365,7 +382,7 @@ class AdapterConformance(ABC):
             logging.getLogger("trainbus").removeHandler(said)
         assert [] == said.faults
         result = training.result() if raised is None else None
-        for emitter in bus._emitters:
+        for emitter in list(bus._emitters):
             emitter.end(raised)
         return Recording(
             training=training,
@@ -402,10 +419,8 @@ class _ListeningBus(Bus):
         self.records: list[Record] = []
         self.subscribe(self.records.append)
 
-    def _emitter(self) -> Emitter:
-        emitter = _ListeningEmitter(self)
-        self._emitters.append(emitter)
-        return emitter
+    def _new_emitter(self) -> Emitter:
+        return _ListeningEmitter(self)
 
 
 class _ListeningEmitter(Emitter):
