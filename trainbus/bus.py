@@ -351,6 +351,9 @@ class _Handle:
     def failed_on(self, rank: int, error: BaseException) -> None:
         self._emitter.failed_on(rank, error)
 
+    def leave_out(self, what: str) -> None:
+        self._emitter.leave_out(what)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> _Handle:
         """Frameworks copy their callbacks; the copy reports to the same run."""
         return self
