@@ -98,7 +98,7 @@ class WandbSink(Sink):
         if not self._owned:
             self._run = runs.use(active, run, self.options)
         else:
-            self._run = runs.start(run, self.options, partial(_interrupt, run, self._stop))
+            self._run = runs.start(run, self.options, _interrupter(run, self._stop))
             if run.again:
                 self._last = runs.stored(self._run)
         is_new = self._owned and not run.again and not run.resumed
@@ -287,11 +287,15 @@ def _imported() -> Any:
     return wandb
 
 
-def _interrupt(run: RunInfo, is_asked: Event) -> None:
-    """Stop the training, as somebody asks for in W&B; it must not know the sink, W&B copies it."""
-    is_asked.set()
-    if interrupt_training(run):
-        logger.warning("the run was stopped in W&B; the training is interrupted as by Ctrl-C")
+def _interrupter(run: RunInfo, is_asked: Event) -> Callable[[], None]:
+    """Return what stops the training when somebody asks for it in W&B."""
+
+    def interrupt() -> None:  # a plain function, as W&B copies its settings with all they hold
+        is_asked.set()
+        if interrupt_training(run):
+            logger.warning("the run was stopped in W&B; the training is interrupted as by Ctrl-C")
+
+    return interrupt
 
 
 def _counted(epoch: int | None) -> int | None:

@@ -110,6 +110,29 @@ def test_goals_are_renamed_with_their_metrics() -> None:
 
 
 @pytest.mark.parametrize(
+    ("rename", "metric", "expected"),
+    [
+        ({"metrics/mAP50": "val/mAP50"}, "metrics/mAP50", "max"),
+        ({"metrics/m*": "val/*"}, "metrics/mAP50", "max"),
+        ({"metrics/*": "val/*"}, "metrics/mAP50", "max"),
+        ({"metrics/loss": "val/loss"}, "metrics/loss", "min"),
+        ({"*/loss": "loss"}, "metrics/loss", "min"),
+        ({"m*": "n*"}, "m/other", None),
+    ],
+)
+def test_a_goal_of_a_prefix_goes_with_the_metric(
+    rename: dict[str, str], metric: str, expected: str | None
+) -> None:
+    """A metric keeps its goal under its new name, whether it has it by name or by prefix."""
+    started = RunStarted(goals={"metrics/*": "max", "metrics/loss": "min", "m": "max"})
+    transform = Transform(TransformSpec(rename=rename))
+    found = transform(record(started))
+    assert found is not None
+    assert isinstance(found.event, RunStarted)
+    assert expected == found.event.goal_of(transform.name(metric))
+
+
+@pytest.mark.parametrize(
     "event",
     [
         RunStarted(),

@@ -189,6 +189,19 @@ def test_finds_the_best_value(
     assert f"best value  {best}\n" in shown
 
 
+def test_a_goal_of_a_name_counts_more_than_that_of_a_prefix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`prefix*` is the only pattern in a goal; the exact name decides, brackets and all."""
+    started = RunStarted(goals={"val/*": "min", "val/head[0]/acc": "max"})
+    events = [
+        MetricsLogged(values={"val/head[0]/acc": value}, phase="validation", epoch=epoch)
+        for epoch, value in enumerate((0.25, 0.75, 0.5))
+    ]
+    shown = show(monkeypatch, [*events, RunEnded(status="finished")], started=started)
+    assert "best value  val/head[0]/acc 0.75 in epoch 2\n" in shown
+
+
 def test_believes_the_trainers_best(monkeypatch: pytest.MonkeyPatch) -> None:
     """A best value that the run's end brings is shown instead of the sink's own."""
     ended = RunEnded(status="finished", best=Best(metric="fitness", value=0.5, epoch=4))

@@ -299,6 +299,20 @@ def test_the_best_epoch_is_known_before_the_end(tmp_path: Path) -> None:
     assert {"metric": "fitness", "value": "NaN", "epoch": 3, "told": True} == best
 
 
+GOALS = {"val/*": "min", "val/head[0]/acc": "max", "val/acc*": "max"}
+
+
+def test_a_goal_of_a_name_counts_more_than_that_of_a_prefix(tmp_path: Path) -> None:
+    """`prefix*` is the only pattern in a goal; the exact name decides, brackets and all."""
+    started = msgspec.convert({"type": "run.started", "goals": GOALS}, RunStarted)
+    logged = [
+        MetricsLogged(values={"val/head[0]/acc": value}, phase="val", epoch=epoch)
+        for epoch, value in enumerate((0.25, 0.75, 0.5))
+    ]
+    best = log(tmp_path, started, *logged)["best"]
+    assert ("val/head[0]/acc", 0.75, 1) == (best["metric"], best["value"], best["epoch"])
+
+
 def test_curves_keep_their_shape(tmp_path: Path) -> None:
     """A curve keeps evenly picked points with both ends, its classes, and their mean."""
     x = np.linspace(0, 1, 1001)
@@ -543,6 +557,17 @@ def test_fits_wide_and_narrow_light_and_dark(
     ink = browser.eval(f"{chart('box_loss')}._fullLayout.font.color")
     assert ("#e8ebef" if dark else "#16191d") == ink
     assert is_quiet(browser)
+
+
+def test_the_page_reads_goals_as_everything_else_does(browser: Browser, page: Path) -> None:
+    """The script has a matcher of its own, which means the same."""
+    started = msgspec.convert({"type": "run.started", "goals": GOALS}, RunStarted)
+    names = ["val/head[0]/acc", "val/head0/acc", "val/acc_top5", "val/loss", "loss", "toString"]
+    browser.open(page)
+    found = browser.eval(
+        f"{json.dumps(names)}.map((name) => goalOf({{goals: {json.dumps(GOALS)}}}, name))"
+    )
+    assert [started.goal_of(name) for name in names] == found
 
 
 def test_all_is_on_the_page(browser: Browser, page: Path) -> None:

@@ -253,6 +253,14 @@ def test_which_way_is_better(server: Server, sinks: Any) -> None:
     assert ["shapes: new best loss 1", "shapes: new best loss -inf"] == titles(server)
 
 
+def test_a_goal_of_a_name_counts_more_than_that_of_a_prefix(server: Server, sinks: Any) -> None:
+    """`prefix*` is the only pattern in a goal; the exact name decides, brackets and all."""
+    started = RunStarted(name="shapes", goals={"val/*": "min", "val/head[0]/acc": "max"})
+    sink = sinks(started=started, when=["best"])
+    sink.write(records(*[logged("val/head[0]/acc", value) for value in (0.25, 0.75, 0.5)]))
+    assert ["shapes: new best val/head[0]/acc 0.75"] == titles(server)
+
+
 def test_a_metric_without_a_goal_is_told(sinks: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Where nobody knows which value is better, one line says what to set."""
     sinks(metric="loss")

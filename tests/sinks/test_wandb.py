@@ -195,13 +195,16 @@ def epoch(number: int, **values: float) -> MetricsLogged:
 
 
 def test_goals_become_summaries(tmp_path: Path) -> None:
-    """A metric that the trainer ranks by has its best value in the summary, beside its last."""
-    started = RunStarted(goals={"acc*": "max", "loss": "min"})
-    events = [epoch(i, acc=a, loss=a, other=a) for i, a in enumerate((1.0, 3.0, 2.0))]
+    """The last value stands under the metric's own name, the best one beside it."""
+    maxima = ["acc_top1", "head[0]/acc", "metrics/mAP50(B)", "a.b", "val acc", "c*d"]
+    started = RunStarted(goals={"acc*": "max", **dict.fromkeys(maxima[1:], "max"), "loss": "min"})
+    values = dict.fromkeys([*maxima, "loss", "head0/acc"], 0.0)
+    events = [epoch(i, **dict.fromkeys(values, a)) for i, a in enumerate((1.0, math.nan, 3.0, 2.0))]
     summary = log(tmp_path, started, *events).summary
-    assert (3, 2) == (summary["acc.max"], summary["acc.last"])
-    assert (1, 2) == (summary["loss.min"], summary["loss.last"])
-    assert 2 == summary["other"]
+    assert dict.fromkeys(values, 2) == {name: summary[name] for name in values}
+    assert {"loss.min": 1, **{f"{name}.max": 3 for name in maxima}} == {
+        name: value for name, value in summary.items() if name.endswith((".max", ".min"))
+    }
 
 
 def test_names_with_dots_and_stars_are_logged(tmp_path: Path) -> None:
@@ -217,11 +220,30 @@ def test_a_name_logged_by_epoch_and_by_step_is_two_metrics(tmp_path: Path) -> No
     """Two x axes need two names: the one by step gets `_step` behind it."""
     by_step = [MetricsLogged(values={"loss": 1.0}, phase="train", step=i) for i in (1, 2)]
     run = log(tmp_path, epoch(0, loss=5.0), *by_step)
-    assert ("epoch", "step") == (
+    assert ("epoch", "trainer/step") == (
         run.metrics["loss"]["step_metric"],
         run.metrics["loss_step"]["step_metric"],
     )
-    assert [1, 2] == [row["step"] for row in run.history if "loss_step" in row]
+    assert [1, 2] == [row["trainer/step"] for row in run.history if "loss_step" in row]
+
+
+def test_metrics_named_like_an_axis_are_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A metric overwrites neither an axis nor what W&B notes of a row, nor the other way round."""
+    names = ("epoch", "step", "trainer/step", "_step", "_timestamp", "_runtime", "_wandb")
+    named = {name: 50.0 + index for index, name in enumerate(names)}
+    by_step = MetricsLogged(values=named, phase="train", epoch=0, step=7)
+    by_epoch = MetricsLogged(values=named, phase="val", epoch=0)
+    run = log(tmp_path, by_step, by_epoch)
+    kept = {name if name == "step" else f"logged/{name}": named[name] for name in names}
+    of_step, of_epoch = run.history
+    assert {**kept, "trainer/step": 7, "epoch": 1} == {
+        name: of_step[name] for name in (*kept, "trainer/step", "epoch")
+    }
+    assert {**kept, "epoch": 1} == {name: of_epoch[name] for name in (*kept, "epoch")}
+    assert of_step["_timestamp"] > 1e9
+    assert "'epoch' as 'logged/epoch'" in caplog.text
 
 
 def test_options_win_over_the_training(tmp_path: Path) -> None:
