@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainbus import exits, normalize, ranks, redact
+from trainbus import auto, exits, normalize, ranks, redact
 from trainbus.endings import true_end
 from trainbus.errors import SinkError
 from trainbus.events import (
@@ -242,6 +242,7 @@ class Emitter:
         self._run = RunInfo(id=run_id, started=event, attempt=attempt)
         self._owner = threading.get_ident()
         exits.watch(self)
+        auto.recorded()
         if event.save_dir is not None:
             try:
                 mark(event.save_dir, run_id, attempt)

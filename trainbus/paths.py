@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from trainbus.events import ArtifactLogged, CheckpointSaved, Event, ImageLogged, RunStarted
+
+T = TypeVar("T")
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
@@ -53,5 +55,5 @@ def _absolute(path: Any) -> Any:
         return path
 
 
-def _replaced(found: Any, **fields: Any) -> Any:
+def _replaced(found: T, **fields: Any) -> T:
     return msgspec.structs.replace(found, **fields)

@@ -49,7 +49,8 @@ class SinkConformance(ABC):
     """Modules that must not be imported before `open`, besides `package`."""
 
     extra: ClassVar[str | None] = None
-    """Extra that brings the package: the error about a missing package names it."""
+    """Extra of the plugin's distribution that brings the package: the error about a missing package
+    names it."""
 
     secrets: ClassVar[Sequence[str]] = ()
     """Texts in the options that `make` gives which must never be shown."""
@@ -236,7 +237,7 @@ class SinkConformance(ABC):
         assert "pip install" in error["text"]
         assert self.package in error["text"]
         if self.extra is not None:
-            assert f"trainbus[{self.extra}]" in error["text"]
+            assert f"[{self.extra}]'" in error["text"]
 
     def test_shows_no_secret(self, tmp_path: Path) -> None:
         """No secret of the options is in a repr, in `where`, in the log or in what is printed."""
