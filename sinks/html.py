@@ -79,6 +79,7 @@ class HtmlSink(Sink):
     """Keeps the page of a run."""
 
     Options = HtmlOptions
+    packages = ("plotly",)
     volatile = True
     options: HtmlOptions
 

@@ -56,12 +56,78 @@ def records_of(folder: Path) -> list[list[Record]]:
 
 # Commands that train nothing ----------------------------------------------------------------------
 
+NOTHING = (
+    "trainbus: nothing was recorded: found no training of accelerate, ignite, keras, lightgbm, "
+    "lightning, pytorch_lightning, skorch, stable_baselines3, transformers, ultralytics, xgboost; "
+    "log a loop of your own with `bus.run()` (README, 'A loop of your own'), `trainbus plugins` "
+    "lists what can be used\n"
+)
+
 
 def test_output_and_exit_code_are_the_commands(tmp_path: Path) -> None:
-    """What the command prints and returns comes through unchanged, and nothing is added."""
-    done = python(tmp_path, "import sys; print('out'); print('err', file=sys.stderr); sys.exit(7)")
-    assert (7, "out\n", "err\n") == (done.returncode, done.stdout, done.stderr)
+    """What the command prints and returns comes through unchanged; one line says what was not."""
+    code = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(7)"
+    done = python(tmp_path, code, env={"TMPDIR": str(tmp_path)})
+    assert (7, "out\n", "err\n" + NOTHING) == (done.returncode, done.stdout, done.stderr)
     assert {"script.py", "trainbus.yaml"} == set(os.listdir(tmp_path))
+
+
+UNKNOWN = """
+    import subprocess, sys
+    import wandb
+    from support import torchvision_cpu
+    torchvision_cpu.install()
+    from torch.utils.tensorboard import SummaryWriter
+
+    with wandb.init(mode="offline", dir="own"), SummaryWriter("own") as writer:
+        for step in range(3):
+            writer.add_scalar("loss", 0.5, step)
+            wandb.log({"loss": 0.5})
+    subprocess.run([sys.executable, "-c", "print('child')"], check=True)
+"""
+
+
+def test_what_is_recorded_by_others_alone_is_told_once(tmp_path: Path) -> None:
+    """A script with W&B and TensorBoard of its own, and a child, gets one line, at its end."""
+    done = python(tmp_path, UNKNOWN)
+    assert 0 == done.returncode, done.stderr
+    assert (1, True) == (done.stderr.count("nothing was recorded"), done.stderr.endswith(NOTHING))
+    assert "child\n" == done.stdout
+    assert [] == records_of(tmp_path)
+
+
+OWN = """
+    import trainbus
+    with trainbus.load("trainbus.yaml") as bus, bus.run() as run:
+        run.log({"loss": 0.5})
+"""
+BY_A_CHILD = """
+    import subprocess, sys
+    subprocess.run([sys.executable, "own.py"], check=True)
+"""
+
+
+@pytest.mark.parametrize("code", [OWN, BY_A_CHILD], ids=["itself", "a child"])
+def test_a_command_that_records_gets_no_line(code: str, tmp_path: Path) -> None:
+    """Neither a bus of the script's own nor one in a child leaves anything to complain of."""
+    (tmp_path / "own.py").write_text(textwrap.dedent(OWN))
+    (tmp_path / "empty").mkdir()
+    done = python(tmp_path, code, env={"TMPDIR": str(tmp_path / "empty")})
+    assert 0 == done.returncode, done.stderr
+    assert (1, False) == (len(records_of(tmp_path)), "nothing was recorded" in done.stderr)
+    assert [] == [path.name for path in (tmp_path / "empty").glob("trainbus-*")]
+
+
+def test_a_command_within_a_command_is_told_once(tmp_path: Path) -> None:
+    """`trainbus run` in a program that `trainbus run` runs leaves the line to the outer one."""
+    code = """
+        import subprocess, sys
+        command = [sys.executable, "-m", "trainbus", "run", "-c", "trainbus.yaml", "--"]
+        subprocess.run([*command, sys.executable, "own.py"], check=True)
+    """
+    (tmp_path / "own.py").write_text("")
+    done = python(tmp_path, code)
+    assert (0, NOTHING) == (done.returncode, done.stderr)
 
 
 def test_a_signal_reaches_the_command(tmp_path: Path) -> None:

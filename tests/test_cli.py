@@ -264,6 +264,47 @@ def test_plugins_that_do_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ModuleNotFoundError" in out
 
 
+@pytest.fixture
+def without_plotly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process in which plotly is not installed."""
+    monkeypatch.setitem(sys.modules, "plotly", None)
+
+
+def about_plugins() -> dict[tuple[str, str], tuple[str, str]]:
+    """Return whether each plugin loads and what is said of it, by kind and name."""
+    found: dict[tuple[str, str], tuple[str, str]] = {}
+    for line in run("plugins")[1].splitlines():
+        cells = [cell.strip() for cell in line.strip("│").split("│")]
+        if len(cells) != 6:
+            continue
+        kind, name, _, _, loads, about = cells
+        if kind in ("sink", "adapter"):
+            last, found[kind, name] = (kind, name), (loads, about)
+        elif not kind and about:  # a long text goes on in the next line
+            found[last] = (found[last][0], f"{found[last][1]} {about}")
+    return found
+
+
+@pytest.mark.usefixtures("without_plotly")
+def test_plugins_name_the_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plugin whose package is not installed does not load, and what installs it is said."""
+    monkeypatch.setitem(sys.modules, "stable_baselines3", None)
+    found = about_plugins()
+    text = "the package '{0}' is not installed; run `pip install 'trainbus[{1}]'`"
+    assert ("no", text.format("plotly", "html")) == found["sink", "html"]
+    assert ("no", text.format(*["stable_baselines3"] * 2)) == found["adapter", "stable_baselines3"]
+    assert ("yes", "yes") == (found["sink", "tensorboard"][0], found["adapter", "keras"][0])
+
+
+@pytest.mark.usefixtures("without_plotly")
+@pytest.mark.parametrize("more", [[], ["--check"]])
+def test_validate_names_the_package_that_is_missing(more: list[str], folder: Path) -> None:
+    """A sink that could not be opened is a fault of the file, with what to install."""
+    (folder / "a.yaml").write_text("sinks: {page: {type: html}, b: {type: jsonl}}")
+    said = "the package 'plotly' is not installed; run `pip install 'trainbus[html]'`"
+    assert (2, "", f"a.yaml: sinks.page: {said}\n") == run("validate", *more, "a.yaml")
+
+
 def test_validate_check_tries_each_sink(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was found is a line a sink; what would fail is one on stderr, and exit code 2."""
     (folder / "file").write_text("")

@@ -99,6 +99,18 @@ def test_what_is_not_installed_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> N
     )
 
 
+def test_what_installs_a_missing_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package of a sink that is not installed is listed with the extra that brings it."""
+    html = registry.plugins(registry.SINKS)["html"]
+    monkeypatch.setattr(
+        registry, "plugins", lambda group: {"html": html} if group == html.group else {}
+    )
+    monkeypatch.setattr(doctor, "packages_distributions", lambda: {"plotly": ["no-such-plotly"]})
+    (found,) = examine()
+    said = "not installed; run `pip install 'trainbus[html]'`"
+    assert ("plotly", None, said) == (found.package, found.installed, found.state)
+
+
 def test_a_hook_that_is_gone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody calls a hook of `trainbus run` before a training, which would then log nothing."""
     point = EntryPoint("frame", "trainbus.hooking:no_such_hook", registry.HOOKS)

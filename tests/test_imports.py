@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 # A module imports only from the lines above its own.
 LAYERS = [
     ["events", "errors"],
-    ["interfaces", "secretnames", "paths", "filestates"],
+    ["interfaces", "secretnames", "paths", "filestates", "auto"],
     ["secrettexts"],
     ["redact"],
     ["normalize", "transforms", "registry", "checks", "runfolder"],
@@ -41,7 +41,7 @@ LAYERS = [
     ["schema"],
     ["yamlfile"],
     ["config"],
-    ["auto", "compare", "doctor", "replay", "show"],
+    ["compare", "doctor", "replay", "show"],
     ["cli"],
     ["__main__"],
 ]

@@ -241,7 +241,7 @@ class AcmeTrainer:
         self.name, self.args = "demo", {"epochs": epochs}
         self.callbacks: list[Callable[[str, AcmeTrainer], None]] = []
         self.on_batch: Callable[[int], None] = lambda epoch: None
-        self.epoch, self.loss = 0, 1.0
+        self.epoch, self.loss, self.done = 0, 1.0, 0
 
     def fit(self) -> None:
         self._call("start")
@@ -250,6 +250,7 @@ class AcmeTrainer:
             self._call("epoch_start")
             self.on_batch(self.epoch)
             self.loss /= 2
+            self.done += 1
             self._call("epoch_end")
         self._call("end")
 
@@ -307,6 +308,7 @@ class TestAdapter(AdapterConformance):
             run=trainer.fit,
             result=lambda: trainer.loss,
             fail_at=trainer.raise_in_second_epoch,
+            epochs_trained=lambda: trainer.done,
         )
 
     def attach(self, bus: Bus, target: Any) -> Detach:

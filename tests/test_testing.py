@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import random
 import re
 import sqlite3
@@ -486,6 +487,42 @@ class CountsFromOne(tinytrainer.Reporter):
         self.emit(EpochEnded(epoch=trainer.epoch + 1, outcome="completed"))
 
 
+class InventsAnEpoch(tinytrainer.Reporter):
+    """One that nobody trained follows where the training stopped early."""
+
+    def on_fit_end(self, trainer: tinytrainer.Trainer) -> None:
+        epoch = trainer.epoch + 1
+        if epoch < trainer.epochs:
+            self.emit(EpochStarted(epoch=epoch))
+            self.emit(EpochEnded(epoch=epoch, outcome="completed"))
+        super().on_fit_end(trainer)
+
+
+class CompletesWhatFailed(tinytrainer.Reporter):
+    """The epoch in which the user's exception came counts as completed."""
+
+    def on_exception(self, trainer: tinytrainer.Trainer, error: BaseException) -> None:
+        self.emit(EpochEnded(epoch=trainer.epoch, outcome="completed"))
+        self.emit(ended_by(error))
+
+
+class SkipsWhatWasTrained(tinytrainer.Reporter):
+    """An epoch after the first is only completed where it is the last one."""
+
+    def on_epoch_end(self, trainer: tinytrainer.Trainer) -> None:
+        if trainer.resumed and trainer.epoch == trainer.first:
+            self.emit(EpochEnded(epoch=trainer.epoch, outcome="retried"))
+        else:
+            super().on_epoch_end(trainer)
+
+
+class CompletesTwice(tinytrainer.Reporter):
+    def on_epoch_end(self, trainer: tinytrainer.Trainer) -> None:
+        super().on_epoch_end(trainer)
+        self.on_epoch_start(trainer)
+        super().on_epoch_end(trainer)
+
+
 class LeavesEpochsOpen(tinytrainer.Reporter):
     def on_epoch_end(self, trainer: tinytrainer.Trainer) -> None:
         values = {"train/loss": 1.0}
@@ -597,7 +634,12 @@ def _forget() -> Iterator[None]:
     [
         (LeavesEpochsOpen, "test_obeys_the_grammar", AssertionError),
         (FailsUnseen, "test_obeys_the_grammar", AssertionError),
+        (CompletesTwice, "test_obeys_the_grammar", AssertionError),
         (CountsFromOne, "test_reports_every_epoch", AssertionError),
+        (CompletesWhatFailed, "test_lets_the_users_exception_through", AssertionError),
+        (CompletesWhatFailed, "test_ends_as_stopped_on_ctrl_c", AssertionError),
+        (InventsAnEpoch, "test_ends_as_finished_when_it_stops_early", AssertionError),
+        (SkipsWhatWasTrained, "test_resumes", AssertionError),
         (EmitsNumpy, "test_emits_plain_values", AssertionError),
         (DrawsRandomNumbers, "test_leaves_the_result_unchanged", AssertionError),
         (FinishesAnyway, "test_lets_the_users_exception_through", AssertionError),
@@ -625,6 +667,17 @@ def test_broken_adapter_is_caught(broken: Any, check: str, error: type[Exception
         getattr(suite, check)()
 
 
+def test_epochs_that_nobody_counts_are_no_proof() -> None:
+    """A framework with epochs has to say how many were trained."""
+
+    class Suite(TinySuite):
+        def start(self, folder: Path, epochs: int) -> Training:
+            return dataclasses.replace(super().start(folder, epochs), epochs_trained=None)
+
+    with pytest.raises(AssertionError, match=re.escape("`Training(epochs_trained=…)` is needed")):
+        Suite().test_reports_every_epoch()
+
+
 class StepsSuite(TinySuite):
     """The suite as for a framework that counts no epochs."""
 
@@ -647,6 +700,14 @@ def test_adapter_that_emits_on_other_ranks_is_caught() -> None:
     """A hook that does not ask for the rank fails the check in a process of that rank."""
     with pytest.raises(AssertionError, match=re.escape("epoch.started")):
         EverywhereSuite().test_is_silent_on_other_ranks()
+
+
+@pytest.mark.parametrize("suite", [SinkConformance, AdapterConformance])
+def test_help_tells_what_a_suite_can_be_told(suite: type[Any]) -> None:
+    """What `help` shows of a suite describes each of its attributes."""
+    names = [name for name in inspect.get_annotations(suite) if not name.startswith("_")]
+    text = inspect.getdoc(suite) or ""
+    assert [] == [name for name in names if not re.search(rf"^ +{name}: \w", text, re.MULTILINE)]
 
 
 def test_every_check_is_proved_to_bite() -> None:

@@ -9,9 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 VARIABLE = "TRAINBUS_CONFIG"
+COMMAND = "TRAINBUS_COMMAND"
+"""Variable with the process that the command is; in a command within a command, the outer one."""
+
+RECORDED = "TRAINBUS_RECORDED"
+"""Variable with the file that a child makes when it records; empty once the command has."""
 
 
 def become(config: str, command: Sequence[str]) -> None:
@@ -31,4 +37,20 @@ def environment(config: str) -> dict[str, str]:
     """Return the environment in which Python processes log by a YAML file with sinks."""
     startup = str(Path(__file__).parent / "startup")
     path = [startup, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {VARIABLE: os.path.abspath(config), "PYTHONPATH": os.pathsep.join(path)}
+    return os.environ | {
+        VARIABLE: os.path.abspath(config),
+        COMMAND: os.environ.get(COMMAND) or str(os.getpid()),
+        "PYTHONPATH": os.pathsep.join(path),
+    }
+
+
+def recorded() -> None:
+    """Note that a run has begun: the end of a command says so if nothing was recorded in it."""
+    path = os.environ.get(RECORDED)
+    if not path:
+        return
+    if os.environ.get(COMMAND) == str(os.getpid()):
+        os.environ[RECORDED] = ""
+        return
+    with suppress(OSError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))

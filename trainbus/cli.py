@@ -13,7 +13,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -83,6 +83,8 @@ def validate(
     for file in files:
         try:
             routes = config.load(file).routes
+            if missing := _missing(file, routes):
+                raise ConfigError(missing)
         except ConfigError as error:
             sound = False
             for problem in error.problems:
@@ -96,6 +98,17 @@ def validate(
                 sound = sound and all(found)
     if not sound:
         raise typer.Exit(2)
+
+
+def _missing(file: str, routes: Sequence[Route]) -> list[str]:
+    """Return a line for each sink whose package is not installed."""
+    found = []
+    known = registry.plugins(registry.SINKS)
+    for route in routes:
+        text = registry.missing_package(known[route.kind], registry.sink_class(route.kind))
+        if text is not None:
+            found.append(printable(f"{file}: sinks.{route.name}: {text}"))
+    return found
 
 
 def _try(route: Route) -> bool:
@@ -113,7 +126,7 @@ def _try(route: Route) -> bool:
 
 @app.command()
 def plugins() -> None:
-    """List the installed sinks and adapters, and whether they load."""
+    """List the installed sinks and adapters, and whether they load and have their packages."""
     table = _table("kind", "name", "package", "entry point", "loads", "about")
     for kind, group in (("sink", registry.SINKS), ("adapter", registry.ADAPTERS)):
         for name, point in registry.plugins(group).items():
@@ -380,10 +393,12 @@ def _position(text: str | None, run: RunFolder) -> tuple[int, int] | None:
 
 
 def _loaded(point: EntryPoint) -> tuple[str, str]:
-    """Return whether a plugin loads, and the first line of what it says about itself."""
+    """Return whether a plugin can be used, and the first line of what it says about itself."""
     try:
         is_sink = point.group == registry.SINKS
         plugin = registry.sink_class(point.name) if is_sink else point.load()
     except Exception as error:
         return "no", " ".join(str(error).split())
+    if missing := registry.missing_package(point, plugin):
+        return "no", missing
     return "yes", (plugin.__doc__ or "").strip().partition("\n")[0]

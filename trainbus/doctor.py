@@ -25,12 +25,14 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     missing: list[str]
     """What the plugin relies on and this version has not."""
     fault: str | None = None
+    install: str = ""
+    """What to do where it is not installed, if that is known."""
 
     @property
     def state(self) -> str:
         """The finding in a few words."""
         if self.installed is None:
-            return "not installed"
+            return "; ".join(text for text in ("not installed", self.install) if text)
         if self.missing:
             return f"these are missing, and events with them: {', '.join(self.missing)}"
         if self.fault:
@@ -51,8 +53,7 @@ def examine() -> Iterator[Finding]:
                 yield Finding(package=point.name, installed="?", tested="", missing=[], fault=fault)
                 continue
             home = sys.modules[plugin.__module__]
-            package = point.name if group == registry.ADAPTERS else plugin.service
-            if package is not None:
+            for package in registry.packages_of(point, plugin):
                 yield _examine(point, package, home, names.get(package, [package])[0])
     yield from _broken_hooks()
 
@@ -72,7 +73,8 @@ def _examine(point: EntryPoint, package: str, home: object, distribution: str) -
     try:
         installed = version(distribution)
     except PackageNotFoundError:
-        return Finding(package=package, installed=None, tested=tested, missing=[])
+        install = registry.not_installed(point, package).partition("; ")[2]
+        return Finding(package=package, installed=None, tested=tested, missing=[], install=install)
     missing: list[str] = []
     try:
         importlib.import_module(package)

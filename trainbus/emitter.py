@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from trainbus import exits, normalize, ranks, redact
+from trainbus import auto, exits, normalize, ranks, redact
 from trainbus.endings import true_end
 from trainbus.errors import SinkError
 from trainbus.events import (
@@ -273,6 +273,7 @@ class Emitter:
         self._owner = threading.get_ident()
         self._bus.hold(self)
         self._try("the end of the process may not end the run", exits.watch, self)
+        self._try("`trainbus run` may say that nothing was recorded", auto.recorded)
         if event.save_dir is not None:
             what = "a resumed training will not find this run again"
             self._try(what, mark, event.save_dir, run_id, attempt)

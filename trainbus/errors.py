@@ -50,11 +50,14 @@ class NoAdapterError(AttachError):
 
 
 class MissingPackageError(TrainbusError):
-    """A plugin needs a package that is not installed."""
+    """A plugin needs a package that is not installed.
 
-    def __init__(self, package: str, *, extra: str) -> None:
+    `extra` of `distribution` brings it: name your own distribution where the plugin is in one.
+    """
+
+    def __init__(self, package: str, *, extra: str, distribution: str = "trainbus") -> None:
         super().__init__(
-            f"the package {package!r} is not installed; run `pip install 'trainbus[{extra}]'`"
+            f"the package {package!r} is not installed; run `pip install '{distribution}[{extra}]'`"
         )
 
 

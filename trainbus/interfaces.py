@@ -61,6 +61,9 @@ class Sink(ABC):
     service: ClassVar[str | None] = None
     """Import name of the tracker, so that a framework's own logger for it can be switched off."""
 
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Import names of further packages that it can't do without, besides `service`."""
+
     volatile: ClassVar[bool] = False
     """Whether what was taken is safe only after `close`: after a crash the whole attempt comes
     again, to a new sink, which must leave out what is stored already."""

@@ -11,7 +11,8 @@ import msgspec
 
 from trainbus.events import ArtifactLogged, CheckpointSaved, Event, ImageLogged, RunStarted
 
-_Struct = TypeVar("_Struct", bound=msgspec.Struct)
+T = TypeVar("T")
+
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -54,5 +55,5 @@ def _absolute(path: Any) -> Any:
         return path
 
 
-def _replaced(found: _Struct, **fields: Any) -> _Struct:
+def _replaced(found: T, **fields: Any) -> T:
     return msgspec.structs.replace(found, **fields)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from typing import Any
 
-from trainbus.errors import NoAdapterError, PluginError, UnknownPluginError
+from trainbus.errors import (
+    MissingPackageError,
+    NoAdapterError,
+    PluginError,
+    UnknownPluginError,
+)
 from trainbus.interfaces import Adapter, Sink
 
 SINKS = "trainbus.sinks"
@@ -59,6 +65,41 @@ def adapter_for(target: object) -> Adapter:
             adapter: Adapter = found
             return adapter
     raise NoAdapterError(target, known)
+
+
+def packages_of(point: EntryPoint, plugin: Any) -> list[str]:
+    """Return the import names of the packages that a sink or adapter can't do without."""
+    if point.group == ADAPTERS:
+        return [point.name]
+    return list(dict.fromkeys(name for name in (plugin.service, *plugin.packages) if name))
+
+
+def missing_package(point: EntryPoint, plugin: Any) -> str | None:
+    """Return one line about a package of a plugin that is not installed, None if all are.
+
+    Nothing of the packages is imported.
+    """
+    missing = (package for package in packages_of(point, plugin) if not _is_installed(package))
+    package = next(missing, None)
+    return None if package is None else not_installed(point, package)
+
+
+def not_installed(point: EntryPoint, package: str) -> str:
+    """Return one line that says that a package of a plugin is not installed, and what installs it.
+
+    That is known where the plugin's distribution has an extra of the plugin's name.
+    """
+    extras = point.dist.metadata.get_all("Provides-Extra", []) if point.dist else []
+    if point.dist is None or point.name not in [extra.replace("-", "_") for extra in extras]:
+        return f"the package {package!r} is not installed"
+    return str(MissingPackageError(package, extra=point.name, distribution=point.dist.name))
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):  # a part of the name is missing, or its import is blocked
+        return False
 
 
 def _load(point: EntryPoint) -> Any:

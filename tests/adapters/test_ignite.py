@@ -142,6 +142,7 @@ class TestConformance(AdapterConformance):
             run=lambda: setup.run(epochs),
             result=setup.weights,
             fail_at=fail_at,
+            epochs_trained=lambda: len(setup.history),
             stop_early=stop_early,
             resume=lambda: self.set_up(folder, epochs, setup.last.last_checkpoint),
         )

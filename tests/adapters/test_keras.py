@@ -95,7 +95,11 @@ class TestConformance(AdapterConformance):
         import keras
 
         model = make()
-        callbacks = [keras.callbacks.BackupAndRestore(str(folder / "backup"))]
+        trained: list[int] = []
+        count = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: trained.append(epoch)
+        )
+        callbacks = [keras.callbacks.BackupAndRestore(str(folder / "backup")), count]
 
         def stop_early() -> None:
             stopping = keras.callbacks.EarlyStopping("loss", min_delta=1e9, patience=1)
@@ -106,6 +110,7 @@ class TestConformance(AdapterConformance):
             run=lambda: fit(model, *callbacks, epochs=epochs),
             result=lambda: weights(model),
             fail_at=lambda error: callbacks.append(at_epoch(1, throw(error))),
+            epochs_trained=lambda: len(trained),
             resume=lambda: self.start(folder, epochs),
             stop_early=stop_early,
         )

@@ -88,6 +88,7 @@ def set_up(rounds: int, model: Any = None) -> Training:
         run=partial(in_two_processes, classifier, fit) if RANK in os.environ else fit,
         result=lambda: str(classifier.booster_.model_to_string()),
         fail_at=lambda error: callbacks.append(stop(1, error)),
+        epochs_trained=lambda: len(saved),
         resume=lambda: set_up(3 - saved[-1].current_iteration(), saved[-1]),
         stop_early=stop_early,
     )
@@ -168,6 +169,7 @@ class TestCallbackConformance(AdapterConformance):
             run=training.run,
             result=training.result,
             fail_at=training.fail_at,
+            epochs_trained=training.epochs_trained,
         )
 
     def handles(self, target: Any) -> object:

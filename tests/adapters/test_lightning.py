@@ -65,6 +65,16 @@ class At(pl.Callback):  # type: ignore[misc]
         setattr(self, hook, call)
 
 
+class Count(pl.Callback):  # type: ignore[misc]
+    """Counts the epochs that were trained."""
+
+    trained = 0
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        """Count one more."""
+        self.trained += 1
+
+
 class UsersLogger(pl.loggers.Logger):  # type: ignore[misc]
     """Keeps what Lightning gives to a logger."""
 
@@ -159,7 +169,8 @@ def set_up(folder: Path, epochs: int, ckpt_path: Path | None = None) -> Training
     """Return a training in this process."""
     torch.manual_seed(0)
     saver = ModelCheckpoint(folder / "saved", save_last=True)
-    trainer, module = make(folder, max_epochs=epochs, callbacks=[saver]), Tiny()
+    count = Count()
+    trainer, module = make(folder, max_epochs=epochs, callbacks=[saver, count]), Tiny()
 
     def run() -> None:
         try:
@@ -173,6 +184,7 @@ def set_up(folder: Path, epochs: int, ckpt_path: Path | None = None) -> Training
         run=run,
         result=lambda: module.layer.weight.detach().numpy().tobytes(),
         fail_at=lambda error: trainer.callbacks.append(At("on_train_batch_start", throw(error))),
+        epochs_trained=lambda: count.trained,
         stop_early=lambda: trainer.callbacks.append(stop),
         resume=lambda: set_up(folder, epochs, folder / "saved" / "last.ckpt"),
     )

@@ -61,16 +61,19 @@ class TestConformance(AdapterConformance):
     def start(self, folder: Path, epochs: int) -> Training:
         model = GradientBoostingClassifier(n_estimators=epochs, subsample=0.8, random_state=0)
         error: list[BaseException] = []
+        trained: list[int] = []
 
         def monitor(stage: int, *_: object) -> None:
             if stage == 1 and error:
                 raise error[0]
+            trained.append(stage)
 
         return Training(
             target=model,
             run=lambda: model.fit(X, Y, monitor=monitor),
             result=lambda: model.predict_proba(X).tobytes(),
             fail_at=error.append,
+            epochs_trained=lambda: len(trained),
             stop_early=lambda: vars(model).update(n_iter_no_change=1, tol=9.0),
         )
 

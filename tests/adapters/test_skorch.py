@@ -61,6 +61,16 @@ class At(Callback):  # type: ignore[misc]
         return super().__getattribute__(name)
 
 
+class Count(Callback):  # type: ignore[misc]
+    """Counts the epochs that were trained."""
+
+    trained = 0
+
+    def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
+        """Count one more."""
+        self.trained += 1
+
+
 def raise_in_epoch(error: BaseException, epoch: int) -> At:
     """Return a callback that raises in the second batch of an epoch counted from 0."""
 
@@ -100,7 +110,8 @@ class TestConformance(AdapterConformance):
 def set_up(folder: Path, epochs: int, *, resumed: bool = False) -> Training:
     """Return a training that saves after each epoch."""
     checkpoint = Checkpoint(monitor=None, dirname=str(folder / "saved"))
-    net = make(epochs, [checkpoint])
+    count = Count()
+    net = make(epochs, [checkpoint, count])
     if resumed:
         net.callbacks.append(LoadInitState(checkpoint))
         net.max_epochs = epochs - 1
@@ -110,6 +121,7 @@ def set_up(folder: Path, epochs: int, *, resumed: bool = False) -> Training:
         run=lambda: net.fit(X, Y),
         result=lambda: net.module_.weight.detach().numpy().tobytes(),
         fail_at=lambda error: net.callbacks.append(raise_in_epoch(error, 1)),
+        epochs_trained=lambda: count.trained,
         resume=lambda: set_up(folder, epochs, resumed=True),
         stop_early=lambda: net.callbacks.append(
             EarlyStopping(patience=1, threshold=9.0, threshold_mode="abs")

@@ -126,6 +126,7 @@ def set_up(folder: Path, epochs: int, *, resume: bool = False) -> Training:
         run=lambda: trainer.train(resume_from_checkpoint=resume),
         result=lambda: digest(trainer.model),
         fail_at=lambda error: trainer.add_callback(raising(error, at=STEPS + 1)),
+        epochs_trained=lambda: int(trainer.state.epoch or 0) - resume,
         resume=lambda: set_up(folder, epochs, resume=True),
         stop_early=stop_early,
     )

@@ -60,6 +60,9 @@ def set_up(model_file: str, folder: Path, arguments: dict[str, Any]) -> Training
     model = YOLO(model_file)
     weights = folder / "runs" / "train" / "weights"
 
+    table = weights.parent / "results.csv"
+    before = rows(table)
+
     def fail_at(error: BaseException) -> None:
         def fail(trainer: Any) -> None:
             if trainer.epoch == 1:
@@ -74,8 +77,14 @@ def set_up(model_file: str, folder: Path, arguments: dict[str, Any]) -> Training
         run=lambda: model.train(**arguments),
         result=lambda: weights_hash(weights / "best.pt"),
         fail_at=fail_at,
+        epochs_trained=lambda: rows(table) - before,
         resume=lambda: set_up(str(weights / "last.pt"), folder, {"resume": True}),
     )
+
+
+def rows(table: Path) -> int:
+    """Return how many epochs Ultralytics has written down."""
+    return len(table.read_text().splitlines()) - 1 if table.exists() else 0
 
 
 def test_only_what_trains_can_be_attached() -> None:

@@ -69,12 +69,22 @@ class Stop(xgb.callback.TrainingCallback):  # type: ignore[misc]
         return epoch == self.epoch
 
 
+class Count(xgb.callback.TrainingCallback):  # type: ignore[misc]
+    """Counts the rounds that were trained."""
+
+    trained = 0
+
+    def after_iteration(self, model: Any, epoch: int, evals_log: Any) -> bool:
+        self.trained += 1
+        return False
+
+
 def set_up(folder: Path, rounds: int, model: str | None = None) -> Training:
     """Return a training of a classifier that saves each round but the first."""
     folder.mkdir(parents=True, exist_ok=True)
-    saver = TrainingCheckPoint(folder, interval=1)
+    saver, count = TrainingCheckPoint(folder, interval=1), Count()
     classifier = xgb.XGBClassifier(
-        n_estimators=rounds, max_depth=2, subsample=0.5, n_jobs=1, callbacks=[saver]
+        n_estimators=rounds, max_depth=2, subsample=0.5, n_jobs=1, callbacks=[saver, count]
     )
     train = partial(classifier.fit, X_TRAIN, Y_TRAIN, eval_set=SETS, verbose=False, xgb_model=model)
 
@@ -87,6 +97,7 @@ def set_up(folder: Path, rounds: int, model: str | None = None) -> Training:
         run=partial(in_two_processes, fit) if TASK in os.environ else fit,
         result=lambda: bytes(classifier.get_booster().save_raw()),
         fail_at=lambda error: classifier.callbacks.append(Stop(1, error)),
+        epochs_trained=lambda: count.trained,
         resume=lambda: set_up(folder, 1, str(folder / "model_1.ubj")),
         stop_early=lambda: classifier.set_params(learning_rate=0.0, early_stopping_rounds=1),
     )
@@ -144,6 +155,7 @@ class TestCallbackConformance(AdapterConformance):
             run=training.run,
             result=training.result,
             fail_at=training.fail_at,
+            epochs_trained=training.epochs_trained,
             stop_early=training.stop_early,
         )
 

@@ -46,6 +46,7 @@ class Trainer:
         self.resumed = resumed
         self.epoch = json.loads(self.last.read_text())["epoch"] + 1 if resumed else 0
         self.first = self.epoch
+        self.done = 0
         self.weight = 0.0
 
     @property
@@ -67,6 +68,7 @@ class Trainer:
                 self.weight += random.random()
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.last.write_text(json.dumps({"epoch": self.epoch}))
+                self.done += 1
                 self._call("on_epoch_end")
                 if self.patience == epoch - self.first:
                     break
@@ -100,6 +102,7 @@ def setup(folder: Path, epochs: int, *, resumed: bool = False) -> Training:
         run=trainer.fit,
         result=lambda: trainer.weight,
         fail_at=fail_at,
+        epochs_trained=lambda: trainer.done,
         resume=lambda: setup(folder, epochs, resumed=True),
         stop_early=stop_early,
     )

@@ -8,6 +8,7 @@ program.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
@@ -44,8 +45,10 @@ class Session:
             return
         import wrapt
 
-        for point in entry_points(group="trainbus.hooks"):
+        points = entry_points(group="trainbus.hooks")
+        for point in points:
             wrapt.register_post_import_hook(partial(self.hook, point), point.name)
+        _watch_for_nothing(sorted({point.name.partition(".")[0] for point in points}))
 
     def hook(self, point: EntryPoint, module: ModuleType) -> None:
         """Hook into a framework, whose module was imported."""
@@ -69,6 +72,37 @@ class Session:
         except Exception as error:
             kind = type(target)
             logger.warning("%s.%s is not logged: %s", kind.__module__, kind.__qualname__, error)
+
+
+def _watch_for_nothing(frameworks: list[str]) -> None:
+    """Have the end of the command say so if neither it nor a child of it has recorded anything."""
+    pid = os.getpid()
+    if os.environ.get("TRAINBUS_COMMAND") != str(pid):
+        return
+    from tempfile import gettempdir
+
+    try:
+        file = os.path.join(gettempdir(), f"trainbus-{pid}-{os.urandom(8).hex()}")
+    except OSError:
+        return
+    file = os.environ.setdefault("TRAINBUS_RECORDED", file)
+
+    def say() -> None:
+        if os.getpid() != pid or not os.environ.get("TRAINBUS_RECORDED"):
+            return
+        try:
+            os.unlink(file)
+        except FileNotFoundError:
+            print(
+                f"trainbus: nothing was recorded: found no training of {', '.join(frameworks)}; "
+                "log a loop of your own with `bus.run()` (README, 'A loop of your own'), "
+                "`trainbus plugins` lists what can be used",
+                file=sys.stderr,
+            )
+        except OSError:
+            return
+
+    atexit.register(say)
 
 
 def _run_the_hidden_one() -> None:

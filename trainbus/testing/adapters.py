@@ -8,6 +8,7 @@
                 run=trainer.fit,
                 result=lambda: trainer.weights.tobytes(),
                 fail_at=lambda error: trainer.on_batch(raise_in_second_epoch(error)),
+                epochs_trained=lambda: len(trainer.losses),
             )
 
 A training of a real framework takes seconds: what several checks look at is trained once.
@@ -63,6 +64,8 @@ class Training:
         result: a digest of the outcome, equal for trainings that went the same way.
         fail_at: arranges that an exception is raised inside the user's part of the training, such
             as a callback or a data loader of theirs, in an epoch after the first.
+        epochs_trained: how many epochs of this training ran to their end, counted without the
+            adapter: by the framework itself or by a callback. Not needed where there are none.
         resume: sets up the training that goes on where this one failed, if the framework can.
         stop_early: arranges that the framework's own early stopping ends the training before its
             last epoch, if it has one.
@@ -73,6 +76,7 @@ class Training:
     run: Callable[[], object]
     result: Callable[[], Hashable]
     fail_at: Callable[[BaseException], None]
+    epochs_trained: Callable[[], int] | None = None
     resume: Callable[[], Training] | None = None
     stop_early: Callable[[], None] | None = None
     raises: type[BaseException] | None = None
@@ -87,6 +91,8 @@ class Recording:
     raw: list[Event]
     raised: BaseException | None
     result: Hashable
+    trained: int | None
+    """How many epochs ran to their end, None if nobody knows."""
 
     @property
     def ended(self) -> RunEnded:
@@ -106,19 +112,20 @@ class Recording:
 
 
 class AdapterConformance(ABC):
-    """Derive `Test…` from this, and say how to set up a training of the framework."""
+    """Derive `Test…` from this, and say how to set up a training of the framework.
+
+    Attributes:
+        other_rank_env: environment of a process that is not the main one of a distributed training.
+        pickles_with: module that the framework pickles its callbacks with; some use `cloudpickle`.
+        has_epochs: whether the framework counts epochs, or something that stands for them.
+        knows_its_run: whether a resumed training finds the run that it continues, by where it
+            saves.
+    """
 
     other_rank_env: ClassVar[Mapping[str, str]] = {"RANK": "1", "LOCAL_RANK": "1"}
-    """Environment of a process that is not the main one of a distributed training."""
-
     pickles_with: ClassVar[str] = "pickle"
-    """Module that the framework pickles its callbacks with; some use `cloudpickle`."""
-
     has_epochs: ClassVar[bool] = True
-    """Whether the framework counts epochs, or something that stands for them."""
-
     knows_its_run: ClassVar[bool] = True
-    """Whether a resumed training finds the run that it goes on with, by where it saves."""
 
     _scratch: ClassVar[Scratch]
 
@@ -161,6 +168,7 @@ class AdapterConformance(ABC):
             assert expected == [event.epoch for event in recording.of(EpochStarted)]
             ended = recording.of(EpochEnded)
             assert expected == [event.epoch for event in ended if event.outcome == "completed"]
+            self._check_epochs(recording)
             metrics = recording.of(MetricsLogged)
             assert set(expected) <= {e.epoch for e in metrics if e.phase == "train" and e.values}
 
@@ -190,6 +198,7 @@ class AdapterConformance(ABC):
         assert "failed" == recording.ended.status
         assert recording.ended.error is not None
         assert "_UserError" == recording.ended.error.type
+        self._check_epochs(recording)
 
     def test_ends_as_stopped_on_ctrl_c(self) -> None:
         """Ctrl-C ends the run as stopped, whether the framework passes it on or not."""
@@ -201,6 +210,7 @@ class AdapterConformance(ABC):
         assert is_passed_on, f"{recording.raised!r} left the training"
         assert [] == check_grammar(recording.records)
         assert "stopped" == recording.ended.status
+        self._check_epochs(recording)
 
     def test_ends_as_finished_when_it_stops_early(self) -> None:
         """A training that its own early stopping ends went well, and says why it ended."""
@@ -216,6 +226,7 @@ class AdapterConformance(ABC):
         assert recording.ended.reason.startswith("early stop")
         if self.has_epochs:
             assert 0 < len(recording.of(EpochStarted)) < _EPOCHS
+        self._check_epochs(recording)
 
     def test_survives_failing_subscribers_and_sinks(self) -> None:
         """With a subscriber and sinks that always raise, training ends as it does without."""
@@ -326,6 +337,7 @@ class AdapterConformance(ABC):
         after = [event.epoch for event in recording.of(EpochStarted)]
         assert 0 < after[0] <= before[-1] + 1
         assert list(range(after[0], _EPOCHS)) == after
+        self._check_epochs(recording)
 
     def heard_in(self, folder: Path) -> list[str]:
         """Return the names of the events of a training in this process; called in a child."""
@@ -335,6 +347,22 @@ class AdapterConformance(ABC):
             self.attach(bus, training.target)
             training.run()
         return [event_name(event) for event in bus.raw]
+
+    def _check_epochs(self, recording: Recording) -> None:
+        """Every epoch that is reported as completed was trained, and each that was is reported."""
+        if not self.has_epochs:
+            return
+        trained = recording.trained
+        assert trained is not None, "`Training(epochs_trained=…)` is needed to prove the epochs"
+        started = [event.epoch for event in recording.of(EpochStarted)]
+        ended = recording.of(EpochEnded)
+        completed = [event.epoch for event in ended if event.outcome == "completed"]
+        first = started[0] if started else 0
+        expected = list(range(first, first + trained))
+        assert expected == completed, "epochs that are reported as completed"
+        # One more may have begun, in which the training ended.
+        assert expected == started[:trained], "epochs that are reported as started"
+        assert trained <= len(started) <= trained + (recording.ended.status != "finished")
 
     def _bus(self, sinks: Mapping[str, SinkSource] | None = None) -> _ListeningBus:
         return _ListeningBus(sinks, JournalSpec(dir=str(self._scratch.folder / "trainbus-runs")))
@@ -390,6 +418,7 @@ class AdapterConformance(ABC):
             raw=bus.raw[emitted:],
             raised=raised,
             result=result,
+            trained=None if training.epochs_trained is None else training.epochs_trained(),
         )
 
 

@@ -28,7 +28,8 @@ def check_grammar(records: Sequence[Record]) -> list[str]:
 
     The records are those of one attempt: exactly one `run.started` first, exactly one `run.ended`
     last, `seq` from 1 without gaps, one run id and attempt, every `epoch.ended` after its
-    `epoch.started`, and events whose values and shapes are what `trainbus.events` says.
+    `epoch.started`, no epoch completed twice unless the training recovered in between, and events
+    whose values and shapes are what `trainbus.events` says.
     """
     if not records:
         return ["expected at least run.started and run.ended, found no records"]
@@ -56,6 +57,7 @@ def _frame(records: Sequence[Record]) -> Iterator[str]:
 
 def _epochs(records: Sequence[Record]) -> Iterator[str]:
     current: int | None = None
+    completed: set[int] = set()
     for record in records:
         event = record.event
         if isinstance(event, EpochStarted):
@@ -66,6 +68,12 @@ def _epochs(records: Sequence[Record]) -> Iterator[str]:
             if event.epoch != current:
                 yield f"seq {record.seq}: epoch {event.epoch} ended while {current} was open"
             current = None
+            if event.outcome == "recovered":  # it may go back to any epoch
+                completed.clear()
+            elif event.outcome == "completed":
+                if event.epoch in completed:
+                    yield f"seq {record.seq}: epoch {event.epoch} was completed twice"
+                completed.add(event.epoch)
         elif isinstance(event, RunEnded) and event.status == "finished" and current is not None:
             yield f"seq {record.seq}: the run finished while epoch {current} was open"
 

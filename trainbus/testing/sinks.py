@@ -40,31 +40,27 @@ _ODD_SPLITS = (1, 2, 3, 5, 7, 11)
 
 
 class SinkConformance(ABC):
-    """Derive `Test…` from this, and say how to make the sink and how to read what it stored."""
+    """Derive `Test…` from this, and say how to make the sink and how to read what it stored.
+
+    Attributes:
+        package: import name of the third-party package that the sink needs.
+        heavy: modules that must not be imported before `open`, besides `package`.
+        extra: extra that brings the package; the error about a missing package names it.
+        secrets: texts in the options that `make` gives which must never be shown.
+        keeps: event types without which something else is stored.
+        keeps_unknown: whether the sink passes on records whole, those of a newer schema included.
+        reopens: whether the store can tell, after it was opened anew, which records it has.
+        deadline_s: how long a thread may take to store the sample run.
+    """
 
     package: ClassVar[str | None] = None
-    """Import name of the third-party package that the sink needs."""
-
     heavy: ClassVar[Sequence[str]] = ()
-    """Modules that must not be imported before `open`, besides `package`."""
-
     extra: ClassVar[str | None] = None
-    """Extra that brings the package: the error about a missing package names it."""
-
     secrets: ClassVar[Sequence[str]] = ()
-    """Texts in the options that `make` gives which must never be shown."""
-
     keeps: ClassVar[Sequence[type[Any]]] = (MetricsLogged,)
-    """Event types without which something else is stored."""
-
     keeps_unknown: ClassVar[bool] = False
-    """Whether the sink passes on records whole, those of a newer schema included."""
-
     reopens: ClassVar[bool] = True
-    """Whether the store can tell, after it was opened anew, which records it has; say why not."""
-
     deadline_s: ClassVar[float] = 120.0
-    """How long a thread may take to store the sample run."""
 
     _scratch: ClassVar[Scratch]
 
@@ -236,7 +232,7 @@ class SinkConformance(ABC):
         assert "pip install" in error["text"]
         assert self.package in error["text"]
         if self.extra is not None:
-            assert f"trainbus[{self.extra}]" in error["text"]
+            assert f"[{self.extra}]'" in error["text"]
 
     def test_shows_no_secret(self, tmp_path: Path) -> None:
         """No secret of the options is in a repr, in `where`, in the log or in what is printed."""
