@@ -24,7 +24,7 @@ from trainbus.events import (
     TableLogged,
     TextLogged,
 )
-from trainbus.hooking import Reporter, described, guarded, if_alive, late_class, patch, version
+from trainbus.hooking import Reporter, described, guarded, late_class, patch, version
 from trainbus.interfaces import Detach, Emit
 
 from ._accelerate_calls import Calls, Told, is_attached
@@ -270,14 +270,14 @@ def attach(target: Any, emit: Emit) -> Detach:
     for own in target.log_with:
         if isinstance(own, _Hooks) and own.report.active:
             own.join(target)  # the program's own tracker is told the rest
-            return if_alive(Calls.leave, own.calls)
+            return own.calls.leave
     # What is among the accelerator's trackers can be taken for one of those the program knows.
     hooks = _Hooks()
-    detach = hooks.report.connect(emit, hooks.detach)
+    hooks.report.connect(emit)
     hooks.join(target, is_tracker=False)
     if target.is_main_process:
         hooks.pending = {}  # `init_trackers` may have been called before
-    return detach
+    return hooks.detach
 
 
 def hook(module: ModuleType, attach: Callable[[object], object]) -> None:

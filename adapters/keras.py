@@ -58,11 +58,11 @@ def attach(target: Any, emit: Emit) -> Detach:
             "attach the model that you call `fit()` on"
         )
     hooks = _callback_class()()
-    silence = hooks.report.connect(emit, hooks.detach)
+    hooks.report.connect(emit)
     unwrap = wrap(target, "fit", _Fit(hooks))
 
     def detach() -> None:
-        silence()
+        hooks.detach()
         unwrap()
 
     return detach

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainbus.errors import AttachError, SinkError
 from trainbus.events import Best
-from trainbus.hooking import Reporter, described, guarded, if_alive, late_class, number, patch, wrap
+from trainbus.hooking import Reporter, described, guarded, late_class, number, patch, wrap
 from trainbus.interfaces import Detach, Emit
 
 from . import _lightning_facts as facts
@@ -64,19 +64,14 @@ def attach(target: Any, emit: Emit) -> Detach:
         )
     callback = _bus_callback()()
     callback.hung_in = True
-    silence = callback.report.connect(emit, callback.detach)
+    callback.report.connect(emit)
     target.callbacks.append(callback)
-    take_out = if_alive(_take_out, target, callback)
 
     def detach() -> None:
-        silence()
-        take_out()
+        callback.detach()
+        target.callbacks = [each for each in target.callbacks if each is not callback]
 
     return detach
-
-
-def _take_out(trainer: Any, callback: _Hooks) -> None:
-    trainer.callbacks = [each for each in trainer.callbacks if each is not callback]
 
 
 def hook(module: ModuleType, attach: Callable[[object], object]) -> None:

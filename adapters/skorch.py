@@ -14,7 +14,7 @@ from typing import Any
 
 from trainbus.errors import AttachError
 from trainbus.events import Best
-from trainbus.hooking import Reporter, described, guarded, if_alive, late_class, patch, wrap
+from trainbus.hooking import Reporter, described, guarded, late_class, patch, wrap
 from trainbus.interfaces import Detach, Emit
 
 from . import _skorch_facts as facts
@@ -60,22 +60,15 @@ def attach(target: Any, emit: Emit) -> Detach:
     if target.initialized_:
         target.callbacks_ = [*target.callbacks_, ("trainbus", hooks)]
 
-    report, take_out = hooks.report, if_alive(partial(_take_out, before), target, hooks)
-
     def detach() -> None:
-        report.active = False
-        take_out()
+        hooks.report.active = False
+        if any(each is hooks for each in target.callbacks or ()):
+            left = [each for each in target.callbacks if each is not hooks]
+            target.callbacks = before if left == list(before or ()) else left
+        if target.initialized_:
+            target.callbacks_ = [pair for pair in target.callbacks_ if pair[1] is not hooks]
 
     return detach
-
-
-def _take_out(before: Any, net: Any, hooks: _Hooks) -> None:
-    """Take the callback out of a net; `before` is what stood there before."""
-    if any(each is hooks for each in net.callbacks or ()):
-        left = [each for each in net.callbacks if each is not hooks]
-        net.callbacks = before if left == list(before or ()) else left
-    if net.initialized_:
-        net.callbacks_ = [pair for pair in net.callbacks_ if pair[1] is not hooks]
 
 
 def hook(module: ModuleType, attach: Callable[[object], object]) -> None:

@@ -63,13 +63,13 @@ def attach(target: Any, emit: Emit) -> Detach:
             "the model that you call `learn()` on, or pass `callback=BusCallback(bus)` to it"
         )
     hooks = _bus_callback()()
-    silence = hooks.report.connect(emit, hooks.detach)
+    hooks.report.connect(emit)
     # A model is saved without what is hung into it.
     around = (hooks.watch, hooks.join, lambda excluded: [*excluded(), *_WRAPPED])
     undo = [wrap(target, name, each) for name, each in zip(_WRAPPED, around, strict=True)]
 
     def detach() -> None:
-        silence()
+        hooks.detach()
         for each in undo:
             each()
 

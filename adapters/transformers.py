@@ -16,7 +16,7 @@ from typing import Any
 
 from trainbus.errors import AttachError
 from trainbus.events import Best, CheckpointSaved, ParamsUpdated
-from trainbus.hooking import Reporter, guarded, if_alive, late_class, patch, wrap
+from trainbus.hooking import Reporter, guarded, late_class, patch, wrap
 from trainbus.interfaces import Detach, Emit
 
 from . import _transformers_facts as facts
@@ -75,19 +75,14 @@ def attach(target: Any, emit: Emit) -> Detach:
     # First, as the Trainer's own integrations: a later callback may change the values, or raise.
     target.callback_handler.callbacks.insert(0, callback)
     unwrap = wrap(target, "train", partial(callback.watch, target))
-    report, take_out = callback.report, if_alive(_take_out, target, callback)
 
     def detach() -> None:
-        report.active = False
+        callback.report.active = False
         unwrap()
-        take_out()
+        callbacks = target.callback_handler.callbacks
+        callbacks[:] = [c for c in callbacks if c is not callback]
 
     return detach
-
-
-def _take_out(trainer: Any, callback: _Hooks) -> None:
-    callbacks = trainer.callback_handler.callbacks
-    callbacks[:] = [each for each in callbacks if each is not callback]
 
 
 def register(bus: Any) -> Callable[[], None]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from trainbus.errors import AttachError, SinkError
 from trainbus.events import ImageLogged, ParamsUpdated
-from trainbus.hooking import Reporter, guarded, if_alive, patch, wrap
+from trainbus.hooking import Reporter, guarded, patch, wrap
 from trainbus.interfaces import Detach, Emit
 
 from . import _ultralytics_trainer as facts
@@ -60,21 +60,14 @@ def attach(target: Any, emit: Emit) -> Detach:
     # Most versions tell a callback nothing of an exception, so the entry call is watched.
     unwrap = wrap(target, "train", hooks.train)
 
-    report, take_out = hooks.report, if_alive(_take_out, target, hooks)
-
     def detach() -> None:
-        report.active = False
-        take_out()
+        hooks.report.active = False
+        for name in names:
+            hook = getattr(hooks, name)
+            target.callbacks[name] = [c for c in target.callbacks[name] if c != hook]
         unwrap()
 
     return detach
-
-
-def _take_out(target: Any, hooks: _Hooks) -> None:
-    for name, callbacks in list(target.callbacks.items()):
-        kept = [c for c in callbacks if getattr(c, "__self__", None) is not hooks]
-        if len(kept) < len(callbacks):  # a new list: the old one may be walked through
-            target.callbacks[name] = kept
 
 
 def hook(module: Any, attach: Callable[[object], object]) -> None:

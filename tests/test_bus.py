@@ -6,6 +6,7 @@ import _thread
 import contextlib
 import copy
 import functools
+import gc
 import io
 import json
 import logging
@@ -19,6 +20,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -1305,6 +1307,47 @@ def test_attach_reports_a_training(tmp_path: Path) -> None:
     assert [] == trainer.callbacks
     trainer.fit()
     assert 1 == listener.names.count("run.started")
+
+
+def test_a_trainer_that_is_gone_has_its_run_ended(tmp_path: Path) -> None:
+    """The bus keeps no trainer alive, and says of a run that was open why it has ended."""
+    listener = Listener()
+    training = tinytrainer.setup(tmp_path, 3)
+    training.fail_at(ValueError("diverged"))
+    ended = threading.Event()
+    with tiny_adapter(), listener.bus as bus:
+        bus.subscribe(lambda record: ended.set(), RunEnded)
+        detach = bus.attach(training.target)
+        with contextlib.suppress(ValueError):
+            training.run()
+        target = weakref.ref(training.target)
+        del training
+        gc.collect()
+        assert target() is None
+        assert ended.wait(60)
+        detach()
+    end = listener.records[-1].event
+    assert isinstance(end, RunEnded)
+    reason = "what reported this run was deleted before the run had ended"
+    assert ("stopped", reason) == (end.status, end.reason)
+    assert [] == check_grammar(listener.records)
+
+
+def test_trainers_in_a_loop_are_attached_each_and_none_is_kept(tmp_path: Path) -> None:
+    """An object at the address of an earlier one is another one; emitters do not pile up."""
+    listener = Listener()
+    with tiny_adapter(), listener.bus as bus:
+        for fold in range(5):
+            trainer = tinytrainer.Trainer(tmp_path / str(fold), 1)
+            bus.attach(trainer)
+            trainer.fit()
+            del trainer
+            gc.collect()
+            with bus.run():
+                pass
+        gc.collect()
+        assert 10 == listener.names.count("run.ended")
+        assert ([], 0, {}) == (bus._emitters, len(bus._idle), bus._attached)
 
 
 def test_an_exception_ends_the_run_of_a_trainer(tmp_path: Path) -> None:

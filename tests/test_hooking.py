@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import inspect
 import logging
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -27,12 +30,14 @@ from trainbus.events import (
 )
 from trainbus.hooking import (
     Reporter,
+    arounds_of,
     current_rank,
     described,
     guarded,
     late_class,
     number,
     patch,
+    tracker_of,
     wrap,
 )
 
@@ -459,3 +464,67 @@ def test_a_launcher_tells_the_rank(
         if name in variables:
             monkeypatch.setenv(name, variables[name])
     assert expected == current_rank()
+
+
+# Objects that nobody keeps alive -----------------------------------------------------------------
+
+
+def test_a_wrapping_keeps_no_object_alive() -> None:
+    """Who holds the way out of a wrapped method does not hold the object."""
+    model = Model()
+    found = weakref.ref(model)
+    detach = wrap(model, "fit", Reporter().watch())
+    del model
+    gc.collect()
+    assert found() is None
+    detach()
+
+
+def test_all_that_stands_around_a_method_is_found() -> None:
+    """The last wrapping comes first, and what was taken off is not among them."""
+    model = Model()
+    arounds = [counting([], name) for name in "abc"]
+    detach = [wrap(model, "fit", around) for around in arounds]
+    assert arounds[::-1] == list(arounds_of(model, "fit"))
+    detach[1]()
+    assert [arounds[2], arounds[0]] == list(arounds_of(model, "fit"))
+    assert [] == list(arounds_of(Model(), "fit"))
+
+
+def test_what_a_user_wrapped_around_a_wrapped_method_stays() -> None:
+    """A decorator of theirs, which has taken on what the method has, is not taken off."""
+    model: Any = Model()
+    detach = wrap(model, "fit", counting([], "a"))
+    inner = model.fit
+
+    @functools.wraps(inner)
+    def theirs(x: int) -> int:
+        return -int(inner(x))
+
+    model.fit = theirs
+    detach()
+    assert theirs is model.fit
+    assert -2 == model.fit(2)
+
+
+# Loggers of the frameworks ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "service"),
+    [
+        ("wandb.integration.keras.callbacks.metrics_logger", "WandbMetricsLogger", "wandb"),
+        ("wandb.integration.lightgbm", "_WandbCallback", "wandb"),
+        ("swanlab.integration.pytorch_lightning", "SwanLabLogger", "swanlab"),
+        ("transformers.integrations.integration_utils", "DVCLiveCallback", "dvclive"),
+        ("accelerate.tracking", "CometMLTracker", "comet_ml"),
+        ("keras.src.callbacks.tensorboard", "TensorBoard", "tensorboard"),
+        ("lightning.pytorch.loggers.csv_logs", "CSVLogger", None),
+        ("users_code", "WandbLogger", None),
+    ],
+)
+def test_a_logger_is_known_by_its_class(module: str, name: str, service: str | None) -> None:
+    """Of the tracker's own package, or a framework's with the tracker's name; subclasses too."""
+    kind = type(name, (), {"__module__": module})
+    users = type("Users", (kind,), {"__module__": "__main__"})
+    assert [service, service] == [tracker_of(kind), tracker_of(users)]

@@ -400,3 +400,23 @@ def test_configurations_of_any_kind_are_params(bus: Bus, memory: MemorySink) -> 
     found = [event.params for event in memory.events if isinstance(event, RunStarted)]
     plain = {"lr": "???", "of": "${lr}", "sizes": [1, "???"], "deep": {"x": 1}}
     assert [{"lr": 0.1}, plain, {}, {"params": 5}] == found
+
+
+def test_a_pruned_trial_is_stopped(bus: Bus, memory: MemorySink) -> None:
+    """Optuna ends a trial by an exception, which passes through: nothing has failed."""
+    optuna = pytest.importorskip("optuna")
+
+    def objective(trial: Any) -> float:
+        with bus.run(name=f"trial {trial.number}") as run:
+            run.log({"loss": 1.0})
+            raise optuna.TrialPruned("no better than the others")
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study()
+    study.optimize(objective, n_trials=1)
+    assert [optuna.trial.TrialState.PRUNED] == [trial.state for trial in study.trials]
+    end = memory.events[-1]
+    assert isinstance(end, RunEnded)
+    assert ("stopped", "pruned") == (end.status, end.reason)
+    assert end.error is not None
+    assert "no better than the others" == end.error.message

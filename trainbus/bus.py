@@ -40,7 +40,7 @@ from trainbus.run import Run
 from trainbus.runfolder import RunFolder, existing_spare_folder, spare_folder
 from trainbus.sidecar import Sidecar
 from trainbus.workers import Delivery
-from trainbus.wrapping import when_gone
+from trainbus.wrapping import weakly, when_gone
 
 logger = logging.getLogger("trainbus")
 
@@ -107,7 +107,8 @@ class Bus:
         self._emitters: list[Emitter] = []
         """Those that have an open run; others live as long as somebody emits by them."""
         self._idle: weakref.WeakSet[Emitter] = weakref.WeakSet()
-        self._attached: dict[int, _Attachment] = {}
+        self._attached: dict[int, weakref.ref[_Handle]] = {}
+        """Id of a target → what its hooks emit by. The target keeps it alive, not the bus."""
         self._main: Emitter | None = None
         self._sidecar = Sidecar()
 
@@ -133,11 +134,13 @@ class Bus:
             NoAdapterError: no installed adapter knows the object's framework.
             AttachError: the object is not one that its framework trains with.
         """
-        known = self._attached.get(id(target))
+        key = id(target)
+        known = self._attached[key]() if key in self._attached else None
         if known is None or known.target() is not target:
-            emit = _Handle(self._emitter())
-            detach_hooks = registry.adapter_for(target)(target, emit)
-            known = self._attached[id(target)] = _Attachment(target, detach_hooks, self._attached)
+            known = _Handle(self._emitter(), target)
+            known.detach_hooks = registry.adapter_for(target)(target, known)
+            known.detach = self._detach(found := weakref.ref(known, partial(self._forget, key)))
+            self._attached[key] = found
         return known.detach
 
     def run(
@@ -212,8 +215,8 @@ class Bus:
         """End every open run, as `error` says if there is one, and detach from every trainer."""
         with ExitStack() as stack:  # all of it happens, even if Ctrl-C comes in one of the sinks
             stack.callback(self._sidecar.close)
-            for attachment in self._attached.copy().values():
-                stack.callback(_guarded_detach, attachment.detach)
+            for found in self._attached.copy().values():
+                stack.callback(_guarded_detach, self._detach(found))
             for emitter in reversed([*self._emitters, *self._idle]):
                 stack.callback(emitter.end, error)
 
@@ -304,6 +307,19 @@ class Bus:
                 "%s can't be written, the journal is in %s", self.journal.dir, folder.path
             )
             return folder
+    def _detach(self, found: weakref.ref[_Handle]) -> Detach:
+        def detach() -> None:
+            handle = found()
+            if handle is not None and self._forget(handle.key, found):
+                handle.detach_hooks()
+
+        return detach
+
+    def _forget(self, key: int, found: weakref.ref[_Handle]) -> bool:
+        is_known = self._attached.get(key) is found
+        if is_known:
+            self._attached.pop(key, None)
+        return is_known
 
     def _keeper(self) -> Callable[[CheckpointSaved | ArtifactLogged], bool]:
         """Return what says whether a sink sends the files of an event."""
@@ -328,10 +344,18 @@ class Bus:
 
 
 class _Handle:
-    """What an adapter emits by; when the last hook that has it is gone, its open run ends."""
+    """What an adapter emits by; when the last hook that has it is gone, its open run ends.
 
-    def __init__(self, emitter: Emitter) -> None:
+    It has the way out of the target: a target that is gone takes hooks, handle and that with it,
+    whatever they refer to.
+    """
+
+    def __init__(self, emitter: Emitter, target: object) -> None:
         self._emitter = emitter
+        self.key = id(target)
+        self.target = weakly(target)
+        self.detach_hooks: Detach = lambda: None
+        self.detach: Detach = lambda: None
         when_gone(self, partial(_end, emitter), if_due=lambda: emitter.run_id is not None)
 
     def __call__(self, event: Event, /) -> None:
@@ -370,38 +394,6 @@ def _end(emitter: Emitter) -> None:
         emitter(RunEnded(status="stopped", reason=_ABANDONED))
     except Exception:
         logger.warning("a run could not be ended", exc_info=True)
-
-
-class _Attachment:
-    """A target and the way out of it; forgotten with the target, which it does not keep alive.
-
-    Args:
-        target: the object that is attached. What can't be referenced weakly is kept.
-        detach_hooks: takes the adapter's hooks out.
-        among: id of the target → attachment, where this one is removed.
-    """
-
-    def __init__(self, target: object, detach_hooks: Detach, among: dict[int, _Attachment]) -> None:
-        key, found = id(target), weakref.ref(self)
-
-        def forget(_: object = None) -> _Attachment | None:
-            this = found()
-            if this is None or among.get(key) is not this:
-                return None
-            return among.pop(key, None)
-
-        def detach() -> None:
-            this = forget()
-            if this is not None:
-                this._detach_hooks()
-
-        self._detach_hooks = detach_hooks
-        self.detach: Detach = detach
-        self.target: Callable[[], object]
-        try:
-            self.target = weakref.ref(target, forget)
-        except TypeError:
-            self.target = lambda: target
 
 
 class _Guarded:

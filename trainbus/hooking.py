@@ -31,7 +31,7 @@ from trainbus.events import (
     ended_by,
 )
 from trainbus.interfaces import Detach, Emit
-from trainbus.wrapping import around_of, arounds_of, if_alive, patch, when_gone, wrap
+from trainbus.wrapping import around_of, arounds_of, patch, when_gone, wrap
 
 __all__ = [
     "Reporter",
@@ -40,7 +40,6 @@ __all__ = [
     "current_rank",
     "described",
     "guarded",
-    "if_alive",
     "late_class",
     "number",
     "patch",
@@ -143,14 +142,10 @@ class Reporter:
 
         Args:
             emit: where the events go.
-            release: called first when it is ended, unless another `emit` was connected since. A
-                bound method does not keep its object alive.
+            release: called first when it is ended, unless another `emit` was connected since.
         """
         self.emit, self.active = emit, True
         self.is_open, self.epoch = False, None
-        owner = getattr(release, "__self__", None)
-        if owner is not None:
-            release = if_alive(release.__func__, owner)  # type: ignore[attr-defined]
 
         def detach() -> None:
             if self.emit is emit:  # and not of another bus by now

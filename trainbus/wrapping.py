@@ -1,7 +1,7 @@
 """Wraps the methods of a trainer, and of a framework's classes.
 
 What is put around one object can be taken away again, in any order, and the object is then as it
-was; what is put into a class stays. No function returned from here keeps an object alive.
+was; what is put into a class stays. What is returned keeps no object alive.
 """
 
 from __future__ import annotations
@@ -43,23 +43,22 @@ def wrap(target: Any, name: str, around: Callable[..., Any]) -> Detach:
 
     call.__name__, call.__trainbus__ = name, layer  # type: ignore[attr-defined]
     setattr(target, name, MethodType(call, target))
-    silence, unwrap = if_alive(_silence, layer), if_alive(_unwrap, target, call)
+    of_target, of_call = weakly(target), weakref.ref(call)
 
     def detach() -> None:
-        silence()  # copies of the object, too
-        unwrap()
+        target, call = of_target(), of_call()
+        if call is not None:
+            call.__trainbus__.active = False  # type: ignore[attr-defined]  # in copies, too
+            if target is not None:
+                _unwrap(target, call)
 
     return detach
 
 
-def _silence(layer: _Layer) -> None:
-    layer.active = False
-
-
 def _unwrap(target: Any, call: Any) -> None:
-    name, layer = call.__name__, _layer_of(call)
-    if layer is None or getattr(vars(target).get(name), "__func__", None) is not call:
-        return  # somebody wrapped it since, and goes on through what is silent now
+    name, layer = call.__name__, call.__trainbus__
+    if getattr(vars(target).get(name), "__func__", None) is not call:
+        return  # somebody wrapped it since, and calls what is silent now
     before = layer.before
     while (below := _layer_of(before)) is not None and not below.active:
         before = below.before
@@ -136,23 +135,6 @@ def patch(owner: Any, name: str, around: Callable[..., Any]) -> None:
     setattr(owner, name, call)
 
 
-def if_alive(function: Callable[..., object], *objects: Any) -> Detach:
-    """Return a function that calls `function(*objects)`, and does nothing once one is gone.
-
-    Args:
-        function: refers to none of the objects itself.
-        objects: are not kept alive, as far as they can be referenced weakly.
-    """
-    found = [_weakly(each) for each in objects]
-
-    def call() -> None:
-        alive = [each() for each in found]
-        if not any(each is None for each in alive):
-            function(*alive)
-
-    return call
-
-
 def when_gone(
     owner: object, do: Callable[[], object], *, if_due: Callable[[], bool] = lambda: True
 ) -> None:
@@ -175,7 +157,11 @@ def when_gone(
         weakref.finalize(owner, gone).atexit = False
 
 
-def _weakly(target: Any) -> Callable[[], Any]:
+def weakly(target: Any) -> Callable[[], Any]:
+    """Return a function that returns an object as long as it lives, and does not keep it alive.
+
+    An object that can't be referenced weakly lives on.
+    """
     try:
         return weakref.ref(target)
     except TypeError:

@@ -9,13 +9,18 @@ import pickle
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import polars
 import pytest
+from trainbus.adapters import accelerate as adapter
 
 import trainbus
+from support.feeding import feeding
+from support.heard import Heard
 from trainbus import AttachError, Bus
 from trainbus.emitter import MutedEmitter
 from trainbus.events import (
@@ -663,3 +668,112 @@ def test_a_tracker_that_goes_to_a_second_bus_stays_with_it() -> None:
     assert given.report.active
     second.close()
     assert not given.report.active
+
+
+def test_a_tracker_of_accelerate_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What `log_with` names, and a sink feeds too, is said in one line and in the run's start."""
+    heard = feeding("tensorboard")
+    own = accelerator(tmp_path, log_with="tensorboard")
+    heard.bus.attach(own)
+    own.init_trackers("tiny")
+    own.log({"loss": 1.0}, step=1)
+    own.end_training()
+    assert [["tensorboard"]] == [started.own_loggers for started in heard.of(RunStarted)]
+    assert [
+        "accelerate's own TensorBoardTracker and a sink of trainbus both log to TensorBoard; "
+        "remove one of them (leave its name out of log_with)"
+    ] == [line for line in caplog.messages if "both log" in line]
+
+
+def test_pictures_and_tables_are_logged_by_the_tracker(bus: Bus, memory: MemorySink) -> None:
+    """By the methods that accelerate's own trackers have, with what they take."""
+    import torch
+    from PIL import Image
+
+    own = accelerator(log_with=tracker(bus))
+    own.init_trackers("tiny")
+    red = np.zeros((4, 5, 3), dtype=np.uint8)
+    red[..., 0] = 255
+    used = own.get_tracker("trainbus")
+    used.log_images({"one": [Image.fromarray(red)], "two": [red, torch.zeros(4, 5)]}, step=3)
+    used.log_images({"batch": np.stack([red.transpose(2, 0, 1)])}, dataformats="NCHW")
+    used.log_table("results", columns=["name", "score"], data=[["a", 0.5]], step=4)
+    used.log_table("frame", dataframe=polars.DataFrame({"x": [1, 2], "y": ["b", "c"]}), epoch=2)
+    own.end_training()
+    pictures = of(memory, ImageLogged)
+    assert [("one", 3), ("two/0", 3), ("two/1", 3), ("batch", None)] == [
+        (picture.key, picture.step) for picture in pictures
+    ]
+    assert all(np.array_equal(red, pictures[i].array) for i in (0, 1, 3))
+    assert (4, 5) == pictures[2].array.shape
+    tables = of(memory, TableLogged)
+    assert [("results", ["name", "score"], [["a", 0.5]], None, 4)] == [
+        (t.key, t.columns, t.rows, t.epoch, t.step) for t in tables[:1]
+    ]
+    assert (["x", "y"], [[1, "b"], [2, "c"]], 2) == (
+        tables[1].columns,
+        tables[1].rows,
+        tables[1].epoch,
+    )
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    """`log_with="trainbus"` is known."""
+    from accelerate import tracking
+
+    tracking.register_tracker_class(adapter.BusTracker)
+    yield
+    del tracking.LOGGER_TYPE_TO_CLASS["trainbus"]
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("idiom", ["init_kwargs", "attach", "both"])
+def test_a_registered_tracker_is_one_of_accelerates(
+    idiom: str, bus: Bus, memory: MemorySink
+) -> None:
+    """`log_with="trainbus"` logs to the bus that it is given, or that listens, once."""
+    own = accelerator(log_with="trainbus")
+    if idiom != "init_kwargs":
+        bus.attach(own)
+    given = {} if idiom == "attach" else {"init_kwargs": {"trainbus": {"bus": bus}}}
+    own.init_trackers("tiny", {"lr": 0.1}, **given)
+    own.log({"loss": 0.5}, step=1)
+    own.end_training()
+    assert ["run.started", "metrics.logged", "run.ended"] == [event_name(e) for e in memory.events]
+    started = memory.events[0]
+    assert ("tiny", 0.1) == (started.project, started.params["lr"])
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_registered_tracker_without_a_bus_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """It logs nothing, hurts nothing, and says what to do."""
+    own = accelerator(log_with="trainbus")
+    own.init_trackers("tiny", {"lr": 0.1})
+    own.log({"loss": 0.5}, step=1)
+    own.end_training()
+    (line,) = caplog.messages
+    assert line.startswith("the tracker 'trainbus' logs nothing, it has no bus: call init_trackers")
+
+
+def test_one_tracker_in_two_accelerators_has_two_runs() -> None:
+    """Each accelerator's values come into its own run, while both are under way."""
+    heard = Heard()
+    records, shared = heard.records, tracker(heard.bus)
+    first, second = accelerator(log_with=shared), accelerator(log_with=shared)
+    for own, name in ((first, "first"), (second, "second")):
+        own.init_trackers(name)
+        own.log({name: 1.0}, step=1)
+    first.log({"first": 2.0}, step=2)
+    second.log({"second": 2.0}, step=2)
+    second.end_training()
+    first.end_training()
+    names = {r.run: r.event.project for r in records if isinstance(r.event, RunStarted)}
+    assert ["first", "second"] == list(names.values())
+    for run, name in names.items():
+        mine = [record for record in records if record.run == run]
+        assert [] == check_grammar(mine)
+        values = [record.event.values for record in mine if isinstance(record.event, MetricsLogged)]
+        assert [{name: 1.0}, {name: 2.0}] == values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import logging
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from trainbus.adapters import ignite as adapter
 from trainbus.adapters.ignite import BusLogger
 
 import trainbus
+from support.feeding import feeding
 from support.heard import Heard as Listener
 from trainbus import Record, Route
 from trainbus.events import (
@@ -34,6 +37,7 @@ from trainbus.events import (
     RunStarted,
     TableLogged,
     decode,
+    ended_by,
 )
 from trainbus.testing import AdapterConformance, MemorySink, Training, check_grammar
 from trainbus.transforms import TransformSpec
@@ -46,7 +50,13 @@ with warnings.catch_warnings():  # of torch, whose own modules use what it depre
         create_supervised_evaluator,
         create_supervised_trainer,
     )
-    from ignite.handlers import Checkpoint, DiskSaver, EarlyStopping
+    from ignite.handlers import (
+        Checkpoint,
+        DiskSaver,
+        EarlyStopping,
+        TensorboardLogger,
+        global_step_from_engine,
+    )
     from ignite.metrics import (
         ConfusionMatrix,
         Loss,
@@ -54,6 +64,7 @@ with warnings.catch_warnings():  # of torch, whose own modules use what it depre
         Precision,
         RunningAverage,
     )
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 BATCHES = 4
 
@@ -602,17 +613,20 @@ def test_only_engines_can_be_attached(setup: Setup, heard: Heard) -> None:
         heard.bus.attach(DiskSaver("."))
 
 
-def test_a_logger_is_not_doubled(setup: Setup, heard: Heard) -> None:
-    """Attached twice, or with `bus.attach` after it, everything comes once; closed, nothing."""
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_logger_is_not_doubled(setup: Setup, heard: Heard, is_first: bool) -> None:
+    """Attached twice, and by `bus.attach` before or after, all comes once; closed, nothing."""
     logger = BusLogger(heard.bus)
     before = trace(setup.trainer)
+    detach = heard.bus.attach(setup.trainer) if is_first else None
     for _ in range(2):
         logger.attach(setup.trainer, evaluators={"val": setup.evaluator})
-    heard.bus.attach(setup.trainer)
+    detach = detach or heard.bus.attach(setup.trainer)
     setup.run(1)
     assert 1 == len(heard.of(RunStarted))
     assert 1 == len(heard.metrics("validation"))
     logger.close()
+    detach()
     handlers = trace(setup.trainer)[0]
     assert before[0] == {event: entries for event, entries in handlers.items() if entries}
     assert not {"run", "_fire_event"} & vars(setup.trainer).keys()
@@ -771,3 +785,112 @@ def test_a_logger_that_goes_to_a_second_bus_stays_with_it() -> None:
     assert given.report.active
     second.close()
     assert not given.report.active
+
+
+# As one of ignite's loggers -----------------------------------------------------------------------
+
+
+def test_a_logger_logs_as_those_of_ignite(setup: Setup, heard: Heard, tmp_path: Path) -> None:
+    """Names, values and positions are those of ignite's own; the run ends with the `with` block."""
+    with BusLogger(heard.bus) as logger, TensorboardLogger(log_dir=str(tmp_path)) as theirs:
+        for each in (logger, theirs):
+            each.attach_output_handler(
+                setup.trainer,
+                Events.ITERATION_COMPLETED(every=2),
+                tag="training",
+                output_transform=lambda loss: {"loss": loss, "pair": [loss, 2 * loss]},
+            )
+            each.attach_output_handler(
+                setup.evaluator,
+                Events.EPOCH_COMPLETED,
+                tag="validation",
+                metric_names="all",
+                global_step_transform=global_step_from_engine(setup.trainer),
+            )
+            each.attach_opt_params_handler(
+                setup.trainer, Events.ITERATION_STARTED(every=4), optimizer=setup.optimizer
+            )
+        setup.run(2)
+        assert ["open"] == ["open" for _ in heard.of(RunStarted)]
+        assert [] == heard.of(RunEnded)
+    assert "finished" == heard.ended.status
+    assert [] == check_grammar(heard.records)
+    found = {
+        (name, e.step if e.epoch is None else e.epoch + 1, value)
+        for e in heard.of(MetricsLogged)
+        for name, value in e.values.items()
+    }
+    written = EventAccumulator(str(tmp_path)).Reload()
+    expected = {
+        (tag, point.step, pytest.approx(point.value))
+        for tag in written.Tags()["scalars"]
+        for point in written.Scalars(tag)
+    }
+    assert sorted(expected, key=lambda row: row[:2]) == sorted(found)
+    assert {"train", "validation"} == {e.phase for e in heard.of(MetricsLogged)}
+    assert {None} == {e.step for e in heard.metrics("validation")}
+
+
+def test_handlers_log_into_the_run_of_the_trainer(setup: Setup, heard: Heard) -> None:
+    """With `attach(trainer)` there is one run, which ends with the training."""
+    with BusLogger(heard.bus) as logger:
+        logger.attach(setup.trainer)
+        handler = adapter.OutputHandler("extra", output_transform=lambda loss: {"loss": loss})
+        handle = logger.attach(setup.trainer, handler, Events.ITERATION_COMPLETED)
+        setup.run(1)
+        handle.remove()
+        assert "finished" == heard.ended.status
+    assert 1 == len(heard.of(RunStarted))
+    steps = [e.step for e in heard.of(MetricsLogged) if "extra/loss" in e.values]
+    assert [1, 2, 3, 4] == steps
+
+
+def test_a_logger_that_an_exception_leaves_has_failed(setup: Setup, heard: Heard) -> None:
+    """The exception leaves the `with` block, and the run says so; ignite refuses wrong events."""
+    with pytest.raises(RuntimeError, match="Unknown event"), BusLogger(heard.bus) as logger:
+        logger.attach_opt_params_handler(
+            setup.trainer, Events.ITERATION_STARTED, optimizer=setup.optimizer
+        )
+        setup.run(1)
+        logger.attach_output_handler(setup.trainer, "no event", tag="a", metric_names="all")
+    assert "failed" == heard.ended.status
+
+
+def test_a_logger_of_ignite_is_told_of(
+    setup: Setup, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where a sink feeds the same tracker, one line says so; the run names what is fed twice."""
+    heard = feeding("tensorboard")
+    heard.bus.attach(setup.trainer)
+    with TensorboardLogger(log_dir=str(tmp_path)) as theirs:
+        theirs.attach_opt_params_handler(
+            setup.trainer, Events.ITERATION_STARTED, optimizer=setup.optimizer
+        )
+        setup.run(1)
+    assert [["tensorboard"]] == [started.own_loggers for started in heard.of(RunStarted)]
+    assert [
+        "ignite's own TensorboardLogger and a sink of trainbus both log to TensorBoard; "
+        "remove one of them (leave out either logger)"
+    ] == [line for line in caplog.messages if "both log" in line]
+
+
+def test_a_logger_that_nobody_holds_lives_as_long_as_its_trainer(heard: Heard) -> None:
+    """`BusLogger(bus).attach(trainer)` needs no variable: the bus takes it out at its end."""
+    setup = Setup()
+    with heard.bus:
+        BusLogger(heard.bus).attach(setup.trainer)
+        gc.collect()
+    setup.run(1)
+    assert [] == heard.records
+    trainer = weakref.ref(setup.trainer)
+    del setup
+    gc.collect()
+    assert trainer() is None
+
+
+def test_the_exceptions_that_end_a_training_on_purpose_exist() -> None:
+    """ignite's own, by which it ends a run, is known by its name."""
+    from ignite.engine import engine
+
+    errors = [engine._EngineTerminateException(), engine._EngineTerminateSingleEpochException()]
+    assert ["stopped", "stopped"] == [ended_by(error).status for error in errors]

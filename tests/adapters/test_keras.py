@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import trainbus
+from support.feeding import feeding
 from support.heard import Heard as Listener
 from trainbus.events import (
     CheckpointSaved,
@@ -823,3 +824,18 @@ def test_a_callback_that_goes_to_a_second_bus_stays_with_it() -> None:
     assert given.report.active
     second.close()
     assert not given.report.active
+
+
+def test_a_logger_of_keras_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where a sink feeds the same tracker, one line says so; the run names what is fed twice."""
+    import keras
+
+    heard = feeding("tensorboard")
+    model = make()
+    heard.bus.attach(model)
+    fit(model, keras.callbacks.TensorBoard(str(tmp_path)), epochs=1)
+    assert [["tensorboard"]] == [started.own_loggers for started in heard.of(RunStarted)]
+    assert [
+        "keras's own TensorBoard and a sink of trainbus both log to TensorBoard; "
+        "remove one of them (leave it out of the callbacks of fit())"
+    ] == [line for line in caplog.messages if "both log" in line]

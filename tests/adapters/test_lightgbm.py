@@ -19,12 +19,14 @@ from typing import Any
 import lightgbm as lgb
 import numpy as np
 import pytest
+import wandb
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
 from trainbus.adapters._lightgbm_facts import rank
 from trainbus.adapters.lightgbm import BusCallback
 
 import trainbus
+from support.feeding import feeding
 from support.heard import Heard
 from trainbus.events import (
     EpochEnded,
@@ -33,6 +35,7 @@ from trainbus.events import (
     MetricsLogged,
     RunEnded,
     RunStarted,
+    ended_by,
     event_name,
 )
 from trainbus.testing import AdapterConformance, Training, check_grammar
@@ -681,3 +684,34 @@ def test_hooked_trainings_report_once(tmp_path: Path) -> None:
         "predict": [0, []],
         "name": "train",
     } == told
+
+
+def test_a_logger_beside_ours_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where a sink feeds the same tracker, one line says so; the run names what is fed twice."""
+    from wandb.integration.lightgbm import wandb_callback
+
+    heard = feeding("wandb")
+    with wandb.init(mode="offline", dir=tmp_path):
+        data = lgb.Dataset(X_TRAIN, Y_TRAIN)
+        sets = {"valid_sets": [lgb.Dataset(X_VALID, Y_VALID, reference=data)]}
+        callbacks = [wandb_callback(), BusCallback(heard.bus)]
+        lgb.train(PARAMS, data, 1, callbacks=callbacks, **sets)
+    assert [["wandb"]] == [started.own_loggers for started in heard.of(RunStarted)]
+    assert [
+        "lightgbm's own WandbCallback and a sink of trainbus both log to Weights & Biases; "
+        "remove one of them (leave it out of the callbacks)"
+    ] == [line for line in caplog.messages if "both log" in line]
+
+
+def test_a_callback_in_an_attached_estimator_tells_all() -> None:
+    """A run comes once."""
+    heard = Heard()
+    classifier = lgb.LGBMClassifier(n_estimators=1, verbose=-1)
+    heard.bus.attach(classifier)
+    classifier.fit(X_TRAIN, Y_TRAIN, callbacks=[BusCallback(heard.bus)])
+    assert ["run.started", "run.ended"] == [n for n in heard.names if n.startswith("run.")]
+
+
+def test_the_exception_that_ends_a_training_on_purpose_exists() -> None:
+    """LightGBM's own, which a callback may raise, is known by its name."""
+    assert "stopped" == ended_by(lgb.callback.EarlyStopException(0, [])).status

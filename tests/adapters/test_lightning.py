@@ -22,6 +22,7 @@ from trainbus.adapters import lightning as adapter
 
 import trainbus
 from support import lightning_ddp, torchvision_cpu
+from support.feeding import feeding
 from support.journals import read_run
 from support.lightning_ddp import QUIET, Steps, Tiny, data
 from support.train import hermetic
@@ -34,6 +35,7 @@ from trainbus.events import (
     ModelDescribed,
     RunEnded,
     RunStarted,
+    ended_by,
 )
 from trainbus.reading import RunReader
 from trainbus.runfolder import RunFolder
@@ -259,7 +261,7 @@ class Counting(Tiny):
 
     def training_step(self, batch: Any, index: int) -> Any:
         """Return the loss."""
-        self.log_dict({"step": 7.0, "epoch": 7.0, "broken": math.nan})
+        self.log_dict({"epoch": 7.0, "broken": math.nan})
         self.log("shown", 1.0, prog_bar=True, logger=False)
         return self._loss(batch)
 
@@ -744,3 +746,87 @@ def test_a_callback_that_goes_to_a_second_bus_stays_with_it() -> None:
     assert given.report.active
     second.close()
     assert not given.report.active
+
+
+# Beside Lightning's own loggers, and beside each other --------------------------------------------
+
+
+def test_a_logger_of_lightning_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where a sink feeds the same tracker, one line says so; the run names what is fed twice."""
+    heard = feeding("wandb")
+    own = [pl.loggers.WandbLogger(save_dir=tmp_path, offline=True), pl.loggers.CSVLogger(tmp_path)]
+    trainer = make(tmp_path, logger=own, max_epochs=1)
+    heard.bus.attach(trainer)
+    trainer.fit(Tiny(), data(), data())
+    own[0].experiment.finish()
+    assert [["wandb"]] == [started.own_loggers for started in heard.of(RunStarted)]
+    assert [
+        "lightning's own WandbLogger and a sink of trainbus both log to Weights & Biases; "
+        "remove one of them (Trainer(logger=False))"
+    ] == [line for line in caplog.messages if "both log" in line]
+
+
+def test_a_logger_of_another_tracker_is_no_matter(
+    tmp_path: Path, bus: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run names it, and nothing is said."""
+    heard = fit(bus, make(tmp_path, logger=pl.loggers.TensorBoardLogger(tmp_path), max_epochs=1))
+    assert [["tensorboard"]] == [started.own_loggers for started in heard.of(RunStarted)]
+    assert [] == [line for line in caplog.messages if "both log" in line]
+
+
+@pytest.mark.parametrize("fails_in", ["", "prepare_data"])
+def test_a_callback_in_an_attached_trainer_tells_all(
+    tmp_path: Path, bus: Any, fails_in: str
+) -> None:
+    """Whichever came first, a run comes once."""
+    trainer = make(tmp_path, max_epochs=1)
+    bus.attach(trainer)
+    trainer.callbacks.append(adapter.BusCallback(bus))
+    if fails_in:
+        with pytest.raises(RuntimeError, match="boom"):
+            fit(bus, trainer, Faulty(fails_in))
+    else:
+        fit(bus, trainer)
+    assert 1 == len(bus.heard.of(RunStarted))
+    assert ("failed" if fails_in else "finished") == bus.heard.end.status
+
+
+class Positioned(Tiny):
+    """Logs a metric that Lightning's loggers take for the position."""
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        """Return the loss."""
+        self.log_dict({"step": 100.0 + index, "loss": 1.0})
+        return self._loss(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log by epochs."""
+        self.log_dict({"step": 7.0, "accuracy": 0.5})
+
+
+def test_a_metric_named_step_is_the_position(tmp_path: Path, bus: Any) -> None:
+    """As in Lightning's own loggers: its value is where the others stand."""
+    users = UsersLogger()
+    heard = fit(bus, make(tmp_path, logger=users, max_epochs=1), Positioned())
+    expected = [(step, "loss" in values, "accuracy" in values) for step, values in users.seen]
+    logged = heard.of(MetricsLogged)
+    assert expected == [(e.step, "loss" in e.values, "accuracy" in e.values) for e in logged]
+    assert (100, True, False) in expected
+    assert all("step" not in event.values for event in logged)
+
+
+def test_a_trial_that_is_pruned_is_stopped(tmp_path: Path, bus: Any) -> None:
+    """Optuna's exception, as its pruning callback raises it, is no failure."""
+    optuna = pytest.importorskip("optuna")
+    prune = At("on_validation_end", throw(optuna.TrialPruned()))
+    with pytest.raises(optuna.TrialPruned):
+        fit(bus, make(tmp_path, callbacks=[prune]))
+    assert ("stopped", "pruned") == (bus.heard.end.status, bus.heard.end.reason)
+
+
+def test_the_exceptions_that_end_a_training_on_purpose_exist() -> None:
+    """Lightning's own, by which a search ends a training, is known by its name."""
+    for package in (pl, pytorch_lightning):
+        error = package.utilities.exceptions._TunerExitException()
+        assert "stopped" == ended_by(error).status

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import io
 import pickle
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -516,3 +518,23 @@ def test_an_estimator_of_the_users_own(heard: Heard) -> None:
     assert [("finished", None)] * 4 == heard.ends()
     assert all(np.isnan(value) for _, value in heard.curve("inertia_"))
     assert [1, 4] == [e.params.get("n_samples") for e in heard.of(RunStarted)][2:]
+
+
+def test_partial_fits_of_an_estimator_that_is_gone_are_over(heard: Heard) -> None:
+    """They have no last one: who deletes the estimator has had enough of them, and nothing failed."""
+    ended = threading.Event()
+    heard.bus.subscribe(lambda record: ended.set(), RunEnded)
+    model = attached(heard, SGDClassifier())
+    model.partial_fit(X, Y, classes=[0, 1])
+    del model
+    gc.collect()
+    assert ended.wait(60)
+    assert [("finished", None)] == [(end.status, end.reason) for end in heard.of(RunEnded)]
+
+
+def test_a_callback_in_an_attached_estimator_tells_all(heard: Heard) -> None:
+    """A run comes once."""
+    model = attached(heard, LogisticRegression())
+    model.set_callbacks(BusCallback(heard.bus))
+    model.fit(X, Y)
+    assert ["run.started", "run.ended"] == [n for n in heard.names if n.startswith("run.")]

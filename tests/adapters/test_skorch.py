@@ -28,6 +28,7 @@ from skorch.callbacks import (
 from trainbus.adapters import skorch as adapter
 
 import trainbus
+from support.feeding import feeding
 from support.heard import Heard
 from trainbus.events import (
     CheckpointSaved,
@@ -493,3 +494,31 @@ def test_hooked_nets_are_attached_when_they_train(tmp_path: Path) -> None:
         [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True
     )
     assert 0 == done.returncode, done.stderr
+
+
+def test_a_logger_of_skorch_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where a sink feeds the same tracker, one line says so; the run names what is fed twice."""
+    from skorch.callbacks import TensorBoard
+    from torch.utils.tensorboard import SummaryWriter
+
+    heard = feeding("tensorboard")
+    net = make(1, [TensorBoard(SummaryWriter(str(tmp_path)))])
+    heard.bus.attach(net)
+    net.fit(X, Y)
+    assert [["tensorboard"]] == [started.own_loggers for started in heard.of(RunStarted)]
+    assert [
+        "skorch's own TensorBoard and a sink of trainbus both log to TensorBoard; "
+        "remove one of them (leave it out of the callbacks)"
+    ] == [line for line in caplog.messages if "both log" in line]
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_callback_in_an_attached_net_tells_all(heard: Heard, is_first: bool) -> None:
+    """Whichever came first, a run comes once."""
+    net = make(1)
+    if is_first:
+        heard.bus.attach(net)
+    net.callbacks.append(("bus", BusCallback(heard.bus)))
+    heard.bus.attach(net)
+    net.fit(X, Y)
+    assert ["run.started", "run.ended"] == [n for n in heard.names if n.startswith("run.")]

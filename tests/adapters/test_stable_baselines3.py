@@ -14,6 +14,7 @@ import pytest
 from trainbus.adapters import stable_baselines3 as adapter
 
 import trainbus
+from support.feeding import feeding
 from support.heard import Heard as Listener
 from trainbus.events import (
     Best,
@@ -737,3 +738,30 @@ def test_a_callback_that_goes_to_a_second_bus_stays_with_it() -> None:
     assert given.report.active
     second.close()
     assert not given.report.active
+
+
+def test_the_tensorboard_log_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where a sink feeds TensorBoard too, one line says so; the run names what is fed twice."""
+    heard = feeding("tensorboard")
+    model = ppo(tensorboard_log=str(tmp_path))
+    heard.bus.attach(model)
+    model.learn(ROLLOUT)
+    assert [["tensorboard"]] == [started.own_loggers for started in heard.of(RunStarted)]
+    assert [
+        "stable_baselines3's own TensorBoardOutputFormat and a sink of trainbus both log to "
+        "TensorBoard; remove one of them (leave out tensorboard_log, or the callback)"
+    ] == [line for line in caplog.messages if "both log" in line]
+
+
+def test_a_metric_named_step_is_a_metric(heard: Heard) -> None:
+    """As in the framework's own files, and what is logged with it stands at its timestep."""
+    model = ppo()
+    heard.bus.attach(model)
+
+    def record(locals_: dict[str, Any], _: dict[str, Any]) -> bool:
+        locals_["self"].logger.record("step", 7.0)
+        return True
+
+    model.learn(ROLLOUT, callback=record)
+    found = [(e.step, e.values["step"]) for e in heard.of(MetricsLogged) if "step" in e.values]
+    assert [(ROLLOUT, 7.0)] == found

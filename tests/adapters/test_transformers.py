@@ -20,6 +20,7 @@ from trainbus.adapters import transformers as adapter
 
 import trainbus
 from support import hf_ddp, torchvision_cpu
+from support.feeding import feeding
 from trainbus import Bus, Record
 from trainbus.events import (
     CheckpointSaved,
@@ -758,3 +759,21 @@ def test_grpo_tells_its_rewards(tmp_path: Path) -> None:
     assert [1, 2] == [e.step for e in trained]
     assert "rewards/length/mean" in trained[0].values
     assert "finished" == of(records, RunEnded)[0].status
+
+
+@pytest.mark.parametrize("idiom", ["attach", "callback"])
+def test_an_integration_of_transformers_is_told_of(
+    tmp_path: Path, idiom: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What `report_to` names, and a sink feeds too, is said in one line and in the run's start."""
+    heard = feeding("tensorboard")
+    own = [adapter.BusCallback(heard.bus)] if idiom == "callback" else []
+    trainer = make(tmp_path, 1, callbacks=own, report_to="tensorboard")
+    if idiom == "attach":
+        heard.bus.attach(trainer)
+    trainer.train()
+    assert [["tensorboard"]] == [started.own_loggers for started in heard.of(RunStarted)]
+    assert [
+        "transformers's own TensorBoardCallback and a sink of trainbus both log to TensorBoard; "
+        'remove one of them (TrainingArguments(report_to="none"))'
+    ] == [line for line in caplog.messages if "both log" in line]

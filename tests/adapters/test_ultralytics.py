@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -481,3 +483,22 @@ def test_a_copied_model_falls_silent_with_the_original() -> None:
     detach()
     hooks = [c.__self__ for c in copied.callbacks["on_train_end"] if hasattr(c, "__self__")]
     assert [False] == [each.report.active for each in hooks]
+
+
+def test_models_of_folds_are_freed(tmp_path: Path) -> None:
+    """A bus that was attached to one model after another holds none of them, nor their trainers."""
+    bus = trainbus.Bus(on_receipt=lambda receipt: None)
+    data = shapes.make_dataset(tmp_path / "data", images=8, val_images=8, size=32)
+    alive: list[weakref.ref[Any]] = []
+    for fold in range(3):
+        arguments = {"data": str(data), "epochs": 1, "plots": False, "imgsz": 32}
+        training = set_up("yolo11n.yaml", tmp_path / str(fold), arguments)
+        bus.attach(training.target)
+        if fold == 0:  # the rest need no training to be held
+            training.run()
+            alive.append(weakref.ref(training.target.trainer))
+        alive.append(weakref.ref(training.target))
+        del training
+        gc.collect()
+    assert [None] * 4 == [each() for each in alive]
+    bus.close()

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import wandb
 import xgboost as xgb
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
@@ -27,6 +28,7 @@ from xgboost.callback import EarlyStopping, LearningRateScheduler, TrainingCheck
 from xgboost.tracker import RabitTracker
 
 import trainbus
+from support.feeding import feeding
 from support.heard import Heard
 from trainbus.events import (
     CheckpointSaved,
@@ -641,3 +643,38 @@ def test_hooked_trainings_report_once(tmp_path: Path) -> None:
         "predict": [0, []],
         "name": "train",
     } == json.loads(done.stdout)
+
+
+def test_a_logger_beside_ours_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where a sink feeds the same tracker, one line says so; the run names what is fed twice."""
+    from wandb.integration.xgboost import WandbCallback
+
+    heard = feeding("wandb")
+    with wandb.init(mode="offline", dir=tmp_path):
+        data = xgb.DMatrix(X_TRAIN, Y_TRAIN)
+        xgb.train(PARAMS, data, 1, callbacks=[WandbCallback(), BusCallback(heard.bus)])
+    assert [["wandb"]] == [started.own_loggers for started in heard.of(RunStarted)]
+    assert [
+        "xgboost's own WandbCallback and a sink of trainbus both log to Weights & Biases; "
+        "remove one of them (leave it out of the callbacks)"
+    ] == [line for line in caplog.messages if "both log" in line]
+
+
+def test_a_callback_in_an_attached_estimator_tells_all() -> None:
+    """A run comes once."""
+    heard = Heard()
+    classifier = xgb.XGBClassifier(n_estimators=1, callbacks=[BusCallback(heard.bus)])
+    heard.bus.attach(classifier)
+    classifier.fit(X_TRAIN, Y_TRAIN)
+    assert ["run.started", "run.ended"] == [n for n in heard.names if n.startswith("run.")]
+
+
+def test_a_trial_that_is_pruned_is_stopped() -> None:
+    """Optuna's exception, raised in a callback of the user's, is no failure."""
+    optuna = pytest.importorskip("optuna")
+    heard = Heard()
+    classifier = xgb.XGBClassifier(n_estimators=3, callbacks=[Stop(1, optuna.TrialPruned())])
+    heard.bus.attach(classifier)
+    with pytest.raises(optuna.TrialPruned):
+        classifier.fit(X_TRAIN, Y_TRAIN)
+    assert [("stopped", "pruned")] == [(e.status, e.reason) for e in heard.of(RunEnded)]
