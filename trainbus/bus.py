@@ -307,6 +307,7 @@ class Bus:
                 "%s can't be written, the journal is in %s", self.journal.dir, folder.path
             )
             return folder
+
     def _detach(self, found: weakref.ref[_Handle]) -> Detach:
         def detach() -> None:
             handle = found()

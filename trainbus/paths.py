@@ -11,7 +11,7 @@ import msgspec
 
 from trainbus.events import ArtifactLogged, CheckpointSaved, Event, ImageLogged, RunStarted
 
-T = TypeVar("T")
+T = TypeVar("T", bound=msgspec.Struct)
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
