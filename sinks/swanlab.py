@@ -71,6 +71,7 @@ class SwanlabSink(Sink):
     Options = SwanlabOptions
     service = "swanlab"
     volatile = True
+    shares_process = False
     options: SwanlabOptions
 
     def __init__(self, options: SwanlabOptions | None = None) -> None:

@@ -61,6 +61,7 @@ class TrackioSink(Sink):
 
     Options = TrackioOptions
     service = "trackio"
+    shares_process = False  # of two folders the first would get both runs
     options: TrackioOptions
 
     def __init__(self, options: TrackioOptions | None = None) -> None:

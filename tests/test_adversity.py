@@ -73,7 +73,7 @@ def trained(
     *,
     steps: int = 500,
     journal: str = "trainbus-runs",
-    flush_secs: float = 2.0,
+    flush_secs: float = 5.0,
     isolation: str = "auto",
 ) -> tuple[dict[str, Any], str]:
     """Return what a training says of its run, and what it wrote on stderr."""

@@ -34,7 +34,7 @@ from trainbus.testing import MemorySink
 _DEADLINE_S = 120.0
 
 SINKS = """
-    import ctypes, os
+    import ctypes, os, time
     from trainbus import Options, Sink
 
     class OddOptions(Options, frozen=True, kw_only=True):
@@ -44,8 +44,25 @@ SINKS = """
 
     class OddSink(Sink):
         Options = OddOptions
+        shares_process = False
+        opened = 0
+
+        def open(self, run):
+            assert OddSink.opened == 0
+            OddSink.opened = 1
+
+        def close(self):
+            OddSink.opened = 0
 
         def write(self, records):
+            here = os.path.exists(self.options.path)
+            if self.options.how == "stays once" and not here:
+                open(self.options.path, "w").close()
+                time.sleep(3600)
+            if self.options.how == "waits and exits":
+                while not os.path.exists(self.options.path):
+                    time.sleep(0.01)
+                os._exit(3)
             for record in records:
                 if record.seq == self.options.at:
                     match self.options.how:
@@ -305,7 +322,7 @@ TRAINING = """
 def test_a_sink_that_ends_the_process_is_set_aside(how: str, plugins: Path, tmp_path: Path) -> None:
     """The other sinks get everything, in this run and the next; what the bad one took is told."""
     (tmp_path / "config.yaml").write_text(
-        f"sinks: {{kept: {{type: jsonl, path: kept.jsonl}}, other: {{type: csv, dir: 'csv/{{run}}'}}, "
+        "sinks: {kept: {type: jsonl, path: kept.jsonl}, other: {type: csv, dir: 'csv/{run}'}, "
         f"bad: {{type: odd, path: bad, how: {how}, at: 1100}}}}\n"
     )
     found, errors = python(TRAINING, tmp_path, plugins)
@@ -320,9 +337,10 @@ def test_a_sink_that_ends_the_process_is_set_aside(how: str, plugins: Path, tmp_
     stored = [int(line) for line in (tmp_path / "bad").read_text().splitlines()]
     assert 500 <= first["bad"][0] <= max(stored) < 1100
     assert 0 == second["bad"][0]
-    assert "while it called 'bad' again, which is set aside" in errors
+    assert "the delivery process of 'bad' died" in errors
+    assert "the sink is set aside, the others go on" in errors
     log = (tmp_path / "trainbus-runs" / found[0][0] / "worker.log").read_text()
-    assert 2 == log.count("the delivery process died")
+    assert 2 == log.count("trainbus: the delivery process")
     assert ("segfault" == how) == ("Segmentation fault" in log)
 
     # The replay has the others, too, and the journal keeps the rest.
@@ -343,6 +361,41 @@ def test_a_sink_that_ends_the_process_is_set_aside(how: str, plugins: Path, tmp_
     assert "set aside" in done.stdout
     assert f"kept     jsonl: {emitted} taken" in done.stdout
     assert [*range(1, emitted + 1)] == seqs(tmp_path / "again.jsonl", run)
+
+
+def test_a_sink_that_was_called_beside_the_guilty_one_goes_on(
+    plugins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sinks that were being called at a death get a process each, and one of them is clear."""
+    monkeypatch.syspath_prepend(make_plugin(tmp_path / "plugins", "even", SINKS, "OddSink"))
+    path = str(tmp_path / "here")
+    with (
+        bus_of(
+            tmp_path,
+            clear={"type": "even", "path": path, "how": "stays once"},
+            guilty={"type": "odd", "path": path, "how": "waits and exits"},
+            kept={"type": "jsonl", "path": str(tmp_path / "kept.jsonl")},
+        ) as bus,
+        bus.run() as run,
+    ):
+        run.log({"loss": 1.0})
+    counts = {report.name: (report.taken, report.pending) for report in bus.receipts[0].sinks}
+    assert {"clear": (3, 0), "guilty": (0, 3), "kept": (3, 0)} == counts
+
+
+def test_a_tracker_of_one_run_a_process_has_two_open(
+    plugins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs that are open at once have a process each, where the sink asks for it."""
+    monkeypatch.syspath_prepend(plugins)
+    with bus_of(tmp_path, odd={"type": "odd"}) as bus:
+        with bus.run(name="one") as one, bus.run(name="two") as two:
+            for run in (one, two):
+                run.log({"loss": 1.0})
+            assert 2 == len(set(bus._sidecar.pids))
+        with bus.run(name="three"):
+            assert 2 == len(bus._sidecar.pids)
+    assert [(3, 0), (3, 0), (2, 0)] == [(r.sinks[0].taken, r.pending) for r in bus.receipts]
 
 
 # worker.log

@@ -72,6 +72,10 @@ class Sink(ABC):
     """Whether files that records name are opened: their paths are then those of copies, which are
     as the files were when they were logged; else the paths are those that the trainer wrote to."""
 
+    shares_process: ClassVar[bool] = True
+    """Whether sinks of this type can be open for two runs at once in one process; else a second
+    run that is open at the same time has a process of its own."""
+
     lost: int = 0
     """Records of this run that were taken but can't be shown; `open` sets it back to 0."""
 

@@ -217,15 +217,22 @@ class Sidecar:
                 groups.setdefault(name if name in self._apart else None, []).append(name)
         for apart, group in groups.items():
             try:
-                child = self._child(apart) or self._start(apart, run.folder)
+                child = self._child(apart, run, group) or self._start(apart, run.folder)
                 child.open(run, group, self._aside)
             except (OSError, RuntimeError, ValueError, MemoryError) as error:
                 for name in group:
                     run.unserved[name] = f"no process can be started: {error}"
 
-    def _child(self, apart: str | None) -> _Child | None:
-        found = (c for c in self._children if c.apart == apart and not c.is_retired)
-        return next((child for child in found if child.process.poll() is None), None)
+    def _child(self, apart: str | None, run: SidecarRun, names: Sequence[str]) -> _Child | None:
+        """Return the process that is to deliver to some sinks of a run, if it is there."""
+        alone = {run.routes[name].kind for name in names if not _shares_process(run.routes[name])}
+        for child in self._children:
+            if child.apart != apart or child.is_retired or child.process.poll() is not None:
+                continue
+            others = [self._runs[n] for n in child.serves if n in self._runs and n != run.number]
+            if not alone & {route.kind for other in others for route in other.routes.values()}:
+                return child
+        return None
 
     def _start(self, apart: str | None, folder: RunFolder) -> _Child:
         child = _Child(apart, folder, self._base)
@@ -286,8 +293,9 @@ class Sidecar:
 
     def _judge(self, child: _Child, called: set[str], names: set[str]) -> str:
         """Find out which sink may have ended a process; return what to say of it."""
+        how = _death(child.process.returncode)
         suspects = called if child.apart is None else {child.apart}
-        text = f"the delivery process died ({_death(child.process.returncode)})"
+        text = f"the delivery process died ({how})"
         if not suspects:
             self._unexplained += 1
             if self._unexplained > 1:  # it may be any of them, with what it does in between
@@ -297,14 +305,16 @@ class Sidecar:
             self._deaths[name] += 1
             self._apart.add(name)
         who = ", ".join(map(repr, sorted(suspects)))
-        text = f"{text} while it called {who}"
+        text = f"the delivery process of {who} died ({how})" if child.apart else text
         ended = [name for name in suspects if self._deaths[name] >= _MAX_DEATHS]
         if not ended:
-            return f"{text}; restarting it, with a process of its own for what it called"
+            return (
+                f"{text} while it called {who}; restarting it, with a process of its own for each"
+            )
         for name in ended:
             times = f"{self._deaths[name]} times"
             self._aside[name] = f"set aside: it ended the delivery process {times}; see worker.log"
-        return f"{text} again, which is set aside; the other sinks go on"
+        return f"{text}, too; the sink is set aside, the others go on"
 
 
 class SidecarRun:
@@ -566,6 +576,11 @@ def _release(children: list[_Child]) -> None:
     _end(ours, _RELEASE_S)
     for child in ours:
         child.let_go(kill=False)
+
+
+def _shares_process(route: Route) -> bool:
+    sample = route.sample()
+    return sample is None or sample.shares_process
 
 
 def _death(code: int) -> str:

@@ -20,7 +20,8 @@ import msgspec
 from trainbus import registry
 from trainbus.delivery import POLL_S, SinkWorker, report_on_disk
 from trainbus.endings import last_record, recover
-from trainbus.events import RunEnded
+from trainbus.errors import JournalError
+from trainbus.events import Record, RunEnded
 from trainbus.files import Files
 from trainbus.interfaces import Sink
 from trainbus.protocol import (
@@ -225,7 +226,7 @@ class _Run:
             not thread.is_finished() or thread.worker.hung_for() for thread in self._started()
         )
         self._tell()
-        last = last_record(self.folder, self._order.attempt)
+        last = self._last()
         emitted = self._emitted
         if emitted is None:
             emitted = last.seq if last else 0
@@ -306,11 +307,17 @@ class _Run:
         if self._is_last:
             return
         self._recover_until = self._recover_until or now + _RECOVER_S
-        with suppress(OSError):
+        with suppress(OSError, JournalError):
             recover(self.folder, now=time.time(), upto=self._order.attempt)
-        last = last_record(self.folder, self._order.attempt)
+        last = self._last()
         if last is None or isinstance(last.event, RunEnded) or now >= self._recover_until:
             self.finish(None, [])
+
+    def _last(self) -> Record | None:
+        try:
+            return last_record(self.folder, self._order.attempt)
+        except (OSError, JournalError):  # the workers say what is wrong with the journal
+            return None
 
     def _tell(self) -> None:
         for thread in self._threads:
