@@ -244,7 +244,8 @@ class _Listener:
         self.report.start(
             facts.started(
                 self.trainer,
-                params=facts.settings(self.trainer, self._optimizers) | self.params,
+                # The user's own come first, and count more.
+                params=self.params | facts.settings(self.trainer, self._optimizers) | self.params,
                 save_dir=self._checkpoints.folder,
                 before=before,
                 is_cut=left is not None,

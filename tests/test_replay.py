@@ -470,6 +470,24 @@ def test_show_tells_what_a_run_is(tmp_path: Path) -> None:
         assert expected in out
 
 
+def test_show_has_the_users_parameters_first(tmp_path: Path) -> None:
+    """What the user set comes before a framework's own, and no parameter is cut within a word."""
+    own = {"lr": 0.1, "unset": None, "note": "several words " * 9, "optimizer": {"type": "SGD"}}
+    params = {"framework": {f"setting_{n:02}": "value" for n in range(50)}, **own}
+    bus = Bus({}, journal=JournalSpec(dir=str(tmp_path)), on_receipt=lambda receipt: None)
+    with bus.run(params=params):
+        pass
+    (folder,) = tmp_path.iterdir()
+    code, out, _ = run("show", folder)
+    assert 0 == code
+    shown = " ".join(out.split("params", 1)[1].split("records")[0].split())
+    assert shown.startswith("lr=0.1, note=several words several words")
+    assert re.match(r".*(several|words)…, framework/setting_00=value, ", shown)
+    whole, _, rest = shown.partition(" … and ")
+    assert "value" == whole.rpartition("=")[2]
+    assert 54 == len(whole.split(", ")) + int(rest.removesuffix(" more"))
+
+
 def test_show_prints_no_control_characters(tmp_path: Path) -> None:
     """No text of a journal or cursor moves the cursor of the terminal or colours it."""
     evil = "\x1b[31m\x1b]0;title\x07\x9b2J\r\x00\x08end"

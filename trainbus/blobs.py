@@ -25,6 +25,7 @@ import numpy as np
 from trainbus.errors import JournalError
 from trainbus.events import Array
 from trainbus.runfolder import RunFolder, open_within
+from trainbus.secrettexts import text
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
@@ -59,7 +60,7 @@ class Blobs:
         if not os.path.isfile(path) or os.path.getsize(path) > max_bytes:
             return None
         with open(path, "rb") as file:
-            digest, name, size = self._add(file, os.path.basename(path))
+            digest, name, size = self._add(file, text(os.path.basename(path)))
         return Blob(path=path, sha256=digest, name=name, size=size)
 
     def add_array(self, array: Array) -> str:

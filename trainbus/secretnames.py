@@ -84,6 +84,8 @@ _CHOICE = _re(r"""
     |default|required|optional|enabled?|disabled?|prompt|env|environment|netrc|keyring|empty
     |authorization|x-api-key|[a-z][a-z0-9+]*://[^?@\s]{0,99})""")
 _PIECE = _re(r"\s | ^[<\[{].*[>\]}]$ | ^(?:▁|Ġ|\#\#)")
+# Of `token: classification`, but not of a password that somebody thought of.
+_ONE_WORD = _re(r"(?!.*(?:secret|pass|token|key|admin|test|chang))[A-Z]?[a-z]{1,19}")
 _RUN = _re(r"""
     (?<![A-Za-z0-9])(?:(?=[A-Za-z]*\d)(?=\d*[A-Za-z])[A-Za-z0-9]{16,}
     |[a-f0-9]{8}(?:-[a-f0-9]{4}){3})""")
@@ -126,7 +128,8 @@ def kind_of(name: str) -> int:
     kind = NONE
     pair = front + last if len(front) > 1 else last
     if not {last, pair}.isdisjoint(_PASSWORDS) or (last == "pass" and front in _LOGINS):
-        kind = PASSWORD
+        # Several are counted or numbered (`passwords: 4`), and pins are mostly those of a board.
+        kind = PASSWORD if not many else NONE if last == "pin" else KEY
     elif not {last, pair}.isdisjoint(_SECRETS):
         kind = KEY
     elif last == "key" and ("id" not in tail or front.endswith(("access", "private"))):
@@ -149,6 +152,8 @@ def hides(kind: int, value: str) -> bool:
     if kind == RANDOM:
         return bool(_RUN.search(value)) and value == "".join(value.split())
     if kind < PASSWORD and _CHOICE.fullmatch(value):
+        return False
+    if kind == TOKEN and _ONE_WORD.fullmatch(value):
         return False
     return kind >= KEY or (len(value) >= 8 and not _PIECE.search(value))
 

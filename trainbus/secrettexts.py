@@ -202,6 +202,9 @@ def _pass(value: str) -> str:
     done = 0
     for start, _ in _names(value):
         found = _NAME.match(value, start) if start >= done else None
+        name = "" if found is None else found["name"]
+        if not kind_of(name[-80:]) and name.lower() not in _BEFORE:
+            continue
         if found is not None and (span := _value_of(found, value)):
             parts += (value[done : span[0]], REDACTED)
             done = span[1]

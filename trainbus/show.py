@@ -5,9 +5,10 @@ Guarantees: nothing that a journal says moves the cursor or colours the terminal
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import Any
 
@@ -36,6 +37,8 @@ from trainbus.runfolder import RunFolder, is_being_written
 _POLL_S = 0.5
 _VALUE_WIDTH = 12
 _LAST_ALERTS = 5
+_PARAMS_LENGTH = 400
+_PARAM_LENGTH = 60
 
 
 class Summary:
@@ -152,7 +155,7 @@ def _about(folder: RunFolder, summary: Summary) -> Table:
         begun = datetime.fromtimestamp(first.time).isoformat(" ", "seconds")
         rows.append(("started", f"{begun}, {_duration(last.time - first.time)}"))
         rows.append(("attempts", str(last.attempt) if last.attempt > 1 else None))
-    rows.append(("params", ", ".join(f"{k}={v}" for k, v in summary.params.items())[:400]))
+    rows.append(("params", _params(summary.params)))
     if ended is not None and ended.best is not None:
         at = "" if ended.best.epoch is None else f" in epoch {ended.best.epoch + 1}"
         rows.append(("best", f"{ended.best.metric} {ended.best.value:.5g}{at}"))
@@ -164,6 +167,42 @@ def _about(folder: RunFolder, summary: Summary) -> Table:
         if value:
             table.add_row(Text(name, style="bold"), Text(printable(value), overflow="fold"))
     return table
+
+
+def _params(params: dict[str, Any]) -> str:
+    """Return parameters in a line or a few: the user's own first, each of them whole.
+
+    What is nested is mostly a framework's description of itself (its settings, the model's
+    configuration), and what is None was not set: they come last.
+    """
+    flat = list(_flat(params, ""))
+    flat.sort(key=lambda item: (item[1] is None, item[0].count("/") > 0))  # keeps the order else
+    shown: list[str] = []
+    length = 0
+    for place, (name, value) in enumerate(flat):
+        text = f"{name}={_short(value)}"
+        length += len(text) + 2
+        if shown and length > _PARAMS_LENGTH:
+            return f"{', '.join(shown)} … and {len(flat) - place} more"
+        shown.append(text)
+    return ", ".join(shown)
+
+
+def _flat(params: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in params.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _short(value: Any) -> str:
+    """Return a value as a line that ends where a word or an item does."""
+    text = " ".join(str(value).split())
+    if len(text) <= _PARAM_LENGTH:
+        return text
+    cut = re.match(rf".{{1,{_PARAM_LENGTH}}}(?=[\s,;:/])", text)
+    return f"{text[:_PARAM_LENGTH] if cut is None else cut[0]}…"
 
 
 def _epochs(summary: Summary, width: int) -> Table:
