@@ -315,8 +315,8 @@ def test_batch_losses_come_when_they_are_asked_for(tmp_path: Path, data: Path) -
     assert [] == [e for e in trained.events(MetricsLogged) if e.step is not None]
     run = trained.wandb_run
     rows = [row for row in run.history if "batch/box_loss" in row]
-    assert [3, 6, 9, 12, 15] == [row["step"] for row in rows]
-    assert "step" == run.metrics["batch/box_loss"]["step_metric"]
+    assert [3, 6, 9, 12, 15] == [row["trainer/step"] for row in rows]
+    assert "trainer/step" == run.metrics["batch/box_loss"]["step_metric"]
     epochs = [row["epoch"] for row in run.history if "train/box_loss" in row]
     assert [1, 2] == epochs
     steps = [row["_step"] for row in run.history]
