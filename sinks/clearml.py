@@ -70,6 +70,9 @@ NEEDS = (
 )
 """What the sink relies on; `trainbus doctor` looks whether it is there."""
 
+_MOST_WAITING = 500
+"""Records that ClearML may keep before its thread has written them; it has no bound of its own."""
+
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
@@ -109,7 +112,7 @@ class ClearmlSink(Sink):
         self.lost = 0
         self._names, self._files = Names(clean), Names(file_name)
         self._overwritten = Overwritten(options.save_checkpoints)
-        self._timeline = Timeline()
+        self._timeline, self._waiting = Timeline(), 0
         self._taken = Taken()
         self._tags = list(dict.fromkeys([*options.tags, *started.tags, f"run:{run.id}"]))
         # A sink is volatile or told what need not come again: then this is another part.
@@ -136,6 +139,10 @@ class ClearmlSink(Sink):
             raise SinkError("write came before open; call open(run) first")
         for record in self._taken.new(records):
             self._take(record.event)
+            self._waiting += 1
+            if self._waiting >= _MOST_WAITING:
+                session.wait(self._task)
+                self._waiting = 0
 
     def close(self) -> None:
         """End the session, and make it an archive.

@@ -66,6 +66,7 @@ NEEDS = (
 )
 """What the sink relies on; `trainbus doctor` looks whether it is there."""
 
+_MOST_WAITING = 2000
 _LONGEST = 1000
 """Characters of a parameter that Comet takes."""
 
@@ -109,7 +110,7 @@ class CometSink(Sink):
         self.lost = 0
         self._names = Names(clean, 100)
         self._overwritten = Overwritten(options.save_checkpoints)
-        self._timeline = Timeline()
+        self._timeline, self._waiting = Timeline(), 0
         # What was sent is known after a flush; an archive that was not closed is lost as a whole.
         self._sent = Taken(folder / f".{key}.json") if is_online else None
         self._taken = Taken(last=self._sent.last if self._sent else (0, 0))
@@ -138,10 +139,14 @@ class CometSink(Sink):
             raise SinkError("write came before open; call open(run) first")
         for record in self._taken.new(records):
             self._take(self._experiment, record.event)
+        self._waiting += len(records)
+        if self._waiting >= _MOST_WAITING:  # Comet would keep all that it has not sent
+            self.flush()
 
     def flush(self) -> None:
         """Wait until Comet has everything, if it is online."""
         sent = None if self._experiment is None else self._sent
+        self._waiting = 0
         if sent is not None and self._taken.last > sent.last and self._experiment.flush():
             sent.last = self._taken.last
             sent.save()

@@ -108,6 +108,7 @@ class SwanlabSink(Sink):
         self._checkpoints = Overwritten(self.options.save_checkpoints)
         self._run = session.begin(self.options, run)
         atexit.unregister(self._run._handle_atexit)  # the sink finishes the run
+        session.bound(self._run)
         folder = None if self._run.mode == "disabled" else Path(self._run.dir).absolute()
         self._state = state.begin(folder, run)
         self._timeline = Timeline(self._state.at)
