@@ -17,18 +17,18 @@ from trainbus.events import (
     ImageLogged,
     TableLogged,
 )
-from trainbus.storing import axis
 
 from ._clearml_names import title_and_series
 
 
-def show(logger: Any, event: Any, named: Callable[[str], str]) -> None:
+def show(logger: Any, event: Any, named: Callable[[str], str], at: int) -> None:
     """Report a picture, chart or table; other events are not shown.
 
     Args:
         logger: ClearML's.
         event: what is to be shown.
         named: returns the name of an event's key for ClearML, the same for no other.
+        at: where the event stands.
 
     Raises:
         MissingPackageError: pillow is not installed.
@@ -38,13 +38,13 @@ def show(logger: Any, event: Any, named: Callable[[str], str]) -> None:
     """
     chart = figure(event)
     if chart is not None:
-        logger.report_plotly(*title_and_series(named(event.key)), chart, axis(event))
+        logger.report_plotly(*title_and_series(named(event.key)), chart, at)
     elif isinstance(event, ImageLogged):
         data, suffix = picture(event)
         # The bytes and not the path: ClearML reads a file later, when it may be another.
         logger.report_media(
             *title_and_series(named(event.key)),
-            iteration=axis(event),
+            iteration=at,
             stream=io.BytesIO(data),
             file_extension=suffix or ".png",
             max_history=-1,

@@ -17,6 +17,7 @@ from trainbus.errors import MissingPackageError, SinkError
 
 _MASTERS = ("CLEARML_PROC_MASTER_ID", "TRAINS_PROC_MASTER_ID")
 _FLUSH_S = 0.5
+_WAIT_S = 60.0
 
 
 def begin(
@@ -65,6 +66,11 @@ def begin(
             raise SinkError(text) from error
         raise
     return task
+
+
+def wait(task: Any) -> None:
+    """Wait until all that was reported is written."""
+    task._reporter.wait_for_events(timeout=_WAIT_S)
 
 
 def end(task: Any, folder: Path) -> None:

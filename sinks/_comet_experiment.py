@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import queue
 import sys
 import threading
 from collections.abc import Mapping
@@ -23,6 +24,9 @@ from ._comet_options import CometOptions
 _ADVICE = "set COMET_API_KEY, check the network, or set `mode: offline`"
 
 _QUIET = {"COMET_DISABLE_AUTO_LOGGING": "1", "COMET_ERROR_TRACKING_ENABLE": "false"}
+_MOST_WAITING = 1_000
+"""Messages that Comet keeps before its thread has written them; it has no bound of its own."""
+
 _STARTING = threading.Lock()
 """Comet's global experiment is set aside while one is started."""
 
@@ -100,6 +104,9 @@ def start(comet: Any, key: str, folder: Path, options: CometOptions, run: RunSta
     if not experiment.alive:
         experiment.end()
         raise _refused("its own message is above")
+    waiting = getattr(getattr(experiment, "streamer", None), "messages", None)
+    if options.mode == "offline" and isinstance(waiting, queue.Queue):
+        waiting.maxsize = _MOST_WAITING
     return experiment
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from trainbus.drawing import picture
 from trainbus.errors import MissingPackageError
-from trainbus.events import Record, TableLogged
-from trainbus.storing import Names, axis, side_by_side
+from trainbus.events import AlertRaised, Record, TableLogged
+from trainbus.storing import Names, side_by_side
 
 from ._mlflow_run import TrackedRun
-from ._mlflow_text import clean_path, clean_text, fields, stamp
+from ._mlflow_text import clean_path, clean_text, fields
 
 _THUMBNAIL = 256
 _IMAGES = "images"
@@ -40,6 +40,11 @@ class Artifacts:
         self._client, self._run, self._lose = client, run, lose
         self._paths = Names(clean_path, 120)
 
+    def stamp(self, record: Record) -> str:
+        """Return a name that no other record has, and that sorts by its place on the axis."""
+        at = 0 if isinstance(record.event, AlertRaised) else self._run.timeline(record.event)
+        return "{:06}-{}.{}".format(at, *record.position)
+
     def picture(self, record: Record, event: Any) -> None:
         """Log a picture as `log_image` does, but under a name that is the same the next time."""
         with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +53,7 @@ class Artifacts:
             stem = "+".join(
                 (
                     self._paths(event.key).replace("/", "~"),
-                    f"step+{axis(event)}+timestamp+{int(record.time * 1000)}",
+                    f"step+{self._run.timeline(event)}+timestamp+{int(record.time * 1000)}",
                     str(uuid.uuid5(uuid.NAMESPACE_OID, f"{record.run} {record.position}")),
                 )
             )
@@ -66,7 +71,7 @@ class Artifacts:
     def table(self, record: Record, event: TableLogged) -> None:
         """Log a table as `log_table` does, which would append what comes again."""
         rows = fields(record, "rows").get("rows", [])
-        name = f"{stamp(record)}.json"
+        name = f"{self.stamp(record)}.json"
         text = json.dumps({"columns": event.columns, "data": rows})
         folder = self.write(f"tables/{event.key}", text, name)
         tables = json.loads(self._run.tags.get("mlflow.loggedArtifacts", "[]"))
@@ -93,18 +98,28 @@ class Artifacts:
     def upload(self, path: str, folder: str) -> bool:
         """Return whether a file, or the files of a folder, are among the artifacts now."""
         try:
-            if os.path.isdir(path):
-                place = folder if folder == _IMAGES else f"{folder}/{Path(path).name}"
-                self._client.log_artifacts(self._run.id, path, place)
-            elif os.path.isfile(path):
-                self._client.log_artifact(self._run.id, path, folder)
-            else:
-                raise FileNotFoundError(f"no file at {path}")
+            self.send(path, folder)
         # The store for files may need a package or a right that the metrics don't.
         except (FileNotFoundError, ImportError, PermissionError) as error:
             self._lose(folder, error)
             return False
         return True
+
+    def send(self, path: str, folder: str) -> None:
+        """Put a file, or a folder with its files, into a folder of the artifacts.
+
+        Raises:
+            FileNotFoundError: it is not there any more.
+            ImportError: the store for files needs a package.
+            PermissionError: the store for files refuses it.
+        """
+        if os.path.isdir(path):
+            place = folder if folder == _IMAGES else f"{folder}/{Path(path).name}"
+            self._client.log_artifacts(self._run.id, path, place)
+        elif os.path.isfile(path):
+            self._client.log_artifact(self._run.id, path, folder)
+        else:
+            raise FileNotFoundError(f"no file at {path}")
 
 
 def _render(source: Path, stem: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from trainbus.events import Record
-from trainbus.storing import Names, Taken, flat
+from trainbus.storing import Names, Taken, Timeline, flat
 
 from ._mlflow_text import clean_name, clean_text
 
@@ -20,7 +22,8 @@ _METRICS_AT_ONCE, _PARAMS_AT_ONCE = 200, 20  # what is in a request of 1 MB, how
 class TrackedRun:
     """A run that is found by its tag, or made by `begin`: before, its `id` is None.
 
-    `tags` are those that it will have once all is sent, `taken` knows the records that it has.
+    `files` is the address of its files, `tags` are those that it will have once all is sent,
+    `taken` knows the records that it has, and `timeline` where events stand.
     """
 
     def __init__(self, client: Any, experiment: str, run: str) -> None:
@@ -39,10 +42,12 @@ class TrackedRun:
         runs = client.search_runs([experiment], f"tags.`{RUN}` = '{run}'", max_results=1)
         found = runs[0] if runs else None
         self.id: str | None = found.info.run_id if found else None
+        self.files: str = found.info.artifact_uri if found else ""
         self._is_running = found is None or found.info.status == "RUNNING"
         self._params: dict[str, str] = dict(found.data.params) if found else {}
         self.tags: dict[str, str] = dict(found.data.tags) if found else {}
-        self.taken = Taken(last=_position(self.tags.get(_POSITION)))
+        *last, at = _position(self.tags.get(_POSITION))
+        self.taken, self.timeline = Taken(last=(last[0], last[1])), Timeline(at)
         self._sent = self.taken.last
         self._new_metrics: list[Any] = []
         self._new_params: list[Any] = []
@@ -51,12 +56,13 @@ class TrackedRun:
     def begin(self, name: str, time: float) -> str:
         """Make the run, unless there is one, have it run, and return its id."""
         if self.id is None:
-            self.id = self._client.create_run(
+            info = self._client.create_run(
                 self._experiment,
                 start_time=int(time * 1000),
-                tags={RUN: self._run},
+                tags={**_context(), RUN: self._run},
                 run_name=name[:250],
-            ).info.run_id
+            ).info
+            self.id, self.files = info.run_id, info.artifact_uri
         elif not self._is_running:
             self._client.update_run(self.id, status="RUNNING")
         self._is_running = True
@@ -117,7 +123,7 @@ class TrackedRun:
             self._client.log_batch(self.id, *parts, tags[:_PARAMS_AT_ONCE])
             del self._new_metrics[:_METRICS_AT_ONCE], self._new_params[:_PARAMS_AT_ONCE]
             del tags[:_PARAMS_AT_ONCE]
-        position = RunTag(_POSITION, "{}.{}".format(*self.taken.last))
+        position = RunTag(_POSITION, "{}.{}.{}".format(*self.taken.last, self.timeline.last))
         self._client.log_batch(self.id, metrics=self._new_metrics, tags=[position])
         self._sent, self._new_metrics, self._new_tags = self.taken.last, [], {}
 
@@ -129,9 +135,37 @@ def _cut(name: str, value: str, longest: int) -> str:
     return text[:longest]
 
 
-def _position(text: str | None) -> tuple[int, int]:
+def _position(text: str | None) -> tuple[int, int, int]:
+    """Return attempt and seq of the last record, and where the last metric stands."""
     try:
-        attempt, seq = (text or "").split(".")
-        return int(attempt), int(seq)
+        attempt, seq, at = (text or "").split(".")
+        return int(attempt), int(seq), int(at)
     except ValueError:
-        return 0, 0
+        return 0, 0, 0
+
+
+def _context() -> dict[str, str]:
+    """Return what `mlflow.start_run` would note of the training: user, source, commit and so on."""
+    from mlflow.tracking.context.git_context import GitRunContext
+    from mlflow.tracking.context.registry import resolve_tags
+    from mlflow.utils import git_utils, mlflow_tags
+
+    # MLflow looks for the repository by the first argument, which is relative as a rule: the
+    # training may have left the folder that it was started in.
+    found: dict[str, str] = resolve_tags(ignore=[GitRunContext])
+    module = sys.modules.get("__main__")
+    if getattr(getattr(module, "__spec__", None), "name", None) == "trainbus.__main__" or (
+        os.path.basename(sys.argv[0]) == "trainbus"
+    ):
+        # A replay: what trained, and from which commit, is not known here.
+        sources = (mlflow_tags.MLFLOW_SOURCE_NAME, mlflow_tags.MLFLOW_SOURCE_TYPE)
+        return {name: value for name, value in found.items() if name not in sources}
+    main = getattr(module, "__file__", None)
+    if main is None:
+        return found
+    git = {
+        mlflow_tags.MLFLOW_GIT_COMMIT: git_utils.get_git_commit(main),
+        mlflow_tags.MLFLOW_GIT_BRANCH: git_utils.get_git_branch(main),
+        mlflow_tags.MLFLOW_GIT_REPO_URL: git_utils.get_git_repo_url(main),
+    }
+    return {**found, **{name: value for name, value in git.items() if value}}

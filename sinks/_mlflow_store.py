@@ -82,17 +82,24 @@ class Store:
             is_away = status >= (500 if self._uri.startswith(("http", "databricks")) else 502)
             raise SinkError(text, retry=is_away or status in (408, 429)) from error
 
-    def experiment(self, client: Any, name: str, location: str | None) -> str:
+    def experiment(self, client: Any, name: str | None, project: str, location: str | None) -> str:
         """Return the id of an experiment, which is made if there is none of that name.
 
         Args:
             client: what `client` returned.
-            name: its name.
+            name: its name; None for that of MLflow's own variables, else the project.
+            project: the training's.
             location: where the files of one that is made are kept; None to leave it to MLflow.
 
         Raises:
             SinkError: it was deleted.
         """
+        number = os.environ.get("MLFLOW_EXPERIMENT_ID")
+        name = name or os.environ.get("MLFLOW_EXPERIMENT_NAME")
+        if name is None and number:
+            found = client.get_experiment(number)  # or an error that says that there is none
+            name = found.name
+        name = name or project
         found = client.get_experiment_by_name(name)
         if found is None:
             try:
@@ -107,6 +114,20 @@ class Store:
                 f"`mlflow experiments restore -x {found.experiment_id}`"
             )
         return str(found.experiment_id)
+
+    def delete(self, files: str, path: str) -> None:
+        """Delete files of a run, if they are there.
+
+        Args:
+            files: address of the run's files.
+            path: a file or folder among them.
+
+        Raises:
+            Exception: it can't be; what the store of the files raises has no common class.
+        """
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        get_artifact_repository(files, tracking_uri=self._uri).delete_artifacts(path)
 
     def address(self, experiment: str, run: str) -> str:
         """Return the address of a run, or the command that shows it."""

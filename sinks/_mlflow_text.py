@@ -6,8 +6,7 @@ import json
 import re
 from typing import Any
 
-from trainbus.events import AlertRaised, Record, encode
-from trainbus.storing import axis
+from trainbus.events import Record, encode
 
 
 def clean_name(name: str) -> str:
@@ -23,12 +22,6 @@ def clean_path(path: str) -> str:
 def clean_text(text: str) -> str:
     """Return a text that can be written: half of a character is replaced."""
     return text.encode("utf-8", "replace").decode().replace("\x00", "")
-
-
-def stamp(record: Record) -> str:
-    """Return a name that no other record has, and that sorts by its place on the axis."""
-    at = 0 if isinstance(record.event, AlertRaised) else axis(record.event)
-    return "{:06}-{}.{}".format(at, *record.position)
 
 
 def fields(record: Record, *names: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import re
 import shlex
 import sys
@@ -20,6 +21,7 @@ from ._swanlab_options import SwanlabOptions
 from ._swanlab_values import valid_text
 
 _STATES: dict[str, Any] = {"finished": "success", "failed": "crashed", "stopped": "aborted"}
+_MOST_WAITING = 1_000
 _COLLECTED = ("hardware", "runtime", "requirements", "conda", "git", "swanlab", "monitor")
 
 
@@ -48,6 +50,14 @@ def begin(options: SwanlabOptions, run: RunInfo) -> Any:
         text = f"SwanLab can't start the run ({' '.join(str(error).split())}); "
         text += advice if is_key else "check `logdir` and the network, or set `mode: offline`"
         raise SinkError(text, retry=isinstance(error, OSError) and not is_key) from error
+
+
+def bound(run: Any) -> None:
+    """Have a run take no more than its thread can write; SwanLab would keep 100,000 values."""
+    emitter = getattr(getattr(run, "_components", None), "emitter", None)
+    waiting = getattr(emitter, "queue", None)
+    if isinstance(waiting, queue.Queue):
+        waiting.maxsize = _MOST_WAITING
 
 
 def finish(run: Any, status: str, error: str | None) -> None:

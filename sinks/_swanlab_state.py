@@ -24,6 +24,8 @@ class State(msgspec.Struct):
     """The last step of each key."""
     axes: dict[str, str]
     """Whether a key has values of steps or of epochs."""
+    at: int = 0
+    """Where the last metric stands."""
 
 
 def begin(folder: Path | None, run: RunInfo) -> State:

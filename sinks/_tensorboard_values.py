@@ -40,7 +40,7 @@ from trainbus.events import (
     TableLogged,
     TextLogged,
 )
-from trainbus.storing import Names, axis, flat, metric_name
+from trainbus.storing import Names, Timeline, axis, flat, metric_name
 
 from ._tensorboard_hparams import session_end, session_start
 from ._tensorboard_text import listed, table, utf8
@@ -59,6 +59,7 @@ class Values:
         self._log_images = log_images
         self._names = Names(utf8, longest=1000)
         self._tags: dict[str, tuple[str, str]] = {}
+        self._timeline = Timeline()
         self._next: dict[str, int] = {}
         """Steps behind all those that tags have: TensorBoard shows one value of a step."""
 
@@ -68,6 +69,9 @@ class Values:
             kind = value.metadata.plugin_data.plugin_name
             if kind == scalars.PLUGIN_NAME:
                 kind = value.metadata.summary_description
+                name = value.metadata.display_name
+                if kind in ("step", "epoch") and not name.startswith(("best/", "final/")):
+                    self._timeline.last = step
             self._tags[value.tag] = (value.metadata.display_name, kind)
             self._next[value.tag] = max(self._next.get(value.tag, 0), step + 1)
 
@@ -81,9 +85,11 @@ class Values:
     def of(self, record: Record) -> list[tuple[int, list[Any]]]:
         """Return steps and values of the events that show a record, none if nothing does."""
         found = []
+        # What tells of the run as a whole is counted; the rest stands where the run is, or later.
+        first = self._timeline.last if hasattr(record.event, "epoch") else 0
         for step, values in self._parts(record):
             if step is None:
-                step = max(self._next.get(value.tag, 0) for value in values)
+                step = max(first, *(self._next.get(value.tag, 0) for value in values))
             for value in values:
                 self._next[value.tag] = max(self._next.get(value.tag, 0), step + 1)
             found.append((step, values))
@@ -104,7 +110,9 @@ class Values:
             case ModelDescribed():
                 return [(None, [self._text("run/model", listed(flat(_fields(event))))])]
             case MetricsLogged():
-                kind = "epoch" if event.step is None else "step"
+                kind = "step" if event.step is not None else "epoch"
+                kind = "" if _step(event) is None else kind
+                self._timeline(event)
                 named = {metric_name(k, final=event.final): v for k, v in event.values.items()}
                 values = [self._scalar(name, kind, value) for name, value in named.items()]
                 return [(_step(event), values)] if values else []
@@ -139,9 +147,8 @@ class Values:
                 ended: list[Part] = [(None, [self._text("run/end", listed(flat(_fields(event))))])]
                 if event.best is not None:
                     best = self._scalar(f"best/{event.best.metric}", "epoch", event.best.value)
-                    ended.append(
-                        (None if event.best.epoch is None else event.best.epoch + 1, [best])
-                    )
+                    at, epoch = self._timeline.last, event.best.epoch
+                    ended.append((at if epoch is None else epoch + 1, [best]))
                 return [*ended, (None, [session_end(event.status, time)])]
         return []
 

@@ -13,7 +13,7 @@ from typing import Any
 from trainbus.errors import MissingPackageError, SinkError
 from trainbus.events import AlertRaised, Record
 from trainbus.interfaces import RunInfo
-from trainbus.storing import Names
+from trainbus.storing import Names, Timeline
 
 from ._trackio_options import TrackioOptions
 from ._trackio_values import iso, plain, valid_text
@@ -84,7 +84,8 @@ class Database:
             text = f"can't use {self._folder} ({error}); set another `dir`"
             raise SinkError(text) from error
         self.config: dict[str, Any] = dict(stored or {})
-        self._step = step or 0
+        self.last = step or 0
+        """The highest step that has a value."""
 
     def key(self, record: Record) -> str:
         """Return the key of a record, the same one whenever it comes."""
@@ -95,9 +96,13 @@ class Database:
         self.config |= {self._keys(str(key)): plain(value) for key, value in values.items()}
         self.log(record, 0, {}, config=dict(self.config))
 
+    def place(self, event: Any) -> int:
+        """Return where an event stands; what has no place of its own stands at the last step."""
+        return Timeline(self.last)(event)
+
     def log(self, record: Record, step: int, values: Mapping[str, Any], **more: Any) -> None:
         """Add a row of values at a step."""
-        self._step = max(self._step, step)
+        self.last = max(self.last, step)
         entry = {"metrics": values, "step": step, "log_id": self.key(record), **more}
         self._add(self._fragments.metric_record, record, entry)
 
@@ -110,7 +115,7 @@ class Database:
         """Add an alert, at the last step that there is."""
         entry = {
             "level": _LEVELS[event.level],
-            "step": self._step,
+            "step": self.last,
             "title": valid_text(event.title),
             "text": valid_text(event.text) or None,
             "alert_id": self.key(record),

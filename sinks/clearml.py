@@ -20,6 +20,8 @@ from trainbus.events import (
     AlertRaised,
     ArtifactLogged,
     CheckpointSaved,
+    EpochEnded,
+    EpochStarted,
     ImageLogged,
     MetricsLogged,
     ModelDescribed,
@@ -28,12 +30,14 @@ from trainbus.events import (
     RunEnded,
     RunStarted,
     TextLogged,
+    UnknownEvent,
 )
 from trainbus.interfaces import RunInfo, Sink
 from trainbus.storing import (
     Names,
     Overwritten,
     Taken,
+    Timeline,
     axis,
     check_folder,
     flat,
@@ -65,6 +69,9 @@ NEEDS = (
     "clearml.backend_interface.base:InterfaceBase._default_session",
 )
 """What the sink relies on; `trainbus doctor` looks whether it is there."""
+
+_MOST_WAITING = 500
+"""Records that ClearML may keep before its thread has written them; it has no bound of its own."""
 
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
@@ -105,6 +112,7 @@ class ClearmlSink(Sink):
         self.lost = 0
         self._names, self._files = Names(clean), Names(file_name)
         self._overwritten = Overwritten(options.save_checkpoints)
+        self._timeline, self._waiting = Timeline(), 0
         self._taken = Taken()
         self._tags = list(dict.fromkeys([*options.tags, *started.tags, f"run:{run.id}"]))
         # A sink is volatile or told what need not come again: then this is another part.
@@ -131,6 +139,10 @@ class ClearmlSink(Sink):
             raise SinkError("write came before open; call open(run) first")
         for record in self._taken.new(records):
             self._take(record.event)
+            self._waiting += 1
+            if self._waiting >= _MOST_WAITING:
+                session.wait(self._task)
+                self._waiting = 0
 
     def close(self) -> None:
         """End the session, and make it an archive.
@@ -166,16 +178,17 @@ class ClearmlSink(Sink):
                 for name, value in model_values(event).items():
                     self._log_single(name, value)
             case MetricsLogged():
+                at = self._timeline(event)
                 for name, value in event.values.items():
                     if event.final:
                         self._log_single(metric_name(name, final=True), value)
                     elif math.isfinite(value):
                         place = title_and_series(self._names(name))
-                        self._logger.report_scalar(*place, value, axis(event))
+                        self._logger.report_scalar(*place, value, at)
                     else:
-                        self._say(f"{name} is {value} at {axis(event)}")
+                        self._say(f"{name} is {value} at {at}")
             case TextLogged():
-                self._say(f"{event.key} at {axis(event)}:\n{event.text}")
+                self._say(f"{event.key} at {self._timeline(event)}:\n{event.text}")
             case AlertRaised():
                 self._say(f"{event.title}: {event.text}", _LEVELS[event.level])
             case CheckpointSaved():
@@ -187,6 +200,8 @@ class ClearmlSink(Sink):
                     self._log_file(path, f"{event.name}/{name}", about)
             case RunEnded():
                 self._take_end(event)
+            case EpochStarted() | EpochEnded() | UnknownEvent():
+                pass
             case _:
                 self._show(event)
 
@@ -207,9 +222,10 @@ class ClearmlSink(Sink):
     def _show(self, event: Any) -> None:
         """Report a picture, chart or table; one that can't be shown costs only itself."""
         try:
-            show(self._logger, event, self._names)
+            at = self._timeline(event)
+            show(self._logger, event, self._names, at)
             if isinstance(event, ImageLogged) and event.caption:
-                self._say(f"{event.key} at {axis(event)}: {event.caption}")
+                self._say(f"{event.key} at {at}: {event.caption}")
         except (OSError, TypeError, ValueError) as error:
             self.lost += 1
             logger.warning("%r can't be shown in ClearML: %s", event.key, error)

@@ -19,18 +19,22 @@ from trainbus.events import (
     AlertRaised,
     ArtifactLogged,
     CheckpointSaved,
+    EpochEnded,
+    EpochStarted,
     MetricsLogged,
     ModelDescribed,
     ParamsUpdated,
     Record,
     RunEnded,
     RunStarted,
+    UnknownEvent,
 )
 from trainbus.interfaces import RunInfo, Sink
 from trainbus.storing import (
     Names,
     Overwritten,
     Taken,
+    Timeline,
     axis,
     check_folder,
     flat,
@@ -62,6 +66,7 @@ NEEDS = (
 )
 """What the sink relies on; `trainbus doctor` looks whether it is there."""
 
+_MOST_WAITING = 2000
 _LONGEST = 1000
 """Characters of a parameter that Comet takes."""
 
@@ -105,6 +110,7 @@ class CometSink(Sink):
         self.lost = 0
         self._names = Names(clean, 100)
         self._overwritten = Overwritten(options.save_checkpoints)
+        self._timeline, self._waiting = Timeline(), 0
         # What was sent is known after a flush; an archive that was not closed is lost as a whole.
         self._sent = Taken(folder / f".{key}.json") if is_online else None
         self._taken = Taken(last=self._sent.last if self._sent else (0, 0))
@@ -133,10 +139,14 @@ class CometSink(Sink):
             raise SinkError("write came before open; call open(run) first")
         for record in self._taken.new(records):
             self._take(self._experiment, record.event)
+        self._waiting += len(records)
+        if self._waiting >= _MOST_WAITING:  # Comet would keep all that it has not sent
+            self.flush()
 
     def flush(self) -> None:
         """Wait until Comet has everything, if it is online."""
         sent = None if self._experiment is None else self._sent
+        self._waiting = 0
         if sent is not None and self._taken.last > sent.last and self._experiment.flush():
             sent.last = self._taken.last
             sent.save()
@@ -172,7 +182,7 @@ class CometSink(Sink):
                 for name, value in model_values(event).items():
                     experiment.log_other(self._names(name), _finite(value))
             case MetricsLogged():
-                place = {} if event.final else {"step": axis(event), "epoch": _epochs_done(event)}
+                place = {"step": self._timeline(event), "epoch": _epochs_done(event)}
                 for name, value in event.values.items():
                     key = self._names(metric_name(name, final=event.final))
                     experiment.log_metric(key, value, **place)
@@ -186,6 +196,8 @@ class CometSink(Sink):
             case ArtifactLogged():
                 for path, name in side_by_side(event.paths).items():
                     self._log_file(experiment, path, f"{clean(event.name)}/{name}")
+            case EpochStarted() | EpochEnded() | UnknownEvent():
+                pass
             case _:
                 self._show(experiment, event)
 
@@ -201,7 +213,7 @@ class CometSink(Sink):
     def _show(self, experiment: Any, event: Any) -> None:
         """Log a picture, chart, table or text; one that can't be shown costs only itself."""
         try:
-            show(experiment, event, self._names)
+            show(experiment, event, self._names, self._timeline(event))
         except (OSError, TypeError, ValueError) as error:
             self.lost += 1
             logger.warning("%r can't be shown in Comet: %s", event.key, error)

@@ -35,6 +35,7 @@ from trainbus.events import (
 )
 from trainbus.interfaces import RunInfo, Sink
 from trainbus.storing import (
+    Superseded,
     Taken,
     axis,
     check_folder,
@@ -100,7 +101,7 @@ class DvcliveSink(Sink):
         if self.options.dvcyaml is not None:
             dvcyaml = folder_of(self.options.dvcyaml, run.id)
         self.lost = 0
-        self._names = FileNames()
+        self._names, self._superseded = FileNames(), Superseded()
         self._kinds: dict[str, type] = {}
         try:
             self._live, self._params = open_live(folder, dvcyaml)
@@ -127,6 +128,8 @@ class DvcliveSink(Sink):
     def close(self) -> None:
         """Write `dvc.yaml`, if it is wanted."""
         live, self._live = self._live, None
+        if live is not None:
+            self._count_lost()
         if live is not None and self.options.dvcyaml is not None:
             live.make_dvcyaml()
 
@@ -205,13 +208,25 @@ class DvcliveSink(Sink):
         # The last one stands in as long as the training names none its best.
         if is_for_best and event.kind == "last" and best.exists():
             return
+        if not Path(event.path).exists():
+            self._superseded.missed(event)
+            return
+        self._superseded.stored(event.kind)
         place = str(axis(event)) if event.kind == "periodic" else event.kind
         name, is_anew = Path(event.path).name, event.kind != "periodic"
         self._copy(event.path, f"{_CHECKPOINTS}/{place}", name, anew=is_anew)
         if is_for_best and event.kind == "best":
+            self._superseded.stored("last")
             shutil.rmtree(best.with_name("last"), ignore_errors=True)
 
+    def _count_lost(self) -> None:
+        """Count checkpoints that were gone, and that no newer one took the place of."""
+        for event in self._superseded.lost():
+            self.lost += 1
+            logger.warning("%s can't be kept: it is not there", event.path)
+
     def _end(self, event: RunEnded) -> None:
+        self._count_lost()
         found: dict[str, Any] = {"run/status": event.status, "run/reason": event.reason}
         if event.best is not None:
             found[f"best/{event.best.metric}"] = event.best.value

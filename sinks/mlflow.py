@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from trainbus.errors import SinkError
@@ -33,13 +32,14 @@ from trainbus.events import (
     encode,
 )
 from trainbus.interfaces import RunInfo, Sink
-from trainbus.storing import axis, is_wanted, metric_name
+from trainbus.storing import Superseded, is_wanted, metric_name
 
 from ._mlflow_artifacts import Artifacts
+from ._mlflow_checkpoints import Checkpoints
 from ._mlflow_options import MlflowOptions
 from ._mlflow_run import RUN, TrackedRun
 from ._mlflow_store import Store
-from ._mlflow_text import clean_text, fields, stamp
+from ._mlflow_text import clean_text, fields
 
 logger = logging.getLogger("trainbus.sinks.mlflow")
 
@@ -49,6 +49,10 @@ NEEDS = (
     *(f"mlflow:MlflowClient.log_{what}" for what in ("artifact", "artifacts", "batch")),
     *(f"mlflow:MlflowClient.{name}" for name in ("delete_tag", "search_runs", "set_terminated")),
     *(f"mlflow.entities:{name}" for name in ("Metric", "Param", "RunTag")),
+    "mlflow.store.artifact.artifact_repository_registry:get_artifact_repository",
+    "mlflow.tracking.context.git_context:GitRunContext",
+    "mlflow.tracking.context.registry:resolve_tags",
+    "mlflow.utils.git_utils:get_git_commit",
     "mlflow.exceptions:MlflowException.get_http_status_code",
     *(f"mlflow.utils.validation:MAX_{what}_VAL_LENGTH" for what in ("PARAM", "TAG")),
 )
@@ -88,6 +92,7 @@ class MlflowSink(Sink):
             SinkError: the server is down, or the experiment can't be used.
         """
         self._client, self._where = None, None
+        self._superseded = Superseded()
         self.lost, self._info, options = 0, run, self.options
         self._name = options.run_name or clean_text(run.started.name or "") or run.id
         project = clean_text(run.started.project or "").strip()[:500]
@@ -95,7 +100,7 @@ class MlflowSink(Sink):
         with self._store.asking():
             client = self._store.client()
             self._experiment = self._store.experiment(
-                client, options.experiment or project or "Default", options.artifact_location
+                client, options.experiment, project or "Default", options.artifact_location
             )
             self._client = client
             self._find()
@@ -104,6 +109,14 @@ class MlflowSink(Sink):
         """Read from MLflow what it has of the run; what was not sent yet comes again."""
         self._run = TrackedRun(self._client, self._experiment, self._info.id)
         self._files = Artifacts(self._client, self._run, self._lose)
+        self._checkpoints = Checkpoints(
+            self.options.save_checkpoints,
+            self._store,
+            self._files,
+            self._run,
+            self._superseded,
+            self._lose,
+        )
         self._is_stale = False
         if self._run.id is not None:
             self._where = self._store.address(self._experiment, self._run.id)
@@ -136,6 +149,8 @@ class MlflowSink(Sink):
 
     def close(self) -> None:
         """Let go of the client; a run whose end was not written stays as it is."""
+        if self._client is not None:
+            self._checkpoints.end()
         self._client = None
 
     @property
@@ -156,18 +171,18 @@ class MlflowSink(Sink):
                     files.write("model", json.dumps({"classes": event.classes}), "classes.json")
             case MetricsLogged():
                 named = {metric_name(k, final=event.final): v for k, v in event.values.items()}
-                run.log(record, named, axis(event))
+                run.log(record, named, run.timeline(event))
             case ImageLogged():
                 files.picture(record, event)
             case CurveLogged() | ConfusionMatrixLogged() | HistogramLogged():
                 files.picture(record, event)
-                files.write(f"data/{event.key}", encode(record), f"{stamp(record)}.json")
+                files.write(f"data/{event.key}", encode(record), f"{files.stamp(record)}.json")
             case TableLogged():
                 files.table(record, event)
             case TextLogged():
-                files.write(f"text/{event.key}", event.text, f"{stamp(record)}.txt")
+                files.write(f"text/{event.key}", event.text, f"{files.stamp(record)}.txt")
             case CheckpointSaved():
-                self._checkpoint(record, event)
+                self._checkpoints.keep(record, event)
             case ArtifactLogged():
                 about = fields(record, "kind", "aliases", "metadata")
                 run.tag(f"artifact/{event.name}", json.dumps(about))
@@ -175,7 +190,7 @@ class MlflowSink(Sink):
             case AlertRaised():
                 title = f"{event.level}: {event.title}"
                 run.tag("alert", title)
-                files.write("alerts", f"{title}\n{event.text}", f"{stamp(record)}.txt")
+                files.write("alerts", f"{title}\n{event.text}", f"{files.stamp(record)}.txt")
             case RunEnded():
                 self._end(record, event)
 
@@ -194,19 +209,6 @@ class MlflowSink(Sink):
             run.tag(name, value)
         run.log_params(event.params)
 
-    def _checkpoint(self, record: Record, event: CheckpointSaved) -> None:
-        if not self.keeps(event):
-            return
-        is_for_best = self.options.save_checkpoints == "best"
-        if is_for_best and event.kind == "last" and "checkpoint.best" in self._run.tags:
-            return
-        at = f"step-{event.step}" if event.epoch is None else f"epoch-{event.epoch + 1}"
-        place = f"checkpoints/{at if event.kind == 'periodic' else event.kind}"
-        if self._files.upload(event.path, place):
-            about = fields(record, "epoch", "step", "metrics", "metadata")
-            about = {"path": f"{place}/{Path(event.path).name}", **about}
-            self._run.tag(f"checkpoint.{event.kind}", json.dumps(about))
-
     def _end(self, record: Record, event: RunEnded) -> None:
         run, best, error = self._run, event.best, event.error
         run.tag("ended", event.reason or event.status)
@@ -215,8 +217,9 @@ class MlflowSink(Sink):
             if error.traceback:
                 self._files.write("errors", error.traceback, f"attempt-{record.attempt}.txt")
         if best is not None:
-            step = 0 if best.epoch is None else best.epoch + 1
+            step = run.timeline.last if best.epoch is None else best.epoch + 1
             run.log(record, {f"best/{best.metric}": best.value}, step)
+        self._checkpoints.end()
         run.end(_STATUS[event.status], record.time)
 
     def _lose(self, name: str, error: Exception) -> None:

@@ -39,7 +39,7 @@ from trainbus.storing import (
     Names,
     Overwritten,
     Taken,
-    axis,
+    Timeline,
     check_folder,
     flat,
     is_wanted,
@@ -109,8 +109,10 @@ class SwanlabSink(Sink):
         self._checkpoints = Overwritten(self.options.save_checkpoints)
         self._run = session.begin(self.options, run)
         atexit.unregister(self._run._handle_atexit)  # the sink finishes the run
+        session.bound(self._run)
         folder = None if self._run.mode == "disabled" else Path(self._run.dir).absolute()
         self._state = state.begin(folder, run)
+        self._timeline = Timeline(self._state.at)
         self._folder = folder
         self._files = None if folder is None else Files(self._run, folder)
         self._taken = Taken(None, self._state.taken)
@@ -188,10 +190,11 @@ class SwanlabSink(Sink):
         """Log a value, on an axis of its own where its name stands on the other already."""
         steps, key = self._state.steps, self._names(name)
         kinds = [kind for kind in ("step", "epoch") if getattr(event, kind, None) is not None]
-        if not kinds:
-            at = steps.get(key, -1) + 1  # counted, as it comes
+        if not kinds:  # where the run is, and counted, as it comes
+            at = max(steps.get(key, -1) + 1, self._timeline.last)
         else:
-            at = axis(event)
+            at = self._timeline(event)
+            self._state.at = self._timeline.last
             if self._state.axes.setdefault(key, kinds[0]) != kinds[0]:
                 key = self._names(f"{name} ({kinds[0]})")
         if at <= steps.get(key, -1):

@@ -8,6 +8,7 @@ that what comes again, after a crash or in a replay, changes nothing.
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,7 +33,15 @@ from trainbus.events import (
     TextLogged,
 )
 from trainbus.interfaces import RunInfo, Sink
-from trainbus.storing import Names, Taken, axis, check_folder, flat, is_wanted, metric_name
+from trainbus.storing import (
+    Names,
+    Superseded,
+    Taken,
+    check_folder,
+    flat,
+    is_wanted,
+    metric_name,
+)
 
 from ._trackio_artifacts import Artifacts
 from ._trackio_database import Database, imported
@@ -94,7 +103,7 @@ class TrackioSink(Sink):
 
         self._taken, self._database, self.lost = Taken(), None, 0
         self._names = Names(_valid_name)
-        self._has_best = False
+        self._has_best, self._superseded = False, Superseded()
         self._database = Database(self.options, run)
         self._artifacts = Artifacts(self._database)
         self._is_open = True
@@ -126,6 +135,8 @@ class TrackioSink(Sink):
         try:
             self.flush()
         finally:
+            if self._is_open:
+                self._count_lost()
             self._is_open = False
 
     def keeps(self, event: CheckpointSaved | ArtifactLogged) -> bool:
@@ -176,7 +187,12 @@ class TrackioSink(Sink):
             case TextLogged():
                 self._log_object(database, record, trackio.Markdown(event.text)._to_dict())
             case CheckpointSaved() if self._is_to_be_kept(event):
+                if not os.path.exists(event.path):
+                    self._superseded.missed(event)
+                    return
                 self._has_best |= event.kind == "best"
+                is_for_best = self._has_best and self.options.save_checkpoints == "best"
+                self._superseded.stored(event.kind, *(["last"] if is_for_best else []))
                 about = {"epoch": event.epoch, "step": event.step, "metrics": event.metrics}
                 artifact = ArtifactLogged(
                     name=f"{database.run}-{event.kind}",
@@ -193,11 +209,18 @@ class TrackioSink(Sink):
             case AlertRaised():
                 database.alert(record, event)
             case RunEnded():
+                self._count_lost()
                 about = {"status": event.status, "reason": event.reason}
                 if event.best is not None:
                     about[f"best/{event.best.metric}"] = event.best.value
                     about["best/epoch"] = None if event.best.epoch is None else event.best.epoch + 1
                 database.configure(record, {f"trainbus.{k}": v for k, v in about.items()})
+
+    def _count_lost(self) -> None:
+        """Count checkpoints that were gone, and that no newer one took the place of."""
+        for event in self._superseded.lost():
+            self.lost += 1
+            logger.warning("checkpoint %r: %s is gone", event.kind, event.path)
 
     def _log_metrics(self, database: Database, record: Record, event: MetricsLogged) -> None:
         values = {
@@ -207,11 +230,11 @@ class TrackioSink(Sink):
         if values and event.phase == "system" and event.step is None and event.epoch is None:
             database.log_system(record, values)
         elif values:
-            database.log(record, axis(event), values)
+            database.log(record, database.place(event), values)
 
     def _log_object(self, database: Database, record: Record, value: Mapping[str, Any]) -> None:
         event: Any = record.event
-        database.log(record, axis(event), {self._names(event.key): plain(value)})
+        database.log(record, database.place(event), {self._names(event.key): plain(value)})
 
     def _show(self, database: Database, record: Record, event: Any) -> None:
         """Store a picture where Trackio keeps them, under a name that a replay gives it again."""
@@ -220,7 +243,7 @@ class TrackioSink(Sink):
 
         try:
             content, suffix = picture(event)
-            folder = get_project_media_path(database.project, database.name, axis(event))
+            folder = get_project_media_path(database.project, database.name, database.place(event))
             path = folder / f"{database.key(record)}{suffix}"
             path.write_bytes(content)
         except (OSError, TypeError, ValueError, MissingPackageError) as error:

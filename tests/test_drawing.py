@@ -94,6 +94,15 @@ def test_floats_are_cut_to_what_can_be_shown() -> None:
     assert [0, 255, 0, 255] == found.ravel().tolist()
 
 
+def test_a_mask_is_black_and_white() -> None:
+    """What is true is white, so that a mask can be seen."""
+    from PIL import Image
+
+    mask = np.array([[True, False], [False, True]])
+    with Image.open(io.BytesIO(png(mask))) as shown:
+        assert [255, 0, 0, 255] == np.asarray(shown).ravel().tolist()
+
+
 @pytest.mark.parametrize("shape", [(3,), (0, 3), (2, 2, 7), (1, 2, 2, 3)])
 def test_what_is_no_picture_is_refused(shape: tuple[int, ...]) -> None:
     """The error says what was found and expected."""

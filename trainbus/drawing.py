@@ -75,7 +75,7 @@ def picture(event: Any) -> tuple[bytes, str]:
 
 
 def png(array: Array) -> bytes:
-    """Return an array (H, W) or (H, W, C), uint8 or floats in 0…1, as a PNG.
+    """Return an array (H, W) or (H, W, C), uint8, floats in 0…1 or bool, as a PNG.
 
     Raises:
         MissingPackageError: pillow is not installed.
@@ -86,6 +86,8 @@ def png(array: Array) -> bytes:
     except ImportError as error:
         raise MissingPackageError("pillow", extra="pictures") from error
     pixels = np.asarray(array)
+    if pixels.dtype.kind == "b":  # a mask
+        pixels = pixels.astype(np.uint8) * 255
     if pixels.dtype.kind == "f":
         with np.errstate(invalid="ignore"):
             pixels = (np.nan_to_num(np.clip(pixels, 0, 1)) * 255).round()

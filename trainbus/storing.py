@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainbus.errors import SinkError
-from trainbus.events import ArtifactLogged, CheckpointSaved, ModelDescribed, Record
+from trainbus.events import (
+    ArtifactLogged,
+    CheckpointSaved,
+    MetricsLogged,
+    ModelDescribed,
+    Record,
+)
 from trainbus.interfaces import RunInfo
 from trainbus.runfolder import write_atomically
 
@@ -65,6 +71,9 @@ def _read(path: Path | None) -> Position:
         return 0, 0
 
 
+_MOST_NAMES = 10_000
+
+
 class Names:
     """Names as a tracker allows them; two that differ stay two.
 
@@ -81,6 +90,8 @@ class Names:
     def __call__(self, name: str) -> str:
         """Return the name that the tracker gets; the same one every time, in every process."""
         if name not in self._given:
+            if len(self._given) >= _MOST_NAMES:
+                self._given.clear()  # they are found again
             found = self._clean(name)
             if found != name or len(found) > self._longest or not found:
                 mark = hashlib.sha256(name.encode("utf-8", "backslashreplace")).hexdigest()[:6]
@@ -121,6 +132,31 @@ class Overwritten:
         kinds = [kind for kind in ("last", "best") if self._wanted in ("all", kind)]
         found = [self._newest[kind] for kind in kinds if kind in self._newest]
         return found or [event for event in self._newest.values() if self._wanted == "best"]
+
+
+class Superseded:
+    """Checkpoints that were gone before they could be stored, because a newer one took their place.
+
+    For stores that take each one when it comes. Such a file is lost only if no newer one of its
+    kind is stored.
+    """
+
+    def __init__(self) -> None:
+        self._gone: dict[str, CheckpointSaved] = {}
+
+    def missed(self, event: CheckpointSaved) -> None:
+        """Note that the file of an event is not there any more."""
+        self._gone[event.kind] = event
+
+    def stored(self, *kinds: str) -> None:
+        """Note that a newer one of these kinds is stored."""
+        for kind in kinds:
+            self._gone.pop(kind, None)
+
+    def lost(self) -> list[CheckpointSaved]:
+        """Return those that nothing took the place of, each once."""
+        found, self._gone = [*self._gone.values()], {}
+        return found
 
 
 def model_values(event: ModelDescribed) -> dict[str, float]:
@@ -185,10 +221,34 @@ def interrupt_training(run: RunInfo) -> bool:
 
 
 def axis(event: Any) -> int:
-    """Return where an event stands for trackers with one axis: its step, else epochs done."""
+    """Return where an event says that it stands: at its step, else the epochs done, else 0."""
     if event.step is not None:
         return int(event.step)
     return 0 if event.epoch is None else int(event.epoch) + 1
+
+
+class Timeline:
+    """Where the events of a run stand on the one axis that a tracker has.
+
+    What has neither step nor epoch, as what sums a training up, stands where the last metric did.
+    """
+
+    def __init__(self, last: int = 0) -> None:
+        """Begin where the store is.
+
+        Args:
+            last: where the last metric stands that the store has.
+        """
+        self.last = last
+
+    def __call__(self, event: Any) -> int:
+        """Return where an event stands: at its step, else at the epochs done, else at the last."""
+        if event.step is None and event.epoch is None:
+            return self.last
+        at = axis(event)
+        if isinstance(event, MetricsLogged) and not event.final:
+            self.last = at
+        return at
 
 
 def metric_name(name: str, *, final: bool) -> str:

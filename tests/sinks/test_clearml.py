@@ -166,8 +166,10 @@ def test_values_and_steps_are_exact(tmp_path: Path) -> None:
         *(metrics(v, epoch=i) for i, v in enumerate([0.1, 5e-324, 1e308])),
         metrics(2.0, step=70, epoch=9),
         metrics(3.0, final=True),
+        metrics(4.0),
     )
-    scalars = [("loss:loss", v, s) for v, s in [(0.1, 1), (5e-324, 2), (1e308, 3), (2.0, 70)]]
+    points = [(0.1, 1), (5e-324, 2), (1e308, 3), (2.0, 70), (4.0, 70)]
+    scalars = [("loss:loss", value, step) for value, step in points]
     assert scalars == found.scalars
     assert {"Summary:final/loss": 3.0} == found.singles
 

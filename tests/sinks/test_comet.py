@@ -168,10 +168,12 @@ def test_values_and_steps_are_exact(tmp_path: Path) -> None:
         *(metrics(v, epoch=i) for i, v in enumerate(values)),
         metrics(2.0, step=70, epoch=9),
         metrics(3.0, final=True),
+        metrics(4.0),
     )
     shown = [0.1, "NaN", "Infinity", "-Infinity", 5e-324]
     expected = [("loss", v, i, i) for i, v in enumerate(shown, 1)]
-    assert [*expected, ("loss", 2.0, 70, 10), ("final/loss", 3.0, 70, 10)] == found.metrics
+    last = [("loss", 2.0, 70, 10), ("final/loss", 3.0, 70, 10), ("loss", 4.0, 70, 10)]
+    assert [*expected, *last] == found.metrics
 
 
 def test_names_stay_apart(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from trainbus.events import (
     AlertRaised,
     ArtifactLogged,
     Best,
+    CheckpointSaved,
     ConfusionMatrixLogged,
     CurveLogged,
     EpochEnded,
@@ -126,6 +127,27 @@ def test_final_values_are_a_summary_and_no_curve(tmp_path: Path) -> None:
         summary["final"]["train"]["loss"],
     )
     assert [(4, 1.0)] == curve(tmp_path, "train/loss")
+
+
+def test_what_sums_up_stands_at_the_last_step(tmp_path: Path) -> None:
+    """What has neither step nor epoch stands where the last metric does."""
+    summary = MetricsLogged(values={"train_loss": 0.5}, phase="train")
+    log(tmp_path, metrics(1.0, step=40, epoch=0), summary)
+    assert [(40, 0.5)] == curve(tmp_path, "train_loss")
+
+
+def test_a_superseded_best_is_no_loss(tmp_path: Path) -> None:
+    """A best file that the training removed for a better one is not missed; the last one is."""
+    (tmp_path / "2.pt").write_text("better")
+    best = [CheckpointSaved(path=str(tmp_path / f"{n}.pt"), kind="best") for n in (1, 2, 3)]
+    for expected, events in ((0, best[:2]), (1, best)):
+        sink = DvcliveSink(DvcliveOptions(dir=str(tmp_path / f"{expected}")))
+        sink.open(RunInfo(id="r", started=RunStarted()))
+        sink.write(records(RunStarted(), *events, RunEnded(status="finished")))
+        assert expected == sink.lost
+        sink.close()
+        folder = tmp_path / f"{expected}" / "artifacts" / "checkpoints" / "best"
+        assert ["2.pt"] == [path.name for path in folder.iterdir()]
 
 
 def test_names_stay_apart_and_in_the_folder(tmp_path: Path) -> None:

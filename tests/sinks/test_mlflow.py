@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -152,8 +155,31 @@ def test_metrics_have_their_values_steps_and_times(tmp_path: Path) -> None:
         "up": [(2, second, largest)],
         "down": [(2, second, f"-{largest}")],
         "batch": [(7, 1_700_000_003_500, "1.5")],
-        "final/map": [(0, 1_700_000_004_500, "0.75")],
+        "final/map": [(7, 1_700_000_004_500, "0.75")],
     } == run["metrics"]
+
+
+def test_what_sums_up_stands_at_the_last_step(tmp_path: Path) -> None:
+    """What has neither step nor epoch stands where the last metric does, after a restart too."""
+    summary = MetricsLogged(values={"train_loss": 0.5}, phase="train")
+    final = MetricsLogged(values={"f1": 0.75}, phase="test", final=True)
+    made = records(
+        RunStarted(),
+        MetricsLogged(values={"loss": 1.0}, phase="train", epoch=0, step=40),
+        TextLogged(key="note", text="at the end"),
+        summary,
+        final,
+        RunEnded(status="finished", best=Best(metric="f1", value=0.75)),
+    )
+    for part in (made[:3], made[3:]):
+        sink = MlflowSink(options(tmp_path))
+        sink.open(RUN)
+        sink.write(part)
+        sink.close()
+    (run,) = content(tmp_path)
+    steps = {name: step for name, ((step, *_),) in run["metrics"].items()}
+    assert {"loss": 40, "train_loss": 40, "final/f1": 40, "best/f1": 40} == steps
+    assert ["text/note/000040-1.3.txt"] == [*run["files"]]
 
 
 def test_an_end_and_a_new_start_come_together(tmp_path: Path) -> None:
@@ -180,7 +206,7 @@ def test_many_metrics_arrive(tmp_path: Path) -> None:
         name: found for name, found in run["metrics"].items() if name != "loss"
     }
     assert [i + 1 for i in range(1, 700)] == [step for step, *_ in run["metrics"]["loss"]]
-    assert "1.700" == run["tags"]["trainbus.position"]
+    assert "1.700.700" == run["tags"]["trainbus.position"]
 
 
 @pytest.mark.parametrize(
@@ -453,6 +479,7 @@ def test_what_can_not_be_shown_is_counted(tmp_path: Path, caplog: pytest.LogCapt
             epoch(0, loss=1.0),
         )
     )
+    sink.close()
     (run,) = content(tmp_path)
     assert (5, {}, {"loss"}) == (sink.lost, run["files"], set(run["metrics"]))
     assert "'gone' can't be kept in MLflow: " in caplog.text
@@ -466,7 +493,7 @@ def test_what_can_not_be_shown_is_counted(tmp_path: Path, caplog: pytest.LogCapt
     ("save", "expected"),
     [
         ("none", []),
-        ("best", ["best/best.pt", "last/last.pt"]),
+        ("best", ["best/best.pt"]),
         ("last", ["last/last.pt"]),
         ("all", ["best/best.pt", "epoch-1/e.pt", "epoch-2/e.pt", "last/last.pt"]),
     ],
@@ -491,8 +518,62 @@ def test_save_checkpoints_chooses(tmp_path: Path, save: str, expected: Sequence[
         assert b"best 1" == run["files"]["checkpoints/best/best.pt"]
         about = {"path": "checkpoints/best/best.pt", "epoch": 1, "metrics": {"fit": "NaN"}}
         assert about == json.loads(run["tags"]["checkpoint.best"])
-    if save == "best":  # the second came after one that was best
-        assert b"last 0" == run["files"]["checkpoints/last/last.pt"]
+
+
+def test_only_the_newest_best_is_kept(tmp_path: Path) -> None:
+    """Of checkpoints that each have a folder, as those of transformers, the last best one stays."""
+    sink = MlflowSink(options(tmp_path))
+    sink.open(RUN)
+    for number in (1, 2, 3):
+        folder = tmp_path / f"checkpoint-{number}"
+        folder.mkdir()
+        (folder / "model.bin").write_text(str(number))
+        (folder / "optimizer.pt").write_text(str(number))
+        saved = [CheckpointSaved(path=str(folder), kind=kind, step=number, final=True)
+                 for kind in ("last", "best")]  # fmt: skip
+        sink.write(records(*saved, first=2 * number))
+    sink.close()
+    (run,) = content(tmp_path)
+    place = "checkpoints/best/checkpoint-3"
+    assert {f"{place}/{n}": b"3" for n in ("model.bin", "optimizer.pt")} == run["files"]
+    assert {"checkpoint.best"} == {name for name in run["tags"] if name.startswith("checkpoint.")}
+    assert (place, 0) == (json.loads(run["tags"]["checkpoint.best"])["path"], sink.lost)
+
+
+def test_one_file_is_kept_once(tmp_path: Path) -> None:
+    """A best file that comes again as its copy, or a folder for several purposes, is there once."""
+    for name in ("epoch=1.ckpt", "epoch_1.ckpt", "checkpoint-1"):
+        (tmp_path / name).write_text("weights")
+
+    def saved(name: str, kind: Any, *, final: bool) -> CheckpointSaved:
+        return CheckpointSaved(path=str(tmp_path / name), kind=kind, epoch=0, final=final)
+
+    best = [saved("epoch=1.ckpt", "best", final=False), saved("epoch_1.ckpt", "best", final=True)]
+    assert ["checkpoints/best/epoch=1.ckpt"] == [*stored(tmp_path, *best)["files"]]
+    (tmp_path / "all").mkdir()
+    same = [saved("checkpoint-1", kind, final=True) for kind in ("periodic", "best", "last")]
+    run = stored(tmp_path / "all", *same, save_checkpoints="all")
+    assert ["checkpoints/epoch-1/checkpoint-1"] == [*run["files"]]
+    tags = [json.loads(run["tags"][f"checkpoint.{kind}"])["path"] for kind in ("best", "last")]
+    assert ["checkpoints/epoch-1/checkpoint-1"] * 2 == tags
+
+
+def test_a_superseded_best_is_no_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A best file that the training removed for a better one is not missed; the last one is."""
+    (tmp_path / "2.pt").write_text("better")
+    best = [
+        CheckpointSaved(path=str(tmp_path / f"{n}.pt"), kind="best", epoch=n) for n in (1, 2, 3)
+    ]
+    for expected, events in ((0, best[:2]), (1, best)):
+        (tmp_path / str(expected)).mkdir()
+        sink = MlflowSink(options(tmp_path / str(expected)))
+        sink.open(RUN)
+        sink.write(records(*events, RunEnded(status="finished")))
+        assert expected == sink.lost
+        sink.close()
+        (run,) = content(tmp_path / str(expected))
+        assert (expected, ["checkpoints/best/2.pt"]) == (sink.lost, [*run["files"]])
+    assert ["3.pt"] == re.findall(r"no file at .*?(\d\.pt)", caplog.text)
 
 
 def test_artifacts_keep_files_folders_and_metadata(tmp_path: Path) -> None:
@@ -579,6 +660,66 @@ def test_the_environment_names_the_database(
     sink.close()
     assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db" == sink.where
     assert ["a run"] == [run["name"] for run in content(tmp_path)]
+
+
+def test_the_environment_names_the_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an option it is MLFLOW_EXPERIMENT_NAME or _ID, and only then the project."""
+    from mlflow import MlflowClient
+
+    def experiment(**given: Any) -> str:
+        return str(stored(tmp_path / given.pop("to"), RunStarted(), **given)["experiment"])
+
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "by name")
+    assert "by name" == experiment(to="a")
+    assert "mine" == experiment(to="b", experiment="mine")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    number = MlflowClient(database(tmp_path / "c")).create_experiment("by number")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", number)
+    assert "by number" == experiment(to="c")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "77")
+    with pytest.raises(SinkError, match="77"):
+        experiment(to="c")
+
+
+_SCRIPT = r"""
+import os, sys
+from trainbus import config
+folder, other = sys.argv[1:]
+os.chdir(other)
+text = f"sinks: {{m: {{type: mlflow, tracking_uri: 'sqlite:///{folder}/mlflow.db'}}}}"
+with config.loads(text + f"\njournal: {{dir: {folder}/journal}}") as bus, bus.run() as run:
+    run.log({"loss": 1.0})
+(report,) = bus.receipts[0].sinks
+assert report.pending == 0, report
+"""
+
+
+def test_the_context_is_that_of_the_training(tmp_path: Path) -> None:
+    """User, script and commit are noted as by `mlflow.start_run`, from another folder too."""
+    project, other = tmp_path / "project", tmp_path / "other"
+    for folder in (project, other):
+        folder.mkdir()
+        (folder / "train.py").write_text(_SCRIPT if folder == project else "")
+        git = ("git", "-C", str(folder), "-c", "user.name=me", "-c", "user.email=me@here")
+        subprocess.run([*git, "init", "-q", "-b", folder.name], check=True)
+        subprocess.run([*git, "add", "."], check=True)
+        subprocess.run([*git, "commit", "-q", "-m", folder.name], check=True)
+    commit = subprocess.check_output(["git", "-C", str(project), "rev-parse", "HEAD"], text=True)
+    database(tmp_path)
+    given = [sys.executable, "train.py", str(tmp_path), str(other)]
+    subprocess.run(given, cwd=project, env={**os.environ, "LOGNAME": "somebody"}, check=True)
+    (run,) = content(tmp_path)
+    assert {
+        "mlflow.user": "somebody",
+        "mlflow.source.name": "train.py",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": commit.strip(),
+        "mlflow.source.git.branch": "project",
+    } == {n: v for n, v in run["tags"].items() if re.match(r"mlflow\.(user|source)", n)}
 
 
 def test_a_run_of_the_users_is_not_touched(tmp_path: Path) -> None:

@@ -152,7 +152,17 @@ def test_metrics_keep_their_values_and_steps(tmp_path: Path) -> None:
     found = log(tmp_path, *epochs, metric(0.5, name="acc", step=7), metric(1, name="a", final=True))
     assert str(list(enumerate(values, 1))) == str(found["scalars"]["loss"])
     assert [(7, 0.5)] == found["scalars"]["acc"]
-    assert [(0, 1.0)] == found["scalars"]["final/a"]
+    assert [(7, 1.0)] == found["scalars"]["final/a"]
+
+
+def test_what_sums_up_stands_at_the_last_step(tmp_path: Path) -> None:
+    """What has neither step nor epoch stands where the last metric does, after a restart too."""
+    made = records(RUN.started, metric(1.0, step=40, epoch=0), metric(0.5, name="train_loss"))
+    for part in (made[:2], made[2:]):
+        sink = opened(tmp_path)
+        sink.write(part)
+        sink.close()
+    assert [(40, 0.5)] == read(tmp_path)["run"]["scalars"]["train_loss"]
 
 
 def test_a_name_on_both_axes_is_two(tmp_path: Path) -> None:

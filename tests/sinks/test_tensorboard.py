@@ -141,6 +141,25 @@ def test_metrics_are_scalars_at_their_step_and_time(tmp_path: Path) -> None:
     } == points
 
 
+def test_what_sums_up_stands_at_the_last_step(tmp_path: Path) -> None:
+    """What has neither step nor epoch stands where the last metric does, after a restart too."""
+    made = records(
+        metrics(0, step=40, loss=1.0),
+        metrics(train_loss=0.5),
+        MetricsLogged(values={"f1": 0.75}, phase="test", final=True),
+        TextLogged(key="note", text="at the end"),
+        RunEnded(status="finished", best=Best(metric="f1", value=0.75)),
+    )
+    for part in (made[:2], made[2:]):
+        sink = sink_for(tmp_path)
+        sink.write(part)
+        sink.close()
+    found = reader(tmp_path / "run")
+    steps = {tag: [e.step for e in found.Scalars(tag)] for tag in scalars(found)}
+    assert {"loss": [40], "train_loss": [40], "final/f1": [40], "best/f1": [40]} == steps
+    assert [40] == [e.step for e in found.Tensors("note")]
+
+
 def scalars(found: EventAccumulator) -> list[str]:
     return list(found.Tags()["scalars"])
 

@@ -159,8 +159,37 @@ def test_metrics_keep_their_values_and_steps(tmp_path: Path) -> None:
         metric(0.5, name="acc", final=True),
     )
     rows = [(row["step"], row.get("loss", row.get("final/acc"))) for row in found["rows"]]
-    expected = [(7, 0.1 + 0.2), (1, math.nan), (2, math.inf), (3, -math.inf), (4, 5e-324), (0, 0.5)]
+    expected = [(7, 0.1 + 0.2), (1, math.nan), (2, math.inf), (3, -math.inf), (4, 5e-324), (7, 0.5)]
     assert str(sorted(expected, key=str)) == str(sorted(rows, key=str))
+
+
+def test_what_sums_up_stands_at_the_last_step(tmp_path: Path) -> None:
+    """What has neither step nor epoch stands at the last step, after a restart too."""
+    made = records(
+        RUN.started,
+        metric(1.0, step=40, epoch=0),
+        metric(0.5, name="train_loss"),
+        TextLogged(key="note", text="at the end"),
+    )
+    for part in (made[:2], made[2:]):
+        sink = opened(tmp_path)
+        sink.write(part)
+        sink.close()
+    rows = stored(tmp_path, "p")["run"]["rows"]
+    steps = {name: row["step"] for row in rows for name in row.keys() - {"step", "timestamp"}}
+    assert {"loss": 40, "train_loss": 40, "note": 40} == steps
+
+
+def test_a_superseded_best_is_no_loss(tmp_path: Path) -> None:
+    """A best file that the training removed for a better one is not missed; the last one is."""
+    (tmp_path / "2.pt").write_text("better")
+    best = [CheckpointSaved(path=str(tmp_path / f"{n}.pt"), kind="best") for n in (1, 2, 3)]
+    for expected, events in ((0, best[:2]), (1, best)):
+        sink = opened(tmp_path / str(expected))
+        sink.write(records(RUN.started, *events))
+        sink.close()
+        (artifact,) = stored(tmp_path / str(expected), "p")["artifacts"].values()
+        assert (expected, ["2.pt"]) == (sink.lost, [*artifact["files"]])
 
 
 def test_rows_have_the_time_of_their_records(tmp_path: Path) -> None:
