@@ -1,10 +1,20 @@
-# `make test` and `make demo` set themselves up in .venv; nothing else needs to be there.
+# `make test` sets itself up in .venv, `make demo` in .venv-demo; nothing else needs to be there.
 PYTHON ?= python3
 VENV ?= .venv
+DEMO_VENV ?= .venv-demo
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# What is never imported needn't be compiled.
+PIP_INSTALL := -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
+INSTALL := $(BIN)/python $(PIP_INSTALL)
+DEMO_INSTALL := $(DEMO_VENV)/bin/python $(PIP_INSTALL)
+# Tests wait for each other's processes now and then, so there is one worker more than cores.
+WORKERS ?= $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
 # Ultralytics is tested in these versions too, each in a folder of its own.
 OLD_ULTRALYTICS := 8.3.0 8.3.200 8.4.90
+# What Ultralytics requires, with the build of OpenCV that needs no libGL, which machines without a
+# screen lack. pip can't be told to take one for the other, so Ultralytics itself comes after these.
+ULTRALYTICS_NEEDS := torch opencv-python-headless matplotlib pillow polars psutil requests nvidia-ml-py
+ULTRALYTICS := torchvision ultralytics ultralytics-thop ultralytics-platform
 export YOLO_OFFLINE := True
 # Ultralytics logs by itself into every tracker that is installed; dvclive's part of it then ends
 # a training that is in no DVC repository.
@@ -16,17 +26,24 @@ test: lint types unit
 
 $(VENV)/ready: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(PIP) install -q --no-deps -c constraints.txt torchvision
-	$(PIP) install -q -c constraints.txt -e ".[dev]"
-	# cv2 needs libGL, which machines without a screen lack; the headless build does not.
-	$(BIN)/python -c "import cv2" 2>/dev/null || $(PIP) install -q --force-reinstall --no-deps opencv-python-headless
+	$(INSTALL) $(ULTRALYTICS_NEEDS)
+	$(INSTALL) --no-deps $(ULTRALYTICS)
+	$(INSTALL) --no-build-isolation -e ".[dev]"
 	set -e; for v in $(OLD_ULTRALYTICS); do \
-	  $(PIP) install -q --no-deps --target $(VENV)/ultralytics/$$v ultralytics==$$v; done
+	  $(BIN)/python -m pip install -q --no-compile --no-deps --target $(VENV)/ultralytics/$$v ultralytics==$$v; done
 	# The pages of runs are looked at in a browser, where there is one.
-	command -v chromium > /dev/null || { apt-get update -q && apt-get install -yq chromium; } || true
+	command -v chromium > /dev/null || { apt-get update -q && \
+	  apt-get install -yq --no-install-recommends chromium; } || true
 	mkdir -p $(YOLO_CONFIG_DIR)
 	$(BIN)/python tests/support/torchvision_cpu.py tests/support/quiet.py
+	touch $@
+
+$(DEMO_VENV)/ready: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(DEMO_VENV)
+	$(DEMO_INSTALL) $(ULTRALYTICS_NEEDS)
+	$(DEMO_INSTALL) --no-deps $(ULTRALYTICS)
+	$(DEMO_INSTALL) --no-build-isolation -e ".[wandb]"
+	mkdir -p $(DEMO_VENV)/yolo
 	touch $@
 
 lint: $(VENV)/ready
@@ -37,10 +54,11 @@ types: $(VENV)/ready
 	$(BIN)/mypy trainbus adapters sinks tests examples benchmarks
 
 unit: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
-demo: $(VENV)/ready
-	$(BIN)/python tests/support/torchvision_cpu.py examples/ultralytics_wandb.py
+demo: export YOLO_CONFIG_DIR := $(abspath $(DEMO_VENV))/yolo
+demo: $(DEMO_VENV)/ready
+	$(DEMO_VENV)/bin/python tests/support/torchvision_cpu.py examples/ultralytics_wandb.py
 
 docs: $(VENV)/ready
 	$(BIN)/python tests/support/event_table.py

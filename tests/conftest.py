@@ -9,13 +9,15 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-import shapes
-from support.trained import Trained, train_once
+from support import shared
 from trainbus import JournalSpec, bus, exits
+
+if TYPE_CHECKING:  # a file that trains nothing starts without W&B and pictures
+    from support.trained import Trained
 
 # Read when the packages are imported, so they are set before any test can; nothing is written home.
 SETTINGS = tempfile.mkdtemp(prefix="trainbus-")
@@ -27,6 +29,25 @@ os.environ |= {
     "WANDB_SILENT": "true",
     **{f"WANDB_{kind}_DIR": f"{SETTINGS}/{kind}" for kind in ("CACHE", "CONFIG", "DATA")},
 }
+# Models this small gain nothing from threads, which wait for each other where all cores are busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Let `support.scheduling` say which tests go together, in the order that it gives them."""
+    from support.scheduling import ByFile
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with what takes longest, where several workers share the tests."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        from support.scheduling import longest_first
+
+        items[:] = longest_first(items)
 
 
 @pytest.fixture(autouse=True)
@@ -46,27 +67,30 @@ def end_runs() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for the data and trainings of the whole session."""
-    return tmp_path_factory.mktemp("session")
+    """A folder for the data and trainings of the whole session, the same for all its workers."""
+    return shared.folder(tmp_path_factory) / "session"
 
 
 @pytest.fixture(scope="session")
 def data(workspace: Path) -> Path:
     """Red, green and blue shapes; no green one in the validation pictures."""
-    return shapes.make_dataset(
-        workspace / "data", images=64, val_images=8, size=64, val_names=("red", "blue")
-    )
+    import shapes
+
+    def make(folder: Path) -> Path:
+        return shapes.make_dataset(
+            folder, images=64, val_images=8, size=64, val_names=("red", "blue")
+        )
+
+    return shared.once(workspace / "data", make)
 
 
 @pytest.fixture(scope="session")
 def train(workspace: Path, data: Path) -> Callable[..., Trained]:
     """Train a scenario by name, once a session; see `train_once`."""
-    done: dict[str, Trained] = {}
+    from support.trained import train_once
 
     def trained(name: str, **options: Any) -> Trained:
-        if name not in done:
-            done[name] = train_once(workspace / name, data, **options)
-        return done[name]
+        return shared.once(workspace / name, lambda root: train_once(root, data, **options))
 
     return trained
 

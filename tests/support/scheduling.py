@@ -1,0 +1,51 @@
+"""Which tests a worker of pytest-xdist takes together, and which come first.
+
+The tests of a file go to one worker, which imports a framework once and makes the file's fixtures
+once. In the files of `SPREAD` each test starts processes of its own, so these tests go one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+SPREAD = (
+    "tests/adapters/test_ultralytics.py",
+    "tests/test_faults.py",
+    "tests/test_kill.py",
+    "tests/test_auto.py",
+    "tests/test_examples.py",
+    "tests/test_exits.py",
+    "tests/test_readme.py",
+    "tests/test_adversity.py",
+)
+"""Files whose tests share nothing but what is made once a session."""
+
+FIRST = (
+    "tests/test_everything.py",
+    "tests/test_parity.py",
+    "tests/adapters/test_lightning.py",
+    "tests/adapters/test_transformers.py",
+    "tests/adapters/test_accelerate.py",
+    "tests/adapters/test_keras.py",
+    "tests/test_registry.py",
+    "tests/test_packaging.py",
+    *SPREAD,
+)
+"""What takes longest: it starts first, and what is short fills the gaps at the end."""
+
+
+class ByFile(LoadScopeScheduling):
+    """Hands out whole files, and single tests of the files in `SPREAD`."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return nodeid if file in SPREAD else file
+
+
+def longest_first(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+    """Return the tests of `FIRST` in its order, then the others in theirs."""
+    place = {file: index for index, file in enumerate(FIRST)}
+    return sorted(items, key=lambda item: place.get(item.nodeid.partition("::")[0], len(FIRST)))
