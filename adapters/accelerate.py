@@ -59,6 +59,7 @@ class _Hooks:
         self.pending: dict[str, Any] | None = None
         """Of the run that is going to start, if one is: what `init_trackers` was told of it."""
         self.calls = Calls()
+        self.joined_by: Emit | None = None
         self.resumed: Resumed | None = None
         """Where the run that is going to start goes on."""
         self._paths: set[str] = set()
@@ -270,6 +271,7 @@ def attach(target: Any, emit: Emit) -> Detach:
     for own in target.log_with:
         if isinstance(own, _Hooks) and own.report.active:
             own.join(target)  # the program's own tracker is told the rest
+            own.joined_by = emit  # has the way out, as long as the tracker lives
             return own.calls.leave
     # What is among the accelerator's trackers can be taken for one of those the program knows.
     hooks = _Hooks()

@@ -521,7 +521,7 @@ def test_an_estimator_of_the_users_own(heard: Heard) -> None:
 
 
 def test_partial_fits_of_an_estimator_that_is_gone_are_over(heard: Heard) -> None:
-    """They have no last one: who deletes the estimator has had enough of them, and nothing failed."""
+    """They have no last one: who deletes the estimator has had enough, and nothing failed."""
     ended = threading.Event()
     heard.bus.subscribe(lambda record: ended.set(), RunEnded)
     model = attached(heard, SGDClassifier())
