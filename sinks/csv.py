@@ -30,7 +30,7 @@ from trainbus.events import (
     RunStarted,
     TableLogged,
 )
-from trainbus.interfaces import Options, RunInfo, Sink
+from trainbus.interfaces import FilePath, Options, RunInfo, Sink
 from trainbus.storing import Names, Taken, check_folder, flat
 
 from ._csv_table import Table, encoded, replace
@@ -53,7 +53,7 @@ class CsvOptions(Options, frozen=True, kw_only=True):
     """Options of the `csv` sink."""
 
     dir: Annotated[
-        str,
+        FilePath,
         Meta(
             pattern=r"\{run\}",
             extra={"expected": "a path with `{run}` in it: each run has a folder of its own"},
@@ -95,7 +95,7 @@ class CsvSink(Sink):
         self._folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._taken = Taken(folder / ".trainbus.json")
+            self._taken = Taken(folder / ".trainbus-csv.json")
             began = self._table("run", *_PAIR).get("began")
         except OSError as error:
             raise SinkError(f"can't write {folder}: {error.strerror}; set another `dir`") from error

@@ -33,6 +33,7 @@ from trainbus.events import (
     RunStarted,
     event_name,
 )
+from trainbus.interfaces import FilePath
 from trainbus.lines import LONGEST_LINE, LineMaker
 from trainbus.runfolder import RunFolder, try_lock
 
@@ -46,9 +47,9 @@ _SYNCED = (RunStarted, ParamsUpdated, RunEnded)
 class JournalSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where journals are written, and what they may hold."""
 
-    dir: Annotated[str, Meta(min_length=1, description="Folder that gets a directory a run")] = (
-        "trainbus-runs"
-    )
+    dir: Annotated[
+        FilePath, Meta(min_length=1, description="Folder that gets a directory a run")
+    ] = "trainbus-runs"
     max_bytes: Annotated[
         int,
         Meta(ge=2**20, description="Size at which step metrics and copies of files are left out"),

@@ -17,12 +17,14 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, Any
 
 import msgspec
 
 from trainbus.delivery import POLL_S
 from trainbus.receipt import SinkReport
+from trainbus.resolving import working_directory
 from trainbus.route import Route
 from trainbus.runfolder import RunFolder
 from trainbus.transforms import TransformSpec
@@ -81,8 +83,15 @@ class Sidecar:
     """The training process's end of it; needs no thread."""
 
     def __init__(
-        self, folder: RunFolder, attempt: int, routes: Sequence[Route], flush_secs: float
+        self,
+        folder: RunFolder,
+        attempt: int,
+        routes: Sequence[Route],
+        flush_secs: float,
+        *,
+        base: Path | None = None,
     ) -> None:
+        """Prepare; `base` is the folder that the process runs in, if that can be entered."""
         self.opened: dict[str, str | None] = {}
         """What is known of the sinks: None for one that is open, else why it is not."""
         self._routes = routes
@@ -101,6 +110,7 @@ class Sidecar:
             main=getattr(sys.modules.get("__main__"), "__file__", None),
         )
         self._log = folder.log
+        self._base = base
         self._process: subprocess.Popen[bytes] | None = None
         self._input: IO[bytes] | None = None
         self._rest = b""
@@ -119,6 +129,7 @@ class Sidecar:
                     stderr=log,
                     start_new_session=True,
                     env=_environment(),
+                    cwd=_enterable(self._base),
                 )
         except (OSError, RuntimeError, ValueError) as error:
             logger.warning("sinks run in threads, as no process can be started: %s", error)
@@ -253,10 +264,19 @@ def _json(task: Task) -> bytes:
 
 def _environment() -> dict[str, str]:
     """Return this process's environment, in which Python finds the modules that it finds here."""
-    path = [os.path.abspath(entry) for entry in sys.path if entry is not None]
+    here = working_directory()
+    path = [entry for entry in sys.path if entry is not None]
+    if here is None:  # it was deleted
+        path = [entry for entry in path if os.path.isabs(entry)]
+    path = [os.path.abspath(entry) for entry in path]
     # What a launcher says of the training process is not true of this one.
     kept = {k: v for k, v in os.environ.items() if k not in _OF_TRAINING}
     return {**kept, "PYTHONPATH": os.pathsep.join(path)}
+
+
+def _enterable(folder: Path | None) -> Path | None:
+    """Return a folder that a process can run in, None for the one of this process."""
+    return folder if folder is not None and os.access(folder, os.X_OK) else None
 
 
 def _private(path: str, flags: int) -> int:

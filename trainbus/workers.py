@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import msgspec
 
@@ -46,6 +47,7 @@ class Delivery:
         isolation: Isolation = "auto",
         flush_secs: float = 60.0,
         config: str | None = None,
+        base: Path | None = None,
     ) -> None:
         """Start the workers; the run's start must be in the journal."""
         self.dropped = 0
@@ -73,7 +75,7 @@ class Delivery:
             else:
                 elsewhere.append(route)
         if elsewhere:
-            self._sidecar = Sidecar(journal.folder, run.attempt, elsewhere, flush_secs)
+            self._sidecar = Sidecar(journal.folder, run.attempt, elsewhere, flush_secs, base=base)
             if not self._sidecar.start():
                 # No further process can be started here: a thread is the next best.
                 self._sidecar = None
