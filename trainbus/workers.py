@@ -97,6 +97,8 @@ class Delivery:
                 self._sidecar.poll()
             elif not self._threads and isinstance(self._journal, Journal):
                 self._journal.sync()
+            if isinstance(self._journal, Journal):
+                self._journal.look()
 
     def hurry(self, secs: float) -> None:
         """Wait no longer than that for the sinks, also if `close` is waiting already."""
@@ -184,6 +186,7 @@ class Delivery:
         found = {worker.route.name: worker.report(emitted) for worker in workers}
         if self._sidecar is not None:
             found |= {report.name: report for report in self._sidecar.reports(emitted)}
+        journal.look()
         receipt = Receipt(
             run=self._run.id,
             status=status,
@@ -191,8 +194,8 @@ class Delivery:
             emitted=emitted,
             sinks=[found[route.name] for route in self._routes if route.name in found],
             dropped=self.dropped + journal.dropped.total(),
-            unsaved=len(journal.held),
-            journal=str(journal.folder.path),
+            unsaved=journal.unsaved,
+            journal=None if journal.is_gone else str(journal.folder.path),
             config=self._config,
         )
         save_receipt(journal.folder, receipt)
