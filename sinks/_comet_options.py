@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from trainbus.interfaces import Options
+from trainbus.interfaces import FilePath, Options
 from trainbus.storing import Wanted
 
 
@@ -26,7 +26,7 @@ class CometOptions(Options, frozen=True, kw_only=True):
     ) = None
     tags: Annotated[tuple[str, ...], Meta(description="Tags besides the trainer's")] = ()
     dir: Annotated[
-        str,
+        FilePath,
         Meta(min_length=1, description="Folder of archives; `{run}` is replaced by the run's id"),
     ] = "comet"
     save_checkpoints: Annotated[Wanted, Meta(description="Checkpoints kept as models")] = "best"

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from trainbus.interfaces import Options
+from trainbus.interfaces import FilePath, Options
 from trainbus.storing import Wanted
 
 
@@ -14,12 +14,12 @@ class DvcliveOptions(Options, frozen=True, kw_only=True):
     """Options of the `dvclive` sink."""
 
     dir: Annotated[
-        str,
+        FilePath,
         Meta(min_length=1, description="Folder of the files; `{run}` is replaced by the run's id"),
     ] = "dvclive/{run}"
     dvcyaml: (
         Annotated[
-            str,
+            FilePath,
             Meta(
                 pattern=r"(^|/)dvc\.yaml$",
                 extra={"expected": "a path that ends in `dvc.yaml`"},

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from trainbus.interfaces import Options
+from trainbus.interfaces import FilePath, Options
 from trainbus.storing import Wanted
 
 
@@ -45,7 +45,7 @@ class MlflowOptions(Options, frozen=True, kw_only=True):
     ) = None
     artifact_location: (
         Annotated[
-            str,
+            FilePath,
             Meta(
                 min_length=1,
                 description="Where files are kept, if the experiment is made by this sink; by "

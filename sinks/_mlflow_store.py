@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,14 @@ _OWN_PROCESS = {
 class Store:
     """Where MLflow keeps runs."""
 
-    def __init__(self, uri: str | None, *, in_own_process: bool = False) -> None:
+    def __init__(
+        self, uri: str | None, *, base: str | None = None, in_own_process: bool = False
+    ) -> None:
         """Import MLflow, and make the folder of a database.
 
         Args:
-            uri: the address; None for that of the environment, else a database where we are.
+            uri: the address; None for that of the environment, else a database in `base`.
+            base: folder that the path of a database is relative to; None for the working directory.
             in_own_process: whether MLflow's settings are the sink's to make.
 
         Raises:
@@ -41,7 +44,8 @@ class Store:
                 os.environ.setdefault(name, value)
         self._mlflow = _imported()
         given = uri or os.environ.get("MLFLOW_TRACKING_URI")
-        self._uri = _absolute(given or "sqlite:///mlflow.db")
+        self._uri = _absolute(given or "sqlite:///mlflow.db", base)
+        self._base = base
 
     def check(self) -> str:
         """Return what was found: that the server answers, or the database can be written.
@@ -103,7 +107,7 @@ class Store:
         found = client.get_experiment_by_name(name)
         if found is None:
             try:
-                return str(client.create_experiment(name, location))
+                return str(client.create_experiment(name, location or self._files(name)))
             except self._mlflow.MlflowException:
                 found = client.get_experiment_by_name(name)  # another process was faster
                 if found is None:
@@ -128,6 +132,17 @@ class Store:
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
         get_artifact_repository(files, tracking_uri=self._uri).delete_artifacts(path)
+
+    def _files(self, name: str) -> str | None:
+        """Return where the files of an experiment are kept; None to leave it to MLflow."""
+        is_database, base = self._uri.startswith("sqlite:///"), self._base
+        if not is_database or base is None:
+            return None
+        # MLflow itself would keep them where the process happens to be.
+        with suppress(OSError):
+            if os.path.samefile(base, os.curdir):
+                return None
+        return os.path.join(base, "mlruns", re.sub(r"[^A-Za-z0-9_.-]", "_", name))
 
     def address(self, experiment: str, run: str) -> str:
         """Return the address of a run, or the command that shows it."""
@@ -177,12 +192,12 @@ def _reach(uri: str) -> None:
         )
 
 
-def _absolute(uri: str) -> str:
+def _absolute(uri: str, base: str | None) -> str:
     """Return the URI of a database with the whole path of its file, in a folder that exists."""
     kind, separator, path = uri.partition(":///")
     if kind != "sqlite" or not separator or path in ("", ":memory:"):
         return uri.rstrip("/")
-    file = Path(path).expanduser().absolute()
+    file = Path(base or "", Path(path).expanduser()).absolute()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

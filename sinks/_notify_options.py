@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from msgspec import Meta
 
-from trainbus.interfaces import Options
+from trainbus.interfaces import FilePath, Options
 
 Kind: TypeAlias = Literal["start", "end", "failure", "alert", "best"]
 
@@ -56,7 +56,7 @@ class NotifyOptions(Options, frozen=True, kw_only=True):
         float, Meta(ge=0, description="What happened longer ago, as in a replay, is not told")
     ] = 3600.0
     state: Annotated[
-        str,
+        FilePath,
         Meta(min_length=1, description="Folder that keeps which messages of a run were sent"),
     ] = "trainbus-runs/.notify"
 

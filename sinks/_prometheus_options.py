@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from trainbus.interfaces import Options
+from trainbus.interfaces import FilePath, Options
 
 
 class PrometheusOptions(Options, frozen=True, kw_only=True):
@@ -36,7 +36,7 @@ class PrometheusOptions(Options, frozen=True, kw_only=True):
     ] = 0.0
     textfile: (
         Annotated[
-            str,
+            FilePath,
             Meta(
                 pattern=r"\.prom$",
                 extra={"expected": "a path that ends in .prom, as node_exporter reads no other"},

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from trainbus.interfaces import Options
+from trainbus.interfaces import FilePath, Options
 from trainbus.storing import Wanted
 
 
@@ -35,7 +35,7 @@ class SwanlabOptions(Options, frozen=True, kw_only=True):
     ) = None
     logdir: (
         Annotated[
-            str,
+            FilePath,
             Meta(
                 min_length=1,
                 description="Folder for SwanLab's files, `{run}` stands for the run's id; by "

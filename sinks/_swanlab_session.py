@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import re
 import shlex
@@ -91,9 +92,11 @@ def _init(options: SwanlabOptions, run: RunInfo) -> Any:
     import swanlab
 
     started, settings = run.started, swanlab.Settings
+    default = None if run.base is None else os.path.join(run.base, "swanlog")
+    folder = options.logdir or (None if "SWANLAB_LOG_DIR" in os.environ else default)
     return swanlab.init(
         mode="online" if options.mode == "cloud" else options.mode,
-        log_dir=options.logdir and str(folder_of(options.logdir, run.id)),
+        log_dir=str(folder_of(folder, run.id)) if folder else None,
         workspace=options.workspace,
         project=options.project or _project(started.project),
         name=_cut(started.name),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from trainbus.interfaces import Options
+from trainbus.interfaces import FilePath, Options
 from trainbus.storing import Wanted
 
 
@@ -30,7 +30,7 @@ class TrackioOptions(Options, frozen=True, kw_only=True):
     ) = None
     dir: (
         Annotated[
-            str,
+            FilePath,
             Meta(
                 min_length=1,
                 description="Folder of the databases, one for a process; by default Trackio's own: "

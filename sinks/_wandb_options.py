@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from trainbus.interfaces import Options
+from trainbus.interfaces import FilePath, Options
 
 Project = Annotated[
     str,
@@ -55,7 +55,9 @@ class WandbOptions(Options, frozen=True, kw_only=True):
         | None
     ) = None
     dir: (
-        Annotated[str, Meta(description="Folder for wandb's files; by default the save directory")]
+        Annotated[
+            FilePath, Meta(description="Folder for wandb's files; by default the save directory")
+        ]
         | None
     ) = None
     id: RunId | None = None

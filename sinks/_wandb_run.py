@@ -105,9 +105,10 @@ def _started(info: RunInfo, options: WandbOptions, stop: Callable[[], None]) -> 
     import wandb
 
     started = info.started
-    folder = options.dir or started.save_dir
+    default = None if "WANDB_DIR" in os.environ else info.base
+    folder = options.dir or started.save_dir or default
     if folder is not None:
-        folder = str(Path(folder).expanduser())
+        folder = os.path.abspath(Path(folder).expanduser())
         Path(folder).mkdir(parents=True, exist_ok=True)
     wanted = options.id or run_id(info.id)
     settings: dict[str, Any] = {"init_timeout": options.init_timeout_secs}
@@ -157,7 +158,7 @@ def _set_aside(run: WandbRun, info: RunInfo) -> None:
 def where(run: WandbRun) -> str | None:
     """Return the address of a run, or the command that uploads it."""
     if run.settings.mode == "offline":
-        return f"wandb sync {shlex.quote(str(Path(run.dir).parent))}"
+        return f"wandb sync {shlex.quote(os.path.abspath(Path(run.dir).parent))}"
     return None if run.settings.mode == "disabled" else run.url
 
 

@@ -30,7 +30,7 @@ from trainbus.events import (
     RunStarted,
     TableLogged,
 )
-from trainbus.interfaces import Options, RunInfo, Sink
+from trainbus.interfaces import FilePath, Options, RunInfo, Sink
 from trainbus.storing import Names, Taken, check_folder, flat
 
 from ._csv_table import Table, changes_of, encoded, replace
@@ -59,7 +59,7 @@ class CsvOptions(Options, frozen=True, kw_only=True):
     """Options of the `csv` sink."""
 
     dir: Annotated[
-        str,
+        FilePath,
         Meta(
             pattern=r"\{run\}",
             extra={"expected": "a path with `{run}` in it: each run has a folder of its own"},
@@ -109,7 +109,7 @@ class CsvSink(Sink):
         self._folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._taken = Taken(folder / ".trainbus.json")
+            self._taken = Taken(folder / ".trainbus-csv.json")
             began = self._table("run").get("began")
             for left in folder.glob(changes_of("*.csv")):  # by a process that was killed
                 self._table(left.name[1:].removesuffix(changes_of(".csv")[1:]))

@@ -107,7 +107,7 @@ class DvcliveSink(Sink):
             self._live, self._params = open_live(folder, dvcyaml)
         except OSError as error:
             raise SinkError(f"can't write {folder}: {error.strerror}; set another `dir`") from error
-        self._taken, self._folder = Taken(folder / ".trainbus.json"), folder
+        self._taken, self._folder = Taken(folder / ".trainbus-dvclive.json"), folder
 
     def write(self, records: Sequence[Record]) -> None:
         """Write the records that are new.

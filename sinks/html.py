@@ -30,7 +30,7 @@ from trainbus.events import (
     RunEnded,
     RunStarted,
 )
-from trainbus.interfaces import Options, RunInfo, Sink
+from trainbus.interfaces import FilePath, Options, RunInfo, Sink
 from trainbus.storing import Taken, check_folder
 
 from ._html_data import Data, Picture
@@ -57,7 +57,7 @@ class HtmlOptions(Options, frozen=True, kw_only=True):
     """Options of the `html` sink."""
 
     dir: Annotated[
-        str,
+        FilePath,
         Meta(
             pattern=r"\{run\}",
             extra={"expected": "a folder with {run} in it, so that each run has its own"},

@@ -15,7 +15,7 @@ from msgspec import DecodeError, Meta
 
 from trainbus.errors import SinkError
 from trainbus.events import Record, decode, encode
-from trainbus.interfaces import Options, RunInfo, Sink
+from trainbus.interfaces import FilePath, Options, RunInfo, Sink
 from trainbus.storing import check_folder
 
 
@@ -23,7 +23,7 @@ class JsonlOptions(Options, frozen=True, kw_only=True):
     """Options of the `jsonl` sink."""
 
     path: Annotated[
-        str,
+        FilePath,
         Meta(min_length=1, description="File to append to; `{run}` is replaced by the run's id"),
     ] = "trainbus-runs/{run}.jsonl"
 

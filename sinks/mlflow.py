@@ -96,7 +96,8 @@ class MlflowSink(Sink):
         self.lost, self._info, options = 0, run, self.options
         self._name = options.run_name or clean_text(run.started.name or "") or run.id
         project = clean_text(run.started.project or "").strip()[:500]
-        self._store = Store(options.tracking_uri, in_own_process=run.pid is not None)
+        is_own = run.pid is not None
+        self._store = Store(options.tracking_uri, base=run.base, in_own_process=is_own)
         with self._store.asking():
             client = self._store.client()
             self._experiment = self._store.experiment(

@@ -22,7 +22,7 @@ from msgspec import Meta
 
 from trainbus.errors import MissingPackageError, SinkError
 from trainbus.events import Record
-from trainbus.interfaces import Options, RunInfo, Sink
+from trainbus.interfaces import FilePath, Options, RunInfo, Sink
 from trainbus.storing import Taken, check_folder
 
 TESTED = "2.21.0"
@@ -50,7 +50,7 @@ class TensorboardOptions(Options, frozen=True, kw_only=True):
     """Options of the `tensorboard` sink."""
 
     logdir: Annotated[
-        str,
+        FilePath,
         Meta(
             pattern=r"\{run\}",
             extra={"expected": "a path with `{run}` in it: TensorBoard takes one folder a run"},

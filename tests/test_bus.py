@@ -1497,8 +1497,36 @@ def test_a_resumed_training_without_its_marker_says_so(
 ) -> None:
     """Where no marker is found a new run begins, and a line says where it was looked for."""
     with Bus() as bus:
-        bus.emit(RunStarted(save_dir=str(tmp_path), resumed=Resumed(epoch=2)))
-    assert f"begins a new run: found no {MARKER} in {tmp_path}" in caplog.text
+        bus.emit(RunStarted(save_dir=str(tmp_path), resumed=Resumed(epoch=2, save_dir="/before")))
+    expected = f"found no {MARKER}, which names the run, in {tmp_path} or in /before"
+    assert f"begins a new run: {expected}" in caplog.text
+
+
+def test_a_resumed_training_without_a_folder_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """Where the framework names no folder there is nothing to look in, and a line says that."""
+    with Bus() as bus:
+        bus.emit(RunStarted(resumed=Resumed(epoch=2)))
+    assert "begins a new run: the framework names no folder" in caplog.text
+    assert "None" not in caplog.text
+
+
+def test_the_marker_is_hidden_and_shared_with_no_sink(tmp_path: Path) -> None:
+    """Checkpoints are all that `*` finds beside it, and files of sinks in the folder stay whole."""
+    text = f"sinks: {{tables: {{type: csv, dir: '{tmp_path}/{{run}}'}}}}"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.pt").write_bytes(b"")
+    started = RunStarted(save_dir=str(tmp_path / "run"), resumed=Resumed(run="run"))
+    for attempt in (1, 2):
+        with config.loads(text) as bus:
+            bus.emit(started)
+            bus.emit(MetricsLogged(values={"loss": 1.0}, phase="train", epoch=attempt))
+        marker = json.loads((tmp_path / "run" / MARKER).read_text())
+        assert {"run": "run", "attempt": attempt + 1} == marker
+    found = {path.suffix for path in (tmp_path / "run").glob("[!.]*")}
+    assert {".pt", ".csv"} == found
+    assert MARKER.startswith(".")
+    rows = (tmp_path / "run" / "train.csv").read_text().splitlines()
+    assert 3 == len(rows)
 
 
 def test_a_marker_is_found_where_the_earlier_training_saved(tmp_path: Path) -> None:

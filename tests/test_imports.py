@@ -23,7 +23,7 @@ LAYERS = [
     ["events", "errors"],
     ["interfaces", "secretnames", "paths", "filestates", "auto"],
     ["secrettexts"],
-    ["redact"],
+    ["redact", "resolving"],
     ["normalize", "transforms", "registry", "checks", "runfolder"],
     ["receipt", "blobs", "identity", "lanes", "exits", "wrapping", "drawing"],
     ["splitting"],
@@ -254,9 +254,9 @@ def test_the_walk_sees_every_kind_of_import(tmp_path: Path) -> None:
 
 
 PUBLIC = """
-Adapter AttachError Bus ConfigError Detach Emit Event JournalError JournalSpec MissingPackageError
-NoAdapterError Options PluginError Receipt Record Route Run RunDefaults RunInfo Sink SinkError
-SinkReport SubscribeError TrainbusError UnknownPluginError load
+Adapter AttachError Bus ConfigError Detach Emit Event FilePath JournalError JournalSpec
+MissingPackageError NoAdapterError Options PluginError Receipt Record Route Run RunDefaults RunInfo
+Sink SinkError SinkReport SubscribeError TrainbusError UnknownPluginError load
 """
 PUBLIC_TESTING = """
 AdapterConformance MemorySink SinkConformance Training check_grammar sample_records

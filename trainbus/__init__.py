@@ -19,7 +19,7 @@ from trainbus.errors import (
     UnknownPluginError,
 )
 from trainbus.events import Event, Record
-from trainbus.interfaces import Adapter, Detach, Emit, Options, RunInfo, Sink
+from trainbus.interfaces import Adapter, Detach, Emit, FilePath, Options, RunInfo, Sink
 from trainbus.journal import JournalSpec
 from trainbus.receipt import Receipt, SinkReport
 from trainbus.route import Route
@@ -38,6 +38,7 @@ __all__ = [
     "Detach",
     "Emit",
     "Event",
+    "FilePath",
     "JournalError",
     "JournalSpec",
     "MissingPackageError",

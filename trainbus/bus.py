@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -35,6 +36,7 @@ from trainbus.events import (
 from trainbus.interfaces import Detach, RunInfo, Sink
 from trainbus.journal import Journal, JournalSpec, NoJournal
 from trainbus.receipt import Receipt
+from trainbus.resolving import resolve_options, resolved, working_directory
 from trainbus.route import Isolation, Route
 from trainbus.run import Run
 from trainbus.runfolder import RunFolder, existing_spare_folder, spare_folder
@@ -79,6 +81,8 @@ class Bus:
         journal: where the journals of the runs are written, and what they may hold.
         flush_secs: how long the end of a run waits for the sinks.
         config: file that the bus was made from, for the command that sends the rest.
+        base: folder that relative paths are relative to, of the journal and of sinks; by default
+            the working directory at this time. A later change of directory moves nothing.
     """
 
     def __init__(
@@ -92,12 +96,17 @@ class Bus:
         journal: JournalSpec | None = None,
         flush_secs: float = 60.0,
         config: str | None = None,
+        base: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.routes = tuple(_route(name, source) for name, source in (sinks or {}).items())
+        self.base = working_directory() if base is None else Path(base).absolute()
+        self.routes = tuple(
+            _route(name, source, self.base) for name, source in (sinks or {}).items()
+        )
         self.defaults = defaults or RunDefaults()
         self.rebuild = rebuild
         self.receipts: list[Receipt] = []
         self.journal = journal or JournalSpec()
+        self._journals = resolved(os.fspath(self.journal.dir), self.base)
         self.secret_keys = frozenset(self.journal.redact)
         self._isolation = isolation
         self._flush_secs = flush_secs
@@ -110,7 +119,7 @@ class Bus:
         self._attached: dict[int, weakref.ref[_Handle]] = {}
         """Id of a target → what its hooks emit by. The target keeps it alive, not the bus."""
         self._main: Emitter | None = None
-        self._sidecar = Sidecar()
+        self._sidecar = Sidecar(base=self.base)
 
     def emit(self, event: Event) -> None:
         """Hand an event to the bus's own run; the first one starts it."""
@@ -263,7 +272,7 @@ class Bus:
     def journal_folders(self) -> list[Path]:
         """Return where journals of this bus may be; called by emitters."""
         spare = existing_spare_folder()
-        return [Path(self.journal.dir), *([] if spare is None else [spare])]
+        return [Path(self._journals), *([] if spare is None else [spare])]
 
     def open_delivery(self, run: RunInfo, journal: Journal | NoJournal) -> Delivery:
         """Start what takes a run's records to the sinks; called by emitters."""
@@ -295,7 +304,7 @@ class Bus:
             JournalError: it can't be created anywhere.
         """
         try:
-            return RunFolder.create([self.journal.dir], run)
+            return RunFolder.create([self._journals], run)
         except JournalError as first:
             try:
                 spare = spare_folder()
@@ -424,16 +433,34 @@ def _guarded_detach(detach: Detach) -> None:
         logger.warning("an adapter could not detach", exc_info=True)
 
 
-def _route(name: str, source: SinkSource) -> Route:
+def _resolve_paths(sink: Sink, base: Path | None) -> None:
+    """Make the paths in a sink's options absolute."""
+    given = getattr(sink, "options", None)
+    options = resolve_options(given, base)
+    if options is not given:
+        sink.options = options
+
+
+def _route(name: str, source: SinkSource, base: Path | None) -> Route:
+    place = None if base is None else str(base)
     if isinstance(source, Route):
-        return msgspec.structs.replace(source, name=name)
+        return msgspec.structs.replace(source, name=name, base=source.base or place)
     if isinstance(source, Sink):
+        _resolve_paths(source, base)
         return Route(
             name=name,
             make=lambda: source,
             kind=type(source).__name__,
             service=source.service,
             sink=source,
+            base=place,
         )
+
+    def make() -> Sink:
+        sink = source()
+        _resolve_paths(sink, base)
+        return sink
+
     kind = getattr(source, "__name__", type(source).__name__)
-    return Route(name=name, make=source, kind=kind, service=getattr(source, "service", None))
+    service = getattr(source, "service", None)
+    return Route(name=name, make=make, kind=kind, service=service, base=place)

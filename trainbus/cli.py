@@ -25,6 +25,7 @@ import trainbus
 from trainbus import auto, config, events, redact, registry
 from trainbus.checks import printable
 from trainbus.errors import ConfigError, JournalError, TrainbusError
+from trainbus.resolving import working_directory
 from trainbus.route import Route
 from trainbus.runfolder import RunFolder
 from trainbus.schema import json_schema
@@ -82,19 +83,21 @@ def validate(
     sound = True
     for file in files:
         try:
-            routes = config.load(file).routes
-            if missing := _missing(file, routes):
+            bus = config.load(file)
+            if missing := _missing(file, bus.routes):
                 raise ConfigError(missing)
         except ConfigError as error:
             sound = False
             for problem in error.problems:
                 typer.echo(problem, err=True)
         else:
+            routes = bus.routes
             count = "1 sink" if len(routes) == 1 else f"{len(routes)} sinks"
             sinks = ", ".join(f"{route.name} ({route.kind})" for route in routes)
             typer.echo(printable(f"{file}: ok, {count}: {sinks}"))
             if check:
-                found = [_try(route) for route in routes]
+                with _working_in(bus.base):
+                    found = [_try(route) for route in routes]
                 sound = sound and all(found)
     if not sound:
         raise typer.Exit(2)
@@ -202,7 +205,8 @@ def replay(
     from trainbus import replay as replays
 
     with _faults():
-        routes = config.load(file).routes
+        bus = config.load(file)
+        routes = bus.routes
         run = RunFolder.existing(folder)
         after = _position(first, run)
         if dry_run:
@@ -211,7 +215,7 @@ def replay(
                 typer.echo(printable(f"{plan.sink} ({plan.kind}): {count} would be sent"))
             return
         trusted = _folders("--files-from", files_from)
-        with _progress() as tell:
+        with _progress() as tell, _working_in(bus.base):
             receipt, files = replays.replay(
                 run,
                 routes,
@@ -345,6 +349,20 @@ def _faults() -> Iterator[None]:
     except (TrainbusError, OSError) as error:
         typer.echo(printable(str(error)), err=True)
         raise typer.Exit(2) from error
+
+
+@contextmanager
+def _working_in(folder: Path | None) -> Iterator[None]:
+    """Work where the sinks of a training do, whose options may name relative paths."""
+    before = working_directory()
+    if folder is None or before is None or not os.access(folder, os.X_OK):
+        yield
+        return
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 @contextmanager

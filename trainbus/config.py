@@ -20,6 +20,7 @@ from trainbus.bus import Bus
 from trainbus.checks import Item, Problems, check_fields, check_value, quoted
 from trainbus.errors import ConfigError, TrainbusError, did_you_mean
 from trainbus.interfaces import Options, Sink
+from trainbus.resolving import resolve_options, working_directory
 from trainbus.route import Route
 from trainbus.schema import SINK_KEYS, File, sink_class, sink_keys
 from trainbus.transforms import TransformSpec
@@ -35,32 +36,47 @@ def load(path: str | os.PathLike[str]) -> Bus:
         ConfigError: the file can't be read or used; it says where and what was expected.
     """
     name = os.fspath(path)
-    return loads(_text(name), name=name)
+    text = _text(name)
+    try:
+        file = os.path.abspath(name)
+    except OSError:  # the working directory was deleted
+        return loads(text, name=name)
+    return _bus(text, name=name, file=file, base=os.path.dirname(file))
 
 
 def loads(text: str, *, name: str = "<config>") -> Bus:
     """Return a bus with the sinks that a YAML text configures; `name` stands for it in errors.
 
+    Relative paths in it are relative to the working directory.
+
     Raises:
         ConfigError: the text can't be used.
     """
+    base = working_directory()
+    return _bus(text, name=name, file=name, base=None if base is None else str(base))
+
+
+def _bus(text: str, *, name: str, file: str, base: str | None) -> Bus:
+    """Return the bus of a YAML text, whose relative paths are relative to `base`."""
+    folder = None if base is None else Path(base)
     problems = Problems(name)
     root = read(text, problems, os.environ)
     check_value(root, File)
     sinks = root.keys["sinks"].keys if "sinks" in root.keys else {}
-    routes = {key: _route(key, item) for key, item in sinks.items()}
+    routes = {key: _route(key, item, folder) for key, item in sinks.items()}
     if faults := problems.lines():
         raise ConfigError(faults)
-    file = msgspec.convert(root.plain(), File)
+    given = msgspec.convert(root.plain(), File)
     return Bus(
         {key: route for key, route in routes.items() if route},
-        defaults=file.run,
-        isolation=file.isolation,
-        journal=file.journal,
-        flush_secs=file.flush_secs,
-        config=name,
+        defaults=given.run,
+        isolation=given.isolation,
+        journal=given.journal,
+        flush_secs=given.flush_secs,
+        config=file,
+        base=folder,
         # Other processes get the text alone: variables in it may be secrets, and are theirs too.
-        rebuild=functools.partial(loads, text, name=name),
+        rebuild=functools.partial(_bus, text, name=name, file=file, base=base),
     )
 
 
@@ -73,7 +89,7 @@ def check(path: str | os.PathLike[str]) -> list[str]:
     return []
 
 
-def _route(name: str, sink: Item) -> Route | None:
+def _route(name: str, sink: Item, base: Path | None) -> Route | None:
     """Return the way to one sink, or None where a fault of it was noted."""
     if not isinstance(sink.value, dict):
         return None
@@ -87,6 +103,7 @@ def _route(name: str, sink: Item) -> Route | None:
     options = _options(sink, cls) if sink.is_sound else None
     if options is None:
         return None
+    options = resolve_options(options, base)
     given = sink.plain()
     common = {key: given[key] for key in TransformSpec.__struct_fields__ if key in given}
     return Route(

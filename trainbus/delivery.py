@@ -342,6 +342,7 @@ class SinkWorker:
             again=self._known_attempt == record.attempt,
             after=self._ledger.cursor.seq,
             pid=self._pid,
+            base=self.route.base,
         )
         self._ledger.cursor.closed = False
         text = "can't be opened, training goes on without it"

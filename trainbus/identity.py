@@ -18,7 +18,7 @@ from trainbus.runfolder import is_run_id, run_id
 
 logger = logging.getLogger("trainbus")
 
-MARKER = "trainbus.json"
+MARKER = ".trainbus.json"
 """File in a run's save directory that names the run, so that a resumed training finds it again."""
 
 _MAX_ATTEMPT = 10**5
@@ -33,12 +33,19 @@ def identify(event: RunStarted) -> tuple[str, int]:
         known = event.resumed.run or marked
         if known:
             return run_id(known), attempt + 1 if known == marked else 2
-        logger.warning(
-            "a resumed training begins a new run: found no %s in %s", MARKER, event.save_dir
-        )
+        logger.warning("a resumed training begins a new run: %s", _missing(event))
     stem = re.sub(r"[^A-Za-z0-9._-]+", "_", event.name or "run").strip("._-")[:64] or "run"
     # `random` is seeded by trainers, and two trainings can start within one second.
     return f"{stem}_{time.strftime('%Y%m%d_%H%M%S')}_{secrets.token_hex(3)}", 1
+
+
+def _missing(event: RunStarted) -> str:
+    """Return what was looked for, and where, to find the run of a resumed training."""
+    resumed = event.resumed.save_dir if event.resumed else None
+    folders = dict.fromkeys(folder for folder in (event.save_dir, resumed) if folder is not None)
+    if not folders:
+        return "the framework names no folder, neither of this training nor of the one before"
+    return f"found no {MARKER}, which names the run, in {' or in '.join(folders)}"
 
 
 def mark(save_dir: str, run: str, attempt: int) -> None:

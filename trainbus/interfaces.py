@@ -10,9 +10,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Annotated, Any, ClassVar, Protocol, TypeAlias
 
 import msgspec
+from msgspec import Meta
 
 from trainbus.events import ArtifactLogged, CheckpointSaved, Event, Record, RunStarted
 
@@ -23,6 +24,15 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     Describe a field with `Annotated[str, msgspec.Meta(description="…")]`; the JSON Schema shows it.
     `Meta(pattern=…, extra={"expected": "…"})` puts a service's naming rule into validation.
     """
+
+
+FilePath: TypeAlias = Annotated[str, Meta(extra={"path": True})]
+"""Type of an option that is a path: the sink gets an absolute one, whatever the file says.
+
+A relative path is relative to the folder of the configuration file, or, for a bus that is made in
+code, to the working directory at that time; `~` is the home folder. A URI stays as it is. Describe
+it as any field: `Annotated[FilePath, msgspec.Meta(description="…")]`.
+"""
 
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +47,8 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Seq of the last record that need not come again."""
     pid: int | None = None
     """The training process, None where it is the sink's own."""
+    base: str | None = None
+    """Folder for what a sink writes where no option says so; None for the working directory."""
 
     @property
     def resumed(self) -> bool:

@@ -33,6 +33,7 @@ from trainbus.events import (
     RunStarted,
     event_name,
 )
+from trainbus.interfaces import FilePath
 from trainbus.lines import LONGEST_LINE, LineMaker
 from trainbus.runfolder import RunFolder, try_lock
 
@@ -40,15 +41,16 @@ logger = logging.getLogger("trainbus")
 
 _MAX_HELD = 64 * 2**20
 _RETRY_S = 5.0
+_VANISHED = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
 _SYNCED = (RunStarted, ParamsUpdated, RunEnded)
 
 
 class JournalSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where journals are written, and what they may hold."""
 
-    dir: Annotated[str, Meta(min_length=1, description="Folder that gets a directory a run")] = (
-        "trainbus-runs"
-    )
+    dir: Annotated[
+        FilePath, Meta(min_length=1, description="Folder that gets a directory a run")
+    ] = "trainbus-runs"
     max_bytes: Annotated[
         int,
         Meta(ge=2**20, description="Size at which step metrics and copies of files are left out"),
@@ -101,6 +103,8 @@ class Journal:
         self._retry_at = 0.0
         self._fault = ""
         self._warned: set[str] = set()
+        self.is_gone = False
+        """Whether the file was not where it should be when `look` looked."""
         attempt = max([attempt, *(n + 1 for n in folder.attempts(rank))])
         self._fd, self.attempt = _create(folder, attempt, rank)
 
@@ -119,6 +123,11 @@ class Journal:
     def held(self) -> list[bytes]:
         """Lines that could not be written so far."""
         return [held.line for held in self._held]
+
+    @property
+    def unsaved(self) -> int:
+        """How many of the records that were not dropped are not on disk."""
+        return self.seq - self.dropped.total() if self.is_gone else len(self._held)
 
     def append(self, event: Event, now: float) -> Record:
         """Write an event, stamped with its time (Unix seconds), and return its record."""
@@ -155,6 +164,25 @@ class Journal:
         """Have the operating system write to the disk what it has, against power loss."""
         with suppress(OSError, AttributeError):  # no such call on macOS
             os.fdatasync(self._fd)
+
+    def look(self) -> None:
+        """Find out whether the file is still there: what is written to a deleted one is lost."""
+        if self._fd < 0:
+            return
+        path = self.folder.records(self.attempt, self.rank)
+        own = os.fstat(self._fd)
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            # A disk that refuses to answer may still have it.
+            if error.errno not in _VANISHED:
+                return
+            self.is_gone = True
+        else:
+            self.is_gone = (own.st_dev, own.st_ino) != (found.st_dev, found.st_ino)
+        if self.is_gone:
+            text = f"{path} was deleted, moved or unmounted while it was being written"
+            self._warn("gone", f"{text}; sinks get all records, but no replay can send them again")
 
     def catch_up(self) -> None:
         """Try once more to write what could not be written."""

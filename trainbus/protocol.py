@@ -50,6 +50,8 @@ class SinkTask(msgspec.Struct, kw_only=True):
     transforms: TransformSpec
     slot: int | None = None
     """Where its calls are marked; None for a sink that this process does not deliver to."""
+    base: str | None = None
+    """Folder for what it writes where no option says so."""
     error: str | None = None
     """Why no process delivers to it."""
 

@@ -67,7 +67,9 @@ class RunReader:
             is_last = True
             if not found:
                 # Asked first: once there is a further attempt, this one gets no more.
-                is_last = self._attempt == self._last_attempt()
+                last = self._last_attempt()
+                # Where the directory was deleted no attempt is known, and this one is still open.
+                is_last = last is None or self._attempt == last
                 found = self._read(limit)
             if found:
                 self._after = found[-1].record.position

@@ -46,10 +46,12 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     dropped: int = 0
     """What was emitted and could not be kept: no event of the schema, or no room for it."""
     unsaved: int = 0
-    """Of what was emitted: records that the disk had no room for, and that no replay can send."""
+    """Of what was emitted: records that are not on disk, which had no room for them or is gone, and
+    that no replay can send."""
     unrecorded: int = 0
     """Values that were logged and are nothing that can be recorded."""
     journal: str | None = None
+    """The run's directory; None where there is none, or it was deleted meanwhile."""
     config: str | None = None
 
     @property

@@ -31,6 +31,8 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     options: dict[str, Any] | None = None
     sink: Sink | None = None
     isolation: Isolation | None = None
+    base: str | None = None
+    """Folder that what a sink writes by default is relative to; None for the working directory."""
 
     def sample(self) -> Sink | None:
         """Return a sink that is not opened, to ask what it is like; None where that can't be."""

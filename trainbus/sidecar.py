@@ -461,6 +461,7 @@ class _Child:
                     type=route.kind,
                     options=route.options or {},
                     transforms=route.transforms,
+                    base=route.base,
                     slot=slots.get(route.name),
                     error=aside.get(route.name),
                 )

@@ -369,6 +369,7 @@ def _route(sink: SinkTask) -> Route:
         kind=sink.type,
         transforms=sink.transforms,
         options=sink.options,
+        base=sink.base,
     )
 
 

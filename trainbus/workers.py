@@ -114,6 +114,8 @@ class Delivery:
                 self._sidecar.poll()
             if not self._is_synced_elsewhere() and isinstance(self._journal, Journal):
                 self._journal.sync()
+            if isinstance(self._journal, Journal):
+                self._journal.look()
 
     def hurry(self, secs: float) -> None:
         """Wait no longer than that for the sinks, also if `close` is waiting already."""
@@ -244,6 +246,7 @@ class Delivery:
         found = {worker.route.name: worker.report(emitted) for worker in workers}
         if self._sidecar is not None:
             found |= {report.name: report for report in self._sidecar.reports(emitted)}
+        journal.look()
         receipt = Receipt(
             run=self._run.id,
             status=status,
@@ -251,12 +254,12 @@ class Delivery:
             emitted=emitted,
             sinks=split_unsaved(
                 [found[route.name] for route in self._routes if route.name in found],
-                len(journal.held),
+                journal.unsaved,
             ),
             dropped=self.dropped + journal.dropped.total(),
-            unsaved=len(journal.held),
+            unsaved=journal.unsaved,
             unrecorded=self.unrecorded,
-            journal=str(journal.folder.path),
+            journal=None if journal.is_gone else str(journal.folder.path),
             config=self._config,
         )
         save_receipt(journal.folder, receipt)

@@ -450,7 +450,7 @@ def test_a_batch_whose_position_was_not_kept_changes_nothing_twice(tmp_path: Pat
     )
     sink_for(tmp_path).write(made)
     before = TestCsvSink().read(tmp_path)
-    (tmp_path / "run" / ".trainbus.json").unlink()
+    (tmp_path / "run" / ".trainbus-csv.json").unlink()
     sink_for(tmp_path, again=True).write(made)
     assert before == TestCsvSink().read(tmp_path)
 

@@ -836,3 +836,27 @@ def wait_for(condition: Any, deadline_s: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it never came true"
         time.sleep(0.05)
+
+
+def test_what_is_relative_lies_beside_the_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Database and files of a sink in the training process are in the folder of the file."""
+    conf, elsewhere = tmp_path / "conf", tmp_path / "elsewhere"
+    conf.mkdir()
+    elsewhere.mkdir()
+    database(conf)
+    sinks = {"registry": {"type": "mlflow"}}
+    text = {"isolation": "inline", "journal": {"dir": "runs"}, "sinks": sinks}
+    (conf / "bus.yaml").write_text(json.dumps(text))
+    monkeypatch.chdir(elsewhere)
+    with trainbus.load("../conf/bus.yaml") as bus:
+        bus.emit(RunStarted(name="r", project="p"))
+        bus.emit(TextLogged(key="notes", text="hello"))
+    (report,) = bus.receipts[0].sinks
+    assert 0 == report.pending, report.error
+    assert [] == list(elsewhere.iterdir())
+    assert ["hello"] == [
+        path.read_text() for path in conf.glob("mlruns/p/*/artifacts/text/**/*.txt")
+    ]
+    assert f"sqlite:///{conf}/mlflow.db" in (report.where or "")

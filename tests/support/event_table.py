@@ -61,7 +61,7 @@ def run_script(script: Path, folder: Path) -> subprocess.CompletedProcess[str]:
 
 def records_of(folder: Path) -> list[Record]:
     """Return the records that `config/local.yaml` has left in a folder."""
-    (path,) = (folder / "trainbus-runs").glob("*.jsonl")
+    (path,) = (folder / "config" / "trainbus-runs").glob("*.jsonl")
     return [decode(line) for line in path.read_bytes().splitlines()]
 
 
