@@ -113,8 +113,9 @@ class Run:
             phase: `train`, `validation`, `test`, `system`, or a name of your own.
             final: the numbers are an evaluation of the chosen weights after training.
         """
-        what = {"epoch": self._at(epoch), "step": step, "final": final}
-        events, left_out = splitting.split(values, phase, prefix=f"{phase}/", **what)
+        events, left_out = splitting.split(
+            values, phase, epoch=self._at(epoch), step=step, final=final, prefix=f"{phase}/"
+        )
         self._emit(*events)
         for each in left_out:
             self._leave_out(each)
