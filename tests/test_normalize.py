@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -99,6 +99,11 @@ class Kind(enum.Enum):
 class Point:
     x: int
     y: Any = None
+
+
+class Pair(NamedTuple):
+    x: int
+    y: int
 
 
 class Big(int):
@@ -247,7 +252,7 @@ def test_an_event_with_any_array_can_be_read_back(array: Any) -> None:
         ("1 day, 0:00:00", datetime.timedelta(days=1)),
         ("collections.OrderedDict", OrderedDict),
         ({"x": 1, "y": {"x": 2, "y": None}}, Point(1, Point(2))),
-        ({"x": 1, "y": 2}, collections.namedtuple("Pair", "x y")(1, 2)),
+        ({"x": 1, "y": 2}, Pair(1, 2)),
         ({"a": {"b": 1}}, argparse.Namespace(a=SimpleNamespace(b=1))),
         ([1, 2], collections.deque([1, 2])),
         ("<object object>", object()),
@@ -306,7 +311,7 @@ def test_tensors_in_events_are_arrays() -> None:
     import torch
 
     half = torch.full((1, 2), 0.5, dtype=torch.bfloat16, requires_grad=True)
-    event, left_out = normalize.event(CurveLogged(key="k", x=half[0], y=half, classes=["a"]))  # type: ignore[arg-type]
+    event, left_out = normalize.event(CurveLogged(key="k", x=half[0], y=half, classes=["a"]))
     assert [] == left_out
     np.testing.assert_array_equal([[0.5, 0.5]], decode(encodes(event)).event.y)  # type: ignore[union-attr]
 

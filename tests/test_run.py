@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -367,9 +368,9 @@ def test_a_picture_is_not_white(
 
 def test_data_frames_are_tables(bus: Bus, memory: MemorySink) -> None:
     """A data frame keeps the names of its columns, and of its rows where they have any."""
-    import pandas
     import polars
 
+    pandas: Any = importlib.import_module("pandas")
     frame = pandas.DataFrame({"a": [1, 2], "b": ["x", None], 3: [0.5, float("inf")]})
     named = pandas.DataFrame({"f1": [0.5]}, index=pandas.Index(["cat"], name="class"))
     with bus.run() as run:

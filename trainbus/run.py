@@ -114,7 +114,7 @@ class Run:
             final: the numbers are an evaluation of the chosen weights after training.
         """
         events, left_out = splitting.split(
-            values, phase, prefix=f"{phase}/", epoch=self._at(epoch), step=step, final=final
+            values, phase, epoch=self._at(epoch), step=step, final=final, prefix=f"{phase}/"
         )
         self._emit(*events)
         for each in left_out:
