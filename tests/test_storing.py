@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from trainbus.events import (
     MetricsLogged,
     ModelDescribed,
     Record,
+    RunStarted,
 )
+from trainbus.interfaces import RunInfo
 from trainbus.storing import (
     Names,
     Overwritten,
@@ -25,6 +28,7 @@ from trainbus.storing import (
     axis,
     flat,
     folder_of,
+    interrupt_training,
     is_wanted,
     metric_name,
     model_values,
@@ -34,6 +38,13 @@ from trainbus.storing import (
 
 def record(attempt: int, seq: int) -> Record:
     return Record(seq=seq, run="run", time=1.0, attempt=attempt, event=EpochStarted(epoch=0))
+
+
+@pytest.mark.parametrize("pid", [None, os.getpid()])
+def test_only_the_parent_is_interrupted(pid: int | None) -> None:
+    """A sink that runs in the training, or whose training is gone, interrupts nobody."""
+    run = RunInfo(id="run", started=RunStarted(), pid=pid)
+    assert not interrupt_training(run)
 
 
 def test_what_comes_again_is_left_out(tmp_path: Path) -> None:
