@@ -42,6 +42,9 @@ from ._html_values import MAX_TEXT, number, plain, text_of
 MAX_ITEMS = 500
 """Kept texts, alerts, checkpoints and artifacts."""
 
+_MAX_POINTS, _MIN_POINTS = 400_000, 10
+"""Values of all metrics together that are kept, and of each in any case."""
+
 _EPOCHS = ("epochs", "num_train_epochs", "max_epochs", "num_epochs", "n_epochs")
 _STEPS = ("max_steps", "total_timesteps", "max_iters", "total_steps")
 _PHASES = re.compile(r"(?:train|training|val|valid|validation|eval|test)[/_]", re.IGNORECASE)
@@ -177,12 +180,13 @@ class Gatherer:
         data = self.data
         if event.step is not None:
             data.step = max(event.step, data.step or 0)
+        points = max(min(self._points, _MAX_POINTS // max(len(data.series), 1)), _MIN_POINTS)
         for name, value in event.values.items():
             is_step = event.step is not None
             series = self._find(name, event.phase, "step" if is_step else "epoch")
             epoch = data.epoch if event.epoch is None else event.epoch
             x = event.step if event.step is not None else 0 if epoch is None else epoch + 1
-            series.add(x, value, self._seconds(record), record.attempt, self._points)
+            series.add(x, value, self._seconds(record), record.attempt, points)
             if not is_step:
                 self._rank(name, value, epoch)
 

@@ -35,7 +35,8 @@ class MlflowOptions(Options, frozen=True, kw_only=True):
                 pattern=r"\S",
                 max_length=500,
                 extra={"expected": "an MLflow experiment name: 1 to 500 characters, not blank"},
-                description="Experiment; by default the trainer's project, else `Default`",
+                description="Experiment; by default `MLFLOW_EXPERIMENT_NAME` or `_ID`, else the "
+                "trainer's project, else `Default`",
             ),
         ]
         | None

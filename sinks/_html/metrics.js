@@ -22,6 +22,20 @@ const places = (run, series) => {
   return axis === 'step' ? series.x.map((x) => between(x, epochs, steps))
     : series.x.map((x) => between(x, steps, epochs));
 };
+const drawn = (series) => {  // a thinned series is drawn with its lowest and highest value
+  let {x, y, t} = series;
+  for (const end of [series.low, series.high]) {
+    if (series.stride < 2 || !end || x.includes(end[1])) continue;
+    const after = x.findIndex((v) => v > end[1]), i = after < 0 ? x.length : after;
+    const put = (list, value) => [...list.slice(0, i), value, ...list.slice(i)];
+    t = put(t, between(end[1], x, t));
+    [x, y] = [put(x, end[1]), put(y, end[0])];
+  }
+  return {...series, x, y, t};
+};
+const thinnedText = (base) => groups.get(base).filter(([, s]) => s.stride > 1).map(([run, s]) =>
+  (MANY ? label(run) + ' ' : '') + s.phase + ': one of ' + s.stride + ' values is drawn, and ' +
+    'the lowest and the highest').join(', ');
 const smooth = (values, weight) => {
   let sum = 0, n = 0;
   return values.map((value) => {
@@ -60,7 +74,8 @@ const metricTraces = (base) => {
   const others = phases.filter((p) => !PHASES.includes(p));
   const names = new Set(groups.get(base).map(([, s]) => s.name + '|' + s.phase));
   const twins = names.size > phases.length;
-  groups.get(base).forEach(([run, series], index) => {
+  groups.get(base).forEach(([run, all], index) => {
+    const series = drawn(all);
     const known = PHASES.indexOf(series.phase);
     const phase = known < 0 ? 3 + others.indexOf(series.phase) : known;
     const hue = MANY ? RUNS.indexOf(run) : twins ? index : phase;
@@ -93,9 +108,10 @@ const oddText = (base) => groups.get(base).filter(([, s]) => s.odd).map(([run, s
 }).join(', ');
 const metricsSection = () => {
   const cards = bases.map((base) => {
-    const odd = oddText(base);
+    const odd = oddText(base), thinned = thinnedText(base);
     const card = h('div', {class: 'card metric', 'data-base': base}, h('h3', {}, base),
       chartOf(() => metricTraces(base), {'data-kind': 'metric'}),
+      thinned && h('div', {class: 'small soft wrap'}, thinned),
       odd && h('div', {class: 'small warning wrap'}, odd));
     card.words = (base + ' ' + groups.get(base).map(([, s]) => s.name).join(' ')).toLowerCase();
     return card;

@@ -169,6 +169,15 @@ def test_long_series_are_thinned(tmp_path: Path, count: int) -> None:
     assert [[1.0 - count, count - 1], [0.0, 0]] == [series["low"], series["high"]]
 
 
+def test_many_metrics_share_a_bound(tmp_path: Path) -> None:
+    """All metrics together keep a bounded number of values, however many there are."""
+    values = dict.fromkeys(map(str, range(4000)), 0.5)
+    events = (MetricsLogged(values=values, phase="train", step=i) for i in range(120))
+    data = log(tmp_path, *events, points=2000)
+    assert 4000 == len(data["series"])
+    assert {100} == {max(len(series["x"]), 100) for series in data["series"]}
+
+
 def test_values_that_go_back_are_bounded_too(tmp_path: Path) -> None:
     """Steps that come in any order are put in order, and thinned."""
     data = log(tmp_path, *(metric(1.0, step=i) for i in range(500, 0, -1)), points=10)
@@ -785,3 +794,16 @@ def test_comparing_overlays_runs(browser: Browser, tmp_path: Path) -> None:
         "[...document.querySelectorAll('#runs td.best')].map((c) => c.textContent)"
     )
     assert is_quiet(browser)
+
+
+def test_a_thinned_chart_shows_its_extremes(browser: Browser, tmp_path: Path) -> None:
+    """A peak that was let go is drawn all the same, and the page says that values are left out."""
+    spikes = {333: 50.0, 777: -50.0}
+    log(tmp_path, *(metric(spikes.get(i, 1.0), step=i) for i in range(1000)), points=10)
+    browser.open(tmp_path / "run" / "index.html")
+    drawn(browser, "loss")
+    shown = browser.eval(f"(({{x, y}}) => x.map((v, i) => [v, y[i]]))({chart('loss')}.data[0])")
+    assert [[333, 50.0], [777, -50.0]] == [point for point in shown if abs(point[1]) > 1]
+    assert sorted(shown) == shown
+    text = browser.eval("document.querySelector('.card.metric').innerText")
+    assert "one of 128 values is drawn, and the lowest and the highest" in text
