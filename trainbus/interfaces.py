@@ -82,7 +82,8 @@ class Sink(ABC):
 
     reads_files: ClassVar[bool] = True
     """Whether files that records name are opened: their paths are then those of copies, which are
-    as the files were when they were logged; else the paths are those that the trainer wrote to."""
+    as the files were when they were logged, and where a file without a copy has changed since, a
+    path at which nothing is; else the paths are those that the trainer wrote to."""
 
     shares_process: ClassVar[bool] = True
     """Whether sinks of this type can be open for two runs at once in one process; else a second
@@ -126,7 +127,10 @@ class Sink(ABC):
         raise NotImplementedError
 
     def keeps(self, event: CheckpointSaved | ArtifactLogged) -> bool:
-        """Return whether the files of an event are sent: a copy of them is kept until then."""
+        """Return whether the files of an event are sent: a copy of them is kept until then.
+
+        A checkpoint of these that the trainer has overwritten before it is sent does not come.
+        """
         return False
 
     @property

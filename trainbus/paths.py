@@ -13,6 +13,7 @@ from trainbus.events import ArtifactLogged, CheckpointSaved, Event, ImageLogged,
 
 T = TypeVar("T", bound=msgspec.Struct)
 
+_WITH_PATHS = frozenset({RunStarted, ImageLogged, CheckpointSaved, ArtifactLogged})
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -22,6 +23,8 @@ def located(event: Event) -> Event:
     Addresses such as `s3://…` stay as they are. So do paths for which no working directory can be
     found, because it was deleted: `is_located` is False for them.
     """
+    if type(event) not in _WITH_PATHS:  # nearly all of them
+        return event
     match event:
         case ImageLogged() | CheckpointSaved():
             path = _absolute(event.path)

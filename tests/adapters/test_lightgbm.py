@@ -78,9 +78,14 @@ def set_up(rounds: int, model: Any = None) -> Training:
     classifier.set_params(subsample_freq=1, deterministic=True)
     callbacks: list[Any] = []
     saved: list[Any] = []
+    trained: list[int] = []
 
     def fit() -> None:
-        given = {"callbacks": [*callbacks, lambda env: saved.append(env.model)]}
+        first, last = (
+            (lambda env: trained.append(env.iteration)),
+            lambda env: saved.append(env.model),
+        )
+        given = {"callbacks": [first, *callbacks, last]}
         classifier.fit(X_TRAIN, Y_TRAIN, **SETS, init_model=model, **given)
 
     def stop_early() -> None:
@@ -91,7 +96,7 @@ def set_up(rounds: int, model: Any = None) -> Training:
         run=partial(in_two_processes, classifier, fit) if RANK in os.environ else fit,
         result=lambda: str(classifier.booster_.model_to_string()),
         fail_at=lambda error: callbacks.append(stop(1, error)),
-        epochs_trained=lambda: len(saved),
+        epochs_trained=lambda: len(trained),
         resume=lambda: set_up(3 - saved[-1].current_iteration(), saved[-1]),
         stop_early=stop_early,
     )

@@ -66,9 +66,9 @@ class TestConformance(AdapterConformance):
         trained: list[int] = []
 
         def monitor(stage: int, *_: object) -> None:
+            trained.append(stage)  # it comes when the stage is fitted
             if stage == 1 and error:
                 raise error[0]
-            trained.append(stage)
 
         return Training(
             target=model,
