@@ -243,7 +243,7 @@ def test_every_path_of_every_sink_is_resolved(kind: str, folders: Path) -> None:
     fields = {f.name: f for f in msgspec.structs.fields(cls.Options)}
     words = re.compile(r"dir$|^path$|file$|folder|location|state$|dvcyaml")
     assert PATHS[kind] == {name for name in fields if words.search(name)}
-    given = {name: GIVEN.get(name, "a/{run}") for name in PATHS[kind]}
+    given: dict[str, Any] = {name: GIVEN.get(name, "a/{run}") for name in PATHS[kind]}
     given |= {"urls": ["json://x"]} if kind == "notify" else {}
     for options in (given, {k: v for k, v in given.items() if k == "urls"}):
         file = folders / "conf" / "bus.yaml"
