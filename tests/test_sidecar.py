@@ -138,7 +138,7 @@ def wait_for(condition: Callable[[], Any]) -> Any:
 
 def numbers(report: Any) -> tuple[int, int, int, int]:
     """Return the counts of a report, read from JSON."""
-    return tuple(report.get(key, 0) for key in ("taken", "dead", "pending", "unsaved"))  # type: ignore[return-value]
+    return tuple(report.get(key, 0) for key in ("taken", "dead", "pending", "unsaved"))
 
 
 def seqs(path: Path, run: str) -> list[int]:

@@ -71,7 +71,7 @@ class OpenRun(msgspec.Struct, kw_only=True, tag="open"):
     attempt: int
     sinks: list[SinkTask]
     flush_secs: float
-    environ: dict[str, str | None]
+    variables: dict[str, str | None]
     """What has changed in the training's environment; None for what is gone."""
     replay: ReplayTask | None = None
 

@@ -468,7 +468,7 @@ class _Child:
                 for route in run.routes.values()
             ],
             flush_secs=run.flush_secs,
-            environ={k: v for k, v in changed.items() if k not in _OF_TRAINING},
+            variables={k: v for k, v in changed.items() if k not in _OF_TRAINING},
             replay=run.replay,
         )
         if not self.inbox.put(order):

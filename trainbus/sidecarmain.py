@@ -132,7 +132,7 @@ class _Host:
                 if message.main is not None:
                     sys.modules["__main__"].__file__ = message.main
             case OpenRun():
-                apply_environment(message.environ)
+                apply_environment(message.variables)
                 self._runs[message.run] = _Run(self, message)
                 self.save_output()
             case FinishRun() if run := self._runs.get(message.run):
