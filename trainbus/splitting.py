@@ -323,7 +323,8 @@ def _picture_of(value: Any) -> Any:
     if isinstance(value, np.ndarray | list | tuple) and not drawing.figure_of(value):
         return None
     inner = getattr(value, "image", None)
-    is_wrapped = drawing.is_pillow(inner) or isinstance(inner, np.ndarray)
+    is_array = isinstance(inner, np.ndarray) or callable(getattr(inner, "detach", None))
+    is_wrapped = drawing.is_pillow(inner) or is_array
     if is_wrapped or drawing.is_pillow(value) or drawing.figure_of(value) is not None:
         return inner if is_wrapped else value
     return None
