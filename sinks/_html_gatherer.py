@@ -42,7 +42,7 @@ from ._html_values import MAX_TEXT, number, plain, text_of
 MAX_ITEMS = 500
 """Kept texts, alerts, checkpoints and artifacts."""
 
-_MAX_POINTS, _MIN_POINTS = 400_000, 10
+_MAX_POINTS, _MIN_POINTS = 200_000, 10
 """Values of all metrics together that are kept, and of each in any case."""
 
 _EPOCHS = ("epochs", "num_train_epochs", "max_epochs", "num_epochs", "n_epochs")

@@ -18,12 +18,15 @@ from trainbus.events import (
     ModelDescribed,
     Record,
     RunStarted,
+    TextLogged,
 )
 from trainbus.interfaces import RunInfo
 from trainbus.storing import (
     Names,
     Overwritten,
+    Superseded,
     Taken,
+    Timeline,
     Wanted,
     axis,
     flat,
@@ -201,3 +204,25 @@ def test_an_option_names_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_files_lie_side_by_side(paths: list[str], expected: list[str]) -> None:
     """By their names, or by their folders too where two have one name."""
     assert dict(zip(paths, expected, strict=True)) == side_by_side(paths)
+
+
+def test_what_has_no_place_stands_at_the_last_metric() -> None:
+    """A value with neither step nor epoch stands where the run is, and moves nothing."""
+    timeline = Timeline(3)
+    summary = MetricsLogged(values={"a": 1.0}, phase="train")
+    final = MetricsLogged(values={"a": 1.0}, phase="test", epoch=1, final=True)
+    placed = MetricsLogged(values={"a": 1.0}, phase="train", epoch=8, step=40)
+    text = TextLogged(key="t", text="t", epoch=70)
+    found = [timeline(each) for each in (summary, final, summary, placed, text, summary)]
+    assert [3, 2, 3, 40, 71, 40] == found
+
+
+def test_a_superseded_checkpoint_is_no_loss() -> None:
+    """What was gone is lost only where nothing newer of its kind is stored, and is told once."""
+    superseded = Superseded()
+    best, last = (CheckpointSaved(path=k, kind=k) for k in ("best", "last"))
+    superseded.missed(best)
+    superseded.missed(last)
+    superseded.stored("last")
+    assert [best] == superseded.lost()
+    assert [] == superseded.lost()

@@ -141,7 +141,9 @@ def test_a_superseded_best_is_no_loss(tmp_path: Path) -> None:
     (tmp_path / "2.pt").write_text("better")
     best = [CheckpointSaved(path=str(tmp_path / f"{n}.pt"), kind="best") for n in (1, 2, 3)]
     for expected, events in ((0, best[:2]), (1, best)):
-        sink = DvcliveSink(DvcliveOptions(dir=str(tmp_path / f"{expected}")))
+        sink = DvcliveSink(
+            DvcliveOptions(dir=str(tmp_path / f"{expected}"), save_checkpoints="best")
+        )
         sink.open(RunInfo(id="r", started=RunStarted()))
         sink.write(records(RunStarted(), *events, RunEnded(status="finished")))
         assert expected == sink.lost

@@ -172,10 +172,10 @@ def test_long_series_are_thinned(tmp_path: Path, count: int) -> None:
 def test_many_metrics_share_a_bound(tmp_path: Path) -> None:
     """All metrics together keep a bounded number of values, however many there are."""
     values = dict.fromkeys(map(str, range(4000)), 0.5)
-    events = (MetricsLogged(values=values, phase="train", step=i) for i in range(120))
+    events = (MetricsLogged(values=values, phase="train", step=i) for i in range(60))
     data = log(tmp_path, *events, points=2000)
     assert 4000 == len(data["series"])
-    assert {100} == {max(len(series["x"]), 100) for series in data["series"]}
+    assert {50} == {max(len(series["x"]), 50) for series in data["series"]}
 
 
 def test_values_that_go_back_are_bounded_too(tmp_path: Path) -> None:
