@@ -1291,7 +1291,11 @@ def test_secrets_reach_nobody(tmp_path: Path) -> None:
 @contextlib.contextmanager
 def tiny_adapter() -> Iterator[None]:
     """Make the tiny framework's adapter known."""
-    with mock.patch.object(registry, "adapter_for", return_value=tinytrainer.attach):
+
+    def adapter_for(target: object) -> Any:  # a mock would hold what it was called with
+        return tinytrainer.attach
+
+    with mock.patch.object(registry, "adapter_for", adapter_for):
         yield
 
 

@@ -327,7 +327,8 @@ def tracker_of(callback: type) -> str | None:
     framework's own whose name says so, such as `WandbLogger`. Nothing is imported for it.
     """
     for kind in callback.__mro__:
-        package, name = kind.__module__.partition(".")[0], kind.__name__.lstrip("_").lower()
+        package = str(kind.__module__).partition(".")[0]
+        name = kind.__name__.lstrip("_").lower()
         if package in _TRACKERS:
             return package
         if package in _FRAMEWORKS:

@@ -743,7 +743,7 @@ def test_a_registered_tracker_is_one_of_accelerates(
     own.log({"loss": 0.5}, step=1)
     own.end_training()
     assert ["run.started", "metrics.logged", "run.ended"] == [event_name(e) for e in memory.events]
-    started = memory.events[0]
+    (started,) = of(memory, RunStarted)
     assert ("tiny", 0.1) == (started.project, started.params["lr"])
 
 
@@ -772,8 +772,8 @@ def test_one_tracker_in_two_accelerators_has_two_runs() -> None:
     first.end_training()
     names = {r.run: r.event.project for r in records if isinstance(r.event, RunStarted)}
     assert ["first", "second"] == list(names.values())
-    for run, name in names.items():
+    for run, project in names.items():
         mine = [record for record in records if record.run == run]
         assert [] == check_grammar(mine)
         values = [record.event.values for record in mine if isinstance(record.event, MetricsLogged)]
-        assert [{name: 1.0}, {name: 2.0}] == values
+        assert [{project: 1.0}, {project: 2.0}] == values
