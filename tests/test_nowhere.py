@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,32 +68,34 @@ def trained(folder: Path, scenario: str, **env: str) -> tuple[dict[str, Any], st
     return found, done.stderr
 
 
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that other users can enter, which pytest's own ones are not."""
+    with tempfile.TemporaryDirectory(prefix="trainbus-test-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder).resolve()
+
+
 @AS_NOBODY
-def test_a_user_without_a_name_logs(tmp_path: Path) -> None:
+def test_a_user_without_a_name_logs(public: Path) -> None:
     """A uid that no passwd entry names writes its journal where it may."""
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs").chmod(0o777)
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_uid == os.getuid() and folder != Path("/"):
-            folder.chmod(folder.stat().st_mode | 0o055)
-    found, errors = trained(tmp_path, NOBODY + "trained(journal=JournalSpec(dir='runs'))")
+    (public / "runs").mkdir()
+    (public / "runs").chmod(0o777)
+    found, errors = trained(public, NOBODY + "trained(journal=JournalSpec(dir='runs'))")
     assert KEPT == found["told"]
-    assert [str(tmp_path / "runs")] * 2 == [os.path.dirname(j) for j in found["journals"]]
+    assert [str(public / "runs")] * 2 == [os.path.dirname(j) for j in found["journals"]]
     assert "" == errors
 
 
 @AS_NOBODY
-def test_a_user_without_a_name_has_a_temporary_folder(tmp_path: Path) -> None:
+def test_a_user_without_a_name_has_a_temporary_folder(public: Path) -> None:
     """The spare place of a journal bears the uid, and is private."""
-    spare = tmp_path / "tmp"
+    spare = public / "tmp"
     spare.mkdir()
     spare.chmod(0o1777)
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_uid == os.getuid() and folder != Path("/"):
-            folder.chmod(folder.stat().st_mode | 0o055)
-    (tmp_path / "file").write_text("no folder")
+    (public / "file").write_text("no folder")
     found, errors = trained(
-        tmp_path, NOBODY + "trained(journal=JournalSpec(dir='file/runs'))", TMPDIR=str(spare)
+        public, NOBODY + "trained(journal=JournalSpec(dir='file/runs'))", TMPDIR=str(spare)
     )
     assert KEPT == found["told"]
     assert {spare / "trainbus-runs-12345"} == {Path(j).parent for j in found["journals"]}
