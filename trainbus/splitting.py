@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -85,9 +86,15 @@ def _only_floats(values: Any, prefix: str) -> dict[str, float] | None:
             return None
         if not prefix:
             return dict(values) if set(map(type, values)) == {str} else None
-        return {k if "/" in k else prefix + k: v for k, v in values.items()}
+        return dict(zip(_prefixed(tuple(values), prefix), values.values(), strict=True))
     except TypeError:  # a name that is no text
         return None
+
+
+@lru_cache(maxsize=256)
+def _prefixed(names: tuple[str, ...], prefix: str) -> tuple[str, ...]:
+    """Return names with their prefix; those of a training are the same at every step."""
+    return tuple(prefixed(prefix, name) for name in names)
 
 
 class _Split:
