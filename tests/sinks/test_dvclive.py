@@ -155,7 +155,19 @@ def test_a_superseded_best_is_no_loss(tmp_path: Path) -> None:
 def test_names_stay_apart_and_in_the_folder(tmp_path: Path) -> None:
     """Names that are no file names, too long, or DVCLive's own are files of their own."""
     names = ["../../up", "/etc/x", "a:b", "a?b", "x" * 300, "𠀀" * 200, "step", "t/step", "", "a/"]
-    names += ["a.tsv/b", "a", "..", "a//b", "train/loss", "train", "train/loss/box", "step/x"]
+    names += [
+        "epoch",
+        "time",
+        "timestamp",
+        "a.tsv/b",
+        "a",
+        "..",
+        "a//b",
+        "train/loss",
+        "train",
+        "train/loss/box",
+        "step/x",
+    ]
     values = {name: float(i) for i, name in enumerate(names)}
     log(tmp_path / "out", MetricsLogged(values=values, phase="train", epoch=0))
     files = list((tmp_path / "out/plots/metrics").rglob("*.tsv"))

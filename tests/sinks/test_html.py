@@ -169,6 +169,14 @@ def test_long_series_are_thinned(tmp_path: Path, count: int) -> None:
     assert [[1.0 - count, count - 1], [0.0, 0]] == [series["low"], series["high"]]
 
 
+def test_metrics_named_as_axes_are_metrics(tmp_path: Path) -> None:
+    """Values that are called step, epoch or time stand at their place, as all others."""
+    values = {"step": 7.0, "epoch": 8.0, "time": 9.0}
+    data = log(tmp_path, MetricsLogged(values=values, phase="train", epoch=1, step=3))
+    assert values == {series["name"]: series["y"][0] for series in data["series"]}
+    assert [[3]] * 3 == [series["x"] for series in data["series"]]
+
+
 def test_many_metrics_share_a_bound(tmp_path: Path) -> None:
     """All metrics together keep a bounded number of values, however many there are."""
     values = dict.fromkeys(map(str, range(4000)), 0.5)

@@ -59,7 +59,7 @@ SINKS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def events(folder: Path, kinds: int) -> Iterator[Event]:
-    """Yield metrics of a step, and in every fifth place something else of that many kinds."""
+    """Yield metrics of a step, and in every third place something else of that many kinds."""
     picture = np.zeros((64, 64), np.uint8)
     counts, edges = np.arange(8), np.arange(9.0)
     step = 0
@@ -72,7 +72,7 @@ def events(folder: Path, kinds: int) -> Iterator[Event]:
             CheckpointSaved(path=str(folder / "last.pt"), kind="last", step=step),
             AlertRaised(title=f"alert {step % 3}", text="x" * 200, level="info"),
         ]
-        number, is_metric = step // 5 % len(others), step % 5
+        number, is_metric = step // 3 % len(others), step % 3
         if is_metric or number >= kinds:
             yield MetricsLogged(values={"loss": step / 7}, phase="train", epoch=0, step=step)
         else:

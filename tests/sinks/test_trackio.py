@@ -207,7 +207,19 @@ def test_system_metrics_have_no_steps(tmp_path: Path) -> None:
 
 def test_names_stay_apart(tmp_path: Path) -> None:
     """Names that Trackio keeps for itself are changed, and two never become one."""
-    names = ["step", "step_", "timestamp", "__x", "x", "métrique/µ", "", "a" * 400, "a" * 401]
+    names = [
+        "step",
+        "step_",
+        "timestamp",
+        "__x",
+        "x",
+        "métrique/µ",
+        "",
+        "a" * 400,
+        "a" * 401,
+        "time",
+        "epoch",
+    ]
     values = {name: float(i) for i, name in enumerate(names)}
     (row,) = log(tmp_path, MetricsLogged(values=values, phase="train", step=3))["rows"]
     assert 3 == row["step"]
