@@ -37,7 +37,7 @@ FIRST = (
 """What takes longest: it starts first, and what is short fills the gaps at the end."""
 
 
-class ByFile(LoadScopeScheduling):
+class ByFile(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
     """Hands out whole files, and single tests of the files in `SPREAD`."""
 
     def _split_scope(self, nodeid: str) -> str:
