@@ -4,8 +4,8 @@
     python tests/support/torchvision_cpu.py benchmarks/overhead.py)
 
 Prints the median epoch time of both and their ratio; the first epoch of each training, which loads
-and warms up, and the last, which is followed by the end, are left out. W&B (offline) and a file are fed, as `config/wandb-offline.yaml` does.
-`--short` only shows that it runs.
+and warms up, and the last, which is followed by the end, are left out. W&B (offline) and a file are
+fed, as `config/wandb-offline.yaml` does. `--short` only shows that it runs.
 """
 
 from __future__ import annotations
