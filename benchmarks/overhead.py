@@ -1,10 +1,11 @@
 """What logging adds to the epochs of a real YOLO: the bus on and off, in turns.
 
-    python benchmarks/overhead.py [PAIRS]        (beside a CPU-only torch:
+    python benchmarks/overhead.py [--short]        (beside a CPU-only torch:
     python tests/support/torchvision_cpu.py benchmarks/overhead.py)
 
 Prints the median epoch time of both and their ratio; the first epoch of each training, which loads
-and warms up, is left out. W&B (offline) and a file are fed, as `config/wandb-offline.yaml` does.
+and warms up, and the last, which is followed by the end, are left out. W&B (offline) and a file are
+fed, as `config/wandb-offline.yaml` does. `--short` only shows that it runs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ import itertools
 import shapes
 import trainbus
 
-EPOCHS = 10
 CONFIG = """
 sinks:
   tracking: {type: wandb, mode: offline}
@@ -32,8 +32,8 @@ sinks:
 """
 
 
-def epochs(data: Path, folder: Path, *, with_bus: bool) -> list[float]:
-    """Return the seconds of each epoch of a training but the first."""
+def epochs(data: Path, folder: Path, *, count: int, with_bus: bool) -> list[float]:
+    """Return the seconds from the start of each epoch but the first to that of the next."""
     from ultralytics import YOLO
 
     model = YOLO("yolo11n.yaml")
@@ -41,7 +41,7 @@ def epochs(data: Path, folder: Path, *, with_bus: bool) -> list[float]:
     model.add_callback("on_train_epoch_start", lambda trainer: begun.append(time.perf_counter()))
     arguments: dict[str, Any] = {
         "data": str(data),
-        "epochs": EPOCHS,
+        "epochs": count,
         "imgsz": 64,
         "batch": 8,
         "workers": 0,
@@ -57,12 +57,13 @@ def epochs(data: Path, folder: Path, *, with_bus: bool) -> list[float]:
         with trainbus.load(folder / "config.yaml") as bus:
             bus.attach(model)
             model.train(**arguments)
-    return [after - before for before, after in itertools.pairwise(begun)]
+    return [after - before for before, after in itertools.pairwise(begun[1:])]
 
 
 def main() -> None:
     """Print the medians and their ratio."""
-    pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 10
+    short = "--short" in sys.argv[1:]
+    pairs, count, images = (1, 3, 8) if short else (10, 10, 64)
     took: dict[bool, list[float]] = {True: [], False: []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -85,11 +86,11 @@ def main() -> None:
         silent = {name: False for name in own if name in settings}
         settings.update({**silent, "runs_dir": str(folder / "runs")})
         data = shapes.make_dataset(
-            folder / "data", images=64, val_images=8, size=64, val_names=("red", "blue")
+            folder / "data", images=images, val_images=8, size=64, val_names=("red", "blue")
         )
         for pair in range(pairs):
             for with_bus in (pair % 2 == 0, pair % 2 == 1):
-                took[with_bus] += epochs(data, folder, with_bus=with_bus)
+                took[with_bus] += epochs(data, folder, count=count, with_bus=with_bus)
     on, off = statistics.median(took[True]), statistics.median(took[False])
     print(
         f"{pairs} pairs: epoch {1e3 * on:.1f} ms with the bus, {1e3 * off:.1f} ms without, "

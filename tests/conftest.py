@@ -42,9 +42,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     return ByFile(config, log)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Start with what takes longest, where several workers share the tests."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if shared.is_worker(config):
         from support.scheduling import longest_first
 
         items[:] = longest_first(items)
@@ -66,9 +66,9 @@ def end_runs() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for the data and trainings of the whole session, the same for all its workers."""
-    return shared.folder(tmp_path_factory) / "session"
+    return shared.folder(pytestconfig, tmp_path_factory) / "session"
 
 
 @pytest.fixture(scope="session")

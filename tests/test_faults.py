@@ -18,7 +18,7 @@ import pytest
 import trainbus
 from support import ddp, wandb_file
 from support import train as training
-from support.trained import Trained, train_once
+from support.trained import UNDRAWN, Trained, train_once
 from support.wandb_file import WandbRun
 from trainbus.events import EpochEnded, MetricsLogged, RunEnded, RunStarted
 from trainbus.testing import MemorySink
@@ -200,7 +200,8 @@ def check_training_completes(trained: Trained) -> None:
 def test_f5_no_api_key_does_not_end_training(tmp_path: Path, data: Path) -> None:
     """Without credentials W&B can't start a run: training goes on, and one line says what to do."""
     config = "sinks: {{tracking: {{type: wandb, mode: online}}}}"
-    options: dict[str, Any] = {"epochs": 1, "environment": {"WANDB_MODE": "online"}, "check": False}
+    options: dict[str, Any] = {"epochs": 1, "arguments": UNDRAWN, "check": False}
+    options["environment"] = {"WANDB_MODE": "online"}
     trained = train_once(tmp_path / "ours", data, config=config, **options)
     check_training_completes(trained)
     assert 1 == trained.process.stderr.count("can't be opened, training goes on without it")
@@ -214,7 +215,9 @@ def test_f5_an_unwritable_directory_does_not_end_training(tmp_path: Path, data: 
     """W&B's folder can't be made: training goes on, and one line says which."""
     (tmp_path / "file").write_text("not a folder")
     config = f"sinks: {{{{tracking: {{{{type: wandb, mode: offline, dir: {tmp_path}/file/x}}}}}}}}"
-    trained = train_once(tmp_path / "ours", data, config=config, epochs=1, check=False)
+    trained = train_once(
+        tmp_path / "ours", data, config=config, epochs=1, arguments=UNDRAWN, check=False
+    )
     check_training_completes(trained)
     assert 1 == trained.process.stderr.count("can't be opened, training goes on without it")
     assert f"{tmp_path}/file/x" in trained.process.stderr
@@ -222,7 +225,9 @@ def test_f5_an_unwritable_directory_does_not_end_training(tmp_path: Path, data: 
 
 def test_f5_a_sink_that_always_raises_does_not_end_training(tmp_path: Path, data: Path) -> None:
     """A sink that raises at every call costs its own records, and nothing else."""
-    trained = train_once(tmp_path / "ours", data, config=None, before=RAISING_SINK, check=False)
+    trained = train_once(
+        tmp_path / "ours", data, config=None, before=RAISING_SINK, arguments=UNDRAWN, check=False
+    )
     check_training_completes(trained)
     assert "REFUSED" in trained.process.stderr
 
@@ -241,12 +246,12 @@ def check_odd_names(trained: Trained) -> None:
 def test_f6_odd_names_are_made_valid(tmp_path: Path, data: Path) -> None:
     """Projects and names that W&B refuses are changed just as far as W&B needs."""
     options: dict[str, Any] = {"epochs": 1, "check": False}
-    arguments = {"project": f"{tmp_path}/ours/{ODD['project']}", "name": ODD["name"]}
+    arguments = UNDRAWN | {"project": f"{tmp_path}/ours/{ODD['project']}", "name": ODD["name"]}
     trained = train_once(tmp_path / "ours", data, arguments=arguments, **options)
     check_odd_names(trained)
     assert trained.wandb_run.project.endswith("-50--" + "long" * 30)
     assert 128 == len(trained.wandb_run.project) == len(trained.wandb_run.name)
-    arguments = {"project": f"{tmp_path}/theirs/{ODD['project']}", "name": ODD["name"]}
+    arguments |= {"project": f"{tmp_path}/theirs/{ODD['project']}"}
     theirs = train_once(
         tmp_path / "theirs",
         data,
@@ -310,6 +315,7 @@ def check_user_run_is_left_open(trained: Trained) -> None:
 def test_f8_a_run_of_the_user_is_used_and_left_open(tmp_path: Path, data: Path) -> None:
     """A W&B run that was open before training is not closed by it."""
     options: dict[str, Any] = {"epochs": 1, "before": OPEN_RUN, "after": STILL_OPEN}
+    options["arguments"] = UNDRAWN
     check_user_run_is_left_open(train_once(tmp_path / "ours", data, **options))
     theirs = train_once(
         tmp_path / "theirs", data, builtin=True, config=None, version=REFERENCE, **options
@@ -342,6 +348,7 @@ def test_f9_an_exception_closes_the_run(
 ) -> None:
     """A training that raises leaves a failed run, an interrupted one a stopped run."""
     options: dict[str, Any] = {"before": FAIL.format(error=error), "after": CLOSED, "catch": True}
+    options["arguments"] = UNDRAWN
     trained = train_once(tmp_path / "ours", data, **options)
     check_closed_with(trained, code)
     (end,) = trained.events(RunEnded)
@@ -386,6 +393,7 @@ model.train(resume=True)
 def test_f10_a_resumed_training_goes_on_in_its_run(tmp_path: Path, data: Path) -> None:
     """A training that was interrupted and resumed is one run, in W&B and in the records."""
     options: dict[str, Any] = {"before": INTERRUPT, "after": RESUME, "catch": True, "epochs": 4}
+    options["arguments"] = UNDRAWN
     trained = train_once(tmp_path / "ours", data, **options)
     check_one_run(trained)
     first, second = trained.events(RunStarted)
@@ -476,7 +484,7 @@ def test_f12_the_artifact_carries_metadata(ours: Trained, builtin: Trained) -> N
 def test_f12_a_training_that_dies_leaves_its_best_checkpoint(tmp_path: Path, data: Path) -> None:
     """What was best when training raised is saved all the same."""
     before = FAIL.format(error="ValueError('no')")
-    trained = train_once(tmp_path / "ours", data, before=before, catch=True)
+    trained = train_once(tmp_path / "ours", data, before=before, arguments=UNDRAWN, catch=True)
     check_artifact(trained.wandb_run)
 
 
@@ -503,7 +511,9 @@ BaseTrainer.train = stop
 
 def test_f13_multi_gpu_children_log_once(tmp_path: Path, data: Path) -> None:
     """Ultralytics' own child script, in two processes: rank 0 logs one run, rank 1 nothing."""
-    parent = train_once(tmp_path / "ours", data, before=GENERATE, catch=True, epochs=2)
+    parent = train_once(
+        tmp_path / "ours", data, before=GENERATE, arguments=UNDRAWN, catch=True, epochs=2
+    )
     script = Path(parent.result["script"])
     environment = training.hermetic(parent.root)
     process = ddp.launch(script, parent.root, environment)
@@ -523,11 +533,13 @@ def test_f13_multi_gpu_children_log_once(tmp_path: Path, data: Path) -> None:
 
 def test_f14_the_builtin_callback_is_switched_off(tmp_path: Path, data: Path) -> None:
     """With a W&B sink on the bus there is one W&B run, and a line says whose."""
-    trained = train_once(tmp_path / "ours", data, builtin=True, epochs=1)
+    trained = train_once(tmp_path / "ours", data, builtin=True, epochs=1, arguments=UNDRAWN)
     assert 1 == len(trained.wandb_runs)
     assert 1 == len(model_artifacts(trained.wandb_run))
     assert trained.wandb_run.run_id == trained.records[0].run
     assert "Ultralytics' own wandb logging is off" in trained.process.stderr
     config = "sinks: {{local: {{type: jsonl, path: '{root}/records/{{run}}.jsonl'}}}}"
-    beside = train_once(tmp_path / "beside", data, builtin=True, epochs=1, config=config)
+    beside = train_once(
+        tmp_path / "beside", data, builtin=True, epochs=1, arguments=UNDRAWN, config=config
+    )
     assert beside.wandb_run.run_id != beside.records[0].run

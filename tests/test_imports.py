@@ -202,22 +202,66 @@ def test_a_plugin_has_one_library(path: Path) -> None:
     assert len(libraries) <= 1, libraries
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "trainbus",
-        "trainbus.sidecarmain",
-        *(f"trainbus.{p.parent.name}.{p.stem}" for p in PLUGINS if p.stem[0] != "_"),
-    ],
-)
-def test_an_import_is_light(module: str, tmp_path: Path) -> None:
-    """Importing trainbus or a plugin loads no tracker, no framework and nothing optional."""
-    code = f"import sys, {module}; print(*sorted(set({HEAVY!r}) & set(sys.modules)))"
+LIGHT = [
+    "trainbus",
+    "trainbus.sidecarmain",
+    *(f"trainbus.{p.parent.name}.{p.stem}" for p in PLUGINS if p.stem[0] != "_"),
+]
+EACH_ALONE = """
+import importlib, os, sys
+for name in sys.argv[1:]:
+    pid = os.fork()
+    if pid == 0:
+        before = set(sys.modules)
+        importlib.import_module(name)
+        print(name, *sorted(set(sys.modules) - before), flush=True)
+        os._exit(0)
+    os.waitpid(pid, 0)
+"""
+"""Imports each module in a fork of a process that has imported nothing else."""
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """What the import of each module of `LIGHT` loads."""
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", EACH_ALONE, *LIGHT],
+        cwd=tmp_path_factory.mktemp("imports"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
     )
-    assert 0 == done.returncode, done.stderr
-    assert "" == done.stdout.strip()
+    lines = [line.split() for line in done.stdout.splitlines()]
+    return {name: set(found) for name, *found in lines}
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_an_import_is_light(module: str, loaded: dict[str, set[str]]) -> None:
+    """Importing trainbus or a plugin loads no tracker, no framework and nothing optional."""
+    assert module in loaded[module]
+    assert set() == set(HEAVY) & loaded[module]
+
+
+def test_a_test_file_starts_light(tmp_path: Path) -> None:
+    """What all tests share imports no tracker, no framework and no pictures."""
+    code = """
+import sys, pytest
+pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", sys.argv[1]])
+print("loaded", *sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "tests" / "test_transforms.py")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    kind, *names = done.stdout.splitlines()[-1].split()
+    assert "loaded" == kind
+    assert "trainbus.bus" in names
+    assert set() == {"PIL", "pandas", "shapes", "torch", "ultralytics", "wandb"} & set(names)
 
 
 def test_nobody_imports_the_testing_package() -> None:

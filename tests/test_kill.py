@@ -18,7 +18,7 @@ import pytest
 
 from support import nursery, train
 from support.plugins import make_plugin
-from support.trained import train_once
+from support.trained import UNDRAWN, train_once
 from support.wandb_file import find_runs, read_finished
 from trainbus.delivery import SinkWorker
 from trainbus.events import EpochEnded, RunEnded, RunStarted
@@ -223,7 +223,9 @@ model.add_callback(
 def test_a_killed_yolo_that_is_resumed_is_one_run(hook: str, tmp_path: Path, data: Path) -> None:
     """Killed in its second epoch, then resumed: one W&B run, no epoch missing and none double."""
     root = tmp_path / "yolo"
-    killed = train_once(root, data, epochs=4, before=KILL.format(hook=hook), check=False)
+    killed = train_once(
+        root, data, epochs=4, arguments=UNDRAWN, before=KILL.format(hook=hook), check=False
+    )
     assert -9 == killed.process.returncode, killed.process.stderr
     wait_for(receipt_of(root))
     last = root / "runs" / "train" / "weights" / "last.pt"

@@ -122,7 +122,7 @@ def in_time(act: Callable[[], object], release: Path) -> bool:
     """Return whether a call comes back by itself, before someone opens the other end of a pipe."""
     thread = threading.Thread(target=act, daemon=True)
     thread.start()
-    thread.join(_DEADLINE_S / 5)
+    thread.join(_DEADLINE_S)
     came_back = not thread.is_alive()
     if not came_back:
         os.close(os.open(release, os.O_RDWR | os.O_NONBLOCK))

@@ -15,7 +15,7 @@ import pytest
 import shapes
 import trainbus
 from support.train import FAST, HERE, hermetic, weights_hash
-from support.trained import CONFIG, Trained, train_once
+from support.trained import CONFIG, UNDRAWN, Trained, train_once
 from trainbus.events import (
     CheckpointSaved,
     ConfusionMatrixLogged,
@@ -188,8 +188,9 @@ def test_the_best_epoch_is_the_one_that_was_saved(ours: Trained) -> None:
 
 
 def train_local(tmp_path: Path, data: Path, **options: Any) -> Trained:
-    """Train with a local sink alone."""
-    return train_once(tmp_path / "run", data, **{"config": LOCAL, **options})
+    """Train with a local sink alone, and no plots unless they are asked for."""
+    arguments = UNDRAWN | options.pop("arguments", {})
+    return train_once(tmp_path / "run", data, arguments=arguments, **{"config": LOCAL, **options})
 
 
 def outcomes(trained: Trained) -> list[tuple[int, str]]:
@@ -227,7 +228,7 @@ def poison(trainer):
         trainer.loss = torch.tensor(float("nan"))
 model.add_callback("on_train_epoch_end", poison)
 """
-    trained = train_once(tmp_path / "run", data, before=before, config=CONFIG)
+    trained = train_local(tmp_path, data, before=before, config=CONFIG)
     assert [(0, "completed"), (1, "recovered"), (1, "completed")] == outcomes(trained)
     assert [] == check_grammar(trained.records)
     rows = [row["epoch"] for row in trained.wandb_run.history if "epoch" in row]
@@ -311,7 +312,7 @@ sinks:
 
 def test_batch_losses_come_when_they_are_asked_for(tmp_path: Path, data: Path) -> None:
     """`every: {train: 3}` gives that sink, and no other, the losses of every third update."""
-    trained = train_once(tmp_path / "run", data, config=BATCHES, epochs=2)
+    trained = train_local(tmp_path, data, config=BATCHES, epochs=2)
     assert [] == [e for e in trained.events(MetricsLogged) if e.step is not None]
     run = trained.wandb_run
     rows = [row for row in run.history if "batch/box_loss" in row]
@@ -340,7 +341,7 @@ model.callbacks["on_train_end"].insert(0, blind)
 
 def test_what_fails_in_a_hook_costs_only_its_events(tmp_path: Path, data: Path) -> None:
     """What can't be read of a trainer is told once; training and everything else go on."""
-    trained = train_local(tmp_path, data, before=BROKEN_PARTS)
+    trained = train_local(tmp_path, data, before=BROKEN_PARTS, arguments={"plots": True})
     assert [] == trained.events(ModelDescribed) == trained.events(CurveLogged)
     assert [(0, "completed"), (1, "completed")] == outcomes(trained)
     validated = [e.epoch for e in trained.events(MetricsLogged) if e.phase == "validation"]
@@ -407,7 +408,7 @@ sinks:
 
 def test_a_required_sink_stops_the_training_once(tmp_path: Path, data: Path) -> None:
     """`on_error: raise` ends the training at its start, and leaves one W&B run behind."""
-    trained = train_once(tmp_path / "run", data, config=REQUIRED, check=False)
+    trained = train_local(tmp_path, data, config=REQUIRED, check=False)
     assert 0 != trained.process.returncode
     assert "SinkError: sink 'required' (jsonl) can't be opened" in trained.process.stderr
     assert "During handling" not in trained.process.stderr

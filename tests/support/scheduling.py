@@ -1,7 +1,8 @@
 """Which tests a worker of pytest-xdist takes together, and which come first.
 
 The tests of a file go to one worker, which imports a framework once and makes the file's fixtures
-once. In the files of `SPREAD` each test starts processes of its own, so these tests go one by one.
+once. In the files of `SPREAD` each test starts processes of its own, so these tests go one by one,
+but for those of a class, which share what they make.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ SPREAD = (
     "tests/test_faults.py",
     "tests/test_kill.py",
     "tests/test_auto.py",
-    "tests/test_examples.py",
     "tests/test_exits.py",
     "tests/test_readme.py",
     "tests/test_adversity.py",
@@ -32,17 +32,22 @@ FIRST = (
     "tests/adapters/test_keras.py",
     "tests/test_registry.py",
     "tests/test_packaging.py",
+    "tests/test_examples.py",
+    "tests/test_benchmarks.py",
     *SPREAD,
 )
 """What takes longest: it starts first, and what is short fills the gaps at the end."""
 
 
-class ByFile(LoadScopeScheduling):
-    """Hands out whole files, and single tests of the files in `SPREAD`."""
+class ByFile(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
+    """Hands out whole files, and single tests and classes of the files in `SPREAD`."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return nodeid if file in SPREAD else file
+        file, _, name = nodeid.partition("::")
+        if file not in SPREAD:
+            return file
+        of_class, separator, _ = name.partition("::")
+        return f"{file}::{of_class}" if separator else nodeid
 
 
 def longest_first(items: Iterable[pytest.Item]) -> list[pytest.Item]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +13,15 @@ import pytest
 _Made = TypeVar("_Made")
 
 
-def folder(factory: pytest.TempPathFactory) -> Path:
+def is_worker(config: pytest.Config) -> bool:
+    """Return whether this process is one of the workers that share the tests of a session."""
+    return hasattr(config, "workerinput")
+
+
+def folder(config: pytest.Config, factory: pytest.TempPathFactory) -> Path:
     """Return the folder of this session, which all of its workers share."""
     base = factory.getbasetemp()
-    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return base.parent if is_worker(config) else base
 
 
 def once(place: Path, make: Callable[[Path], _Made]) -> _Made:
