@@ -43,7 +43,7 @@ def record(attempt: int, seq: int) -> Record:
     return Record(seq=seq, run="run", time=1.0, attempt=attempt, event=EpochStarted(epoch=0))
 
 
-@pytest.mark.parametrize("pid", [None, os.getpid()])
+@pytest.mark.parametrize("pid", [None, os.getpid()], ids=["none", "own"])
 def test_only_the_parent_is_interrupted(pid: int | None) -> None:
     """A sink that runs in the training, or whose training is gone, interrupts nobody."""
     run = RunInfo(id="run", started=RunStarted(), pid=pid)
