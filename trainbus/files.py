@@ -74,6 +74,10 @@ class Files:
         """
         return list({**self._changed, **self._superseded}.values())
 
+    def note(self, changed: Sequence[str]) -> None:
+        """Add lines to `changed` that another process has found."""
+        self._changed |= {line: line for line in changed}
+
     def resolve(self, entry: Entry) -> Record:
         """Return the record with the paths of files as they can be opened now."""
         return self.take(entry).record

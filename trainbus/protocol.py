@@ -122,6 +122,7 @@ class RunDone(msgspec.Struct, kw_only=True, tag="done"):
     """Whether a call of a sink has not come back, so that this process is of no more use."""
     damaged: list[str] = []
     refused: list[str] = []
+    changed: list[str] = []
 
 
 ToSidecar: TypeAlias = Hello | OpenRun | FinishRun | StopRun

@@ -227,6 +227,7 @@ class _Task(NamedTuple):
         run.stop(_HALT_S)
         self.files.damaged += run.damaged
         self.files.refused += run.refused_files
+        self.files.note(run.changed_files)
         emitted = run.emitted
         (report,) = run.reports(self.expected if emitted is None else emitted)
         self.tell(Progress(route.name, report.taken + report.skipped + report.dead, self.expected))

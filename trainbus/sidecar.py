@@ -261,6 +261,7 @@ class Sidecar:
             run.emitted = message.emitted
             run.damaged += message.damaged
             run.refused_files += message.refused
+            run.changed_files += message.changed
             if not self._serving(run):
                 self._runs.pop(run.number, None)
         if message.is_hung:  # what hangs there must not go on behind the next run
@@ -351,6 +352,7 @@ class SidecarRun:
         self.emitted: int | None = None
         self.damaged: list[str] = []
         self.refused_files: list[str] = []
+        self.changed_files: list[str] = []
         self._sidecar = sidecar
 
     def poll(self) -> None:

@@ -165,7 +165,8 @@ class _Run:
         """Whether it is waited for."""
         self._host = host
         self._order = order
-        self._files = Files(self.folder, order.replay.trusted if order.replay else None)
+        self._files: list[Files] = []
+        """Of each worker, as each is at another record."""
         self._deadline: float | None = None
         self._emitted: int | None = None
         self._unsaved = 0
@@ -251,8 +252,9 @@ class _Run:
             reports=reports,
             emitted=emitted,
             is_hung=self.is_hung,
-            damaged=self._files.damaged,
-            refused=self._files.refused,
+            damaged=[line for files in self._files for line in files.damaged],
+            refused=[path for files in self._files for path in files.refused],
+            changed=[line for files in self._files for line in files.changed],
         )
 
     def _of_all(self, reports: list[SinkReport], emitted: int) -> list[SinkReport]:
@@ -274,10 +276,12 @@ class _Run:
 
     def _worker(self, sink: SinkTask, slot: int) -> SinkWorker:
         replay = self._order.replay
+        files = Files(self.folder, replay.trusted if replay else None)
+        self._files.append(files)
         return SinkWorker(
             _route(sink),
             self.folder,
-            self._files,
+            files,
             attempt=self._order.attempt,
             after=replay.after if replay else None,
             is_replay=replay is not None,
