@@ -61,7 +61,12 @@ class Server:
             self._process = subprocess.Popen(
                 command,
                 cwd=self._folder,
-                env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
+                env={
+                    **os.environ,
+                    "MLFLOW_DISABLE_TELEMETRY": "true",
+                    # Eight processes that wait for evaluations of language models.
+                    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+                },
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
