@@ -26,6 +26,10 @@ SHAPES = {
     "overhead.py": [
         r"1 pairs: epoch [\d.]+ ms with the bus, [\d.]+ ms without, ratio [\d.]+",
     ],
+    "redaction.py": [
+        r"table of 500 numbers +[\d.]+ ms, +[\d.]+ times a plain scan",
+        r"text of 65,536 bytes +[\d.]+ ms, +[\d.]+ times a plain scan",
+    ],
     "wandb_curves.py": [
         r" +classes +callback ms +sink ms +ratio +default ms",
         rf" +1{NUMBER * 4}",

@@ -6,7 +6,6 @@ import json
 import math
 import random
 import re
-import runpy
 import string
 from pathlib import Path
 from typing import Any
@@ -1251,15 +1250,6 @@ def test_what_is_too_deep_to_look_at_goes() -> None:
     loop: dict[str, Any] = {"password": "hunter2"}
     loop["loop"] = loop
     assert "hunter2" not in json.dumps(redact.params(loop))
-
-
-def test_the_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its short form measures a table of numbers, a table with names, and a text."""
-    found = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "redaction.py"))
-    found["main"](50)
-    lines = capsys.readouterr().out.splitlines()
-    assert 3 == len(lines)
-    assert all(line.endswith("times a plain scan") for line in lines)
 
 
 def test_a_clean_table_is_not_walked(monkeypatch: pytest.MonkeyPatch) -> None:

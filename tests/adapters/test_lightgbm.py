@@ -620,7 +620,7 @@ from trainbus.events import event_name
 bus, heard = trainbus.Bus(), []
 bus.subscribe(lambda r: heard.append((r.run, event_name(r.event), r.event)))
 for _ in range(2):
-    adapter.hook(lightgbm, bus.follow)
+    adapter.hook(lightgbm, bus.attach)
 x = np.arange(80.0).reshape(40, 2)
 y = np.arange(40) % 2
 params = {"verbose": -1, "objective": "binary", "min_data_in_leaf": 1}

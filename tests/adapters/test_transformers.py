@@ -610,7 +610,7 @@ bus = Bus(journal=JournalSpec(dir=str(folder / "runs")))
 heard = []
 bus.subscribe(lambda record: heard.append((record.run, event_name(record.event))))
 for _ in range(2):
-    adapter.hook(transformers.trainer, bus.follow)
+    adapter.hook(transformers.trainer, bus.attach)
 assert signature == inspect.signature(Trainer)
 
 found = {}

@@ -587,7 +587,7 @@ from trainbus.events import event_name
 bus, heard = trainbus.Bus(), []
 bus.subscribe(lambda r: heard.append((r.run, event_name(r.event), getattr(r.event, "status", ""))))
 for _ in range(2):
-    adapter.hook(xgboost, bus.follow)
+    adapter.hook(xgboost, bus.attach)
 x = np.arange(40.0).reshape(20, 2)
 y = np.arange(20) % 2
 told = {}

@@ -95,8 +95,9 @@ def of_wandb(folder: Path) -> Metrics:
     (path,) = wandb_file.find_runs(folder)
     found = []
     for row in wandb_file.read_finished(path).history:
-        axis = row.get("step", row.get("epoch"))
+        axis = row.get("trainer/step", row.get("epoch"))
         values = {k: v for k, v in row.items() if isinstance(v, int | float) and k[0] != "_"}
         if axis is not None:
-            found += [(k, int(axis), v) for k, v in values.items() if k not in ("step", "epoch")]
+            axes = ("trainer/step", "epoch")
+            found += [(k, int(axis), v) for k, v in values.items() if k not in axes]
     return gathered(found)
