@@ -43,6 +43,7 @@ POLL_S = 0.1
 _BATCH = 500
 _SAVE_S = 1.0
 _MAX_OFFSET = 2**60
+_BLOCKED_S = 0.1
 _TAKEN = "another process delivers to this sink"
 
 
@@ -200,9 +201,8 @@ class SinkWorker:
         hung = self.hung_for()
         if hung < secs:
             return None
-        if self.opened:
-            return f"has been blocked for {hung:.0f} s"
-        return f"is still opening after {hung:.0f} s"
+        took = f"{hung:.0f} s" if hung >= 10 else f"{hung:.1f} s"
+        return f"has been blocked for {took}" if self.opened else f"is still opening after {took}"
 
     def close(self) -> None:
         """Close the sink, save the cursor and let go of everything; no step may be under way."""
@@ -228,7 +228,7 @@ class SinkWorker:
         errors = [
             self.main.error if pending or dead or self.opened is False else None,
             self._uploads.error if self._uploads and (dead or pending) else None,
-            self.blocked(1.0),
+            self.blocked(_BLOCKED_S) if pending else None,
         ]
         return SinkReport(
             name=self.route.name,

@@ -28,6 +28,7 @@ from trainbus.events import (
     EpochStarted,
     Event,
     HistogramLogged,
+    ImageLogged,
     MetricsLogged,
     RunEnded,
     RunStarted,
@@ -447,11 +448,12 @@ def test_broken_pictures_cost_only_themselves(
     """Pictures that W&B can't show are counted and told of; what comes after them arrives."""
     sink = WandbSink(WandbOptions(mode="offline", dir=str(tmp_path)))
     bus = trainbus.Bus({"w": sink}, on_receipt=lambda r: None)
-    with bus, bus.run() as run:
+    with bus:
+        bus.emit(RunStarted())
         for i in range(7):
-            run.image(f"bad {i}", np.zeros((3, 64, 64, 7), dtype=np.uint8))
-        run.image("gone", tmp_path / "none.png")
-        run.log({"loss": 1})
+            bus.emit(ImageLogged(key=f"bad {i}", array=np.zeros((3, 64, 64, 7), dtype=np.uint8)))
+        bus.emit(ImageLogged(key="gone", path=str(tmp_path / "none.png")))
+        bus.emit(MetricsLogged(values={"train/loss": 1.0}, phase="train"))
     (path,) = wandb_file.find_runs(tmp_path)
     assert 1 == wandb_file.read_finished(path).history[-1]["train/loss"]
     (report,) = bus.receipts[0].sinks
