@@ -278,7 +278,7 @@ def test_defaults_of_the_wrong_type_cost_themselves(caplog: pytest.LogCaptureFix
     logged(Bus({"memory": memory}, defaults=defaults))
     assert [RunStarted, MetricsLogged, RunEnded] == [type(r.event) for r in memory.records]
     assert ["p"] == [r.event.project for r in memory.records if isinstance(r.event, RunStarted)]
-    assert 1 == caplog.text.count("left out of run.started: name")
+    assert 1 == caplog.text.count("not recorded: run.started: name")
 
 
 def test_an_exception_without_words_ends_its_run(journals: Path) -> None:
