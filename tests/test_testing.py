@@ -599,6 +599,15 @@ def only_mutes(trainer: tinytrainer.Trainer, emit: Emit) -> Detach:
     return lambda: muted.add(True)
 
 
+def keeps_its_trainers(
+    trainer: tinytrainer.Trainer,
+    emit: Emit,
+    kept: list[tinytrainer.Trainer] = [],  # noqa: B006  what is wrong with it
+) -> Detach:
+    kept.append(trainer)
+    return tinytrainer.attach(trainer, emit)
+
+
 def swallows(trainer: tinytrainer.Trainer, emit: Emit) -> Detach:
     user = trainer.on_batch
 
@@ -649,6 +658,7 @@ def _forget() -> Iterator[None]:
         (stays_attached, "test_detaches_completely", AssertionError),
         (only_mutes, "test_attaching_again_does_not_double", AssertionError),
         (hears_every_trainer, "test_keeps_two_trainings_apart", AssertionError),
+        (keeps_its_trainers, "test_keeps_no_target_alive", AssertionError),
         (HoldsALock, "test_survives_copies_and_pickles", TypeError),
         (LosesItsEmitter, "test_survives_copies_and_pickles", AssertionError),
         (StartsAnew, "test_resumes", AssertionError),
