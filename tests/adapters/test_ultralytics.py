@@ -252,9 +252,9 @@ def test_an_early_stop_is_told(tmp_path: Path, data: Path, ours: Trained) -> Non
 
 def test_a_time_limit_is_told(tmp_path: Path, data: Path) -> None:
     """A time limit changes the number of epochs, and is why the training ends."""
-    trained = train_local(tmp_path, data, epochs=100, arguments={"time": 0.001})
+    trained = train_local(tmp_path, data, epochs=100, arguments={"time": 0.004})
     (end,) = trained.events(RunEnded)
-    assert ("finished", "time limit of 0.001 h") == (end.status, end.reason)
+    assert ("finished", "time limit of 0.004 h") == (end.status, end.reason)
     assert any("epochs" in e.params for e in trained.events(ParamsUpdated))
     assert [] == check_grammar(trained.records)
 
