@@ -223,6 +223,7 @@ class Bus:
     def close(self, error: BaseException | None = None) -> None:
         """End every open run, as `error` says if there is one, and detach from every trainer."""
         with ExitStack() as stack:  # all of it happens, even if Ctrl-C comes in one of the sinks
+            stack.callback(exits.tidy)
             stack.callback(self._sidecar.close)
             for found in self._attached.copy().values():
                 stack.callback(_guarded_detach, self._detach(found))

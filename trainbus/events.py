@@ -269,12 +269,11 @@ def ended_by(error: BaseException | None, *, best: Best | None = None) -> RunEnd
     """
     if error is None:
         return RunEnded(status="finished", best=best)
-    try:
-        message = str(error)
-        trace = "".join(traceback.format_exception(error))
-    except Exception:  # the error is the user's, and so is what makes its text
-        message, trace = "(its text can't be made)", ""
-    failure = Failure(type=type(error).__qualname__, message=message, traceback=trace)
+    failure = Failure(
+        type=type(error).__qualname__,
+        message=_message(error),
+        traceback="".join(traceback.format_exception(error)),
+    )
     if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
         return RunEnded(status="stopped", reason=failure.type, error=failure, best=best)
     for kind in type(error).__mro__:
@@ -282,6 +281,18 @@ def ended_by(error: BaseException | None, *, best: Best | None = None) -> RunEnd
             return RunEnded(status="stopped", reason=why, error=failure, best=best)
     reason = f"{failure.type}: {failure.message}"
     return RunEnded(status="failed", reason=reason, error=failure, best=best)
+
+
+def _message(error: BaseException) -> str:
+    """Return the text of an error, whose class may fail to make it."""
+    try:
+        return str(error)
+    except Exception as fault:
+        frame = fault.__traceback__ and fault.__traceback__.tb_next
+        makes_text = getattr(type(error).__str__, "__code__", None)
+        if frame is not None and frame.tb_frame.f_code is not makes_text:
+            raise  # by a signal handler of the program, which runs between any two lines
+        return "(its text can't be made)"
 
 
 class UnknownEvent:

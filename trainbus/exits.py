@@ -74,6 +74,12 @@ def unwatch(run: OpenRun) -> None:
     """Forget a run that has ended, and with the last one take the hooks out again."""
     with _mutex:
         _open.discard(run)
+        tidy()
+
+
+def tidy() -> None:
+    """Take the hooks out where no run is open any more: one may be gone without an end."""
+    with _mutex:
         if _open:
             return
         # Who hung in a hook of their own meanwhile calls ours, which then only passes on.
