@@ -113,17 +113,7 @@ class Emitter:
                     following, nesting = self._pending.popleft()
                     self._nesting = nesting + 1
                     self._is_kept = False
-                    try:
-                        self._take(following)
-                    except SinkError:  # `on_error: raise`
-                        raise
-                    except Exception as error:
-                        if exits.comes_from_handler(error):
-                            raise
-                        self._dropped += not self._is_kept
-                        what = "handed on" if self._is_kept else "recorded"
-                        text = f"{event_name(following)} could not be {what}: {error!r}"
-                        self._warn(f"not {what}", f"training goes on, but {text}")
+                    self._take_or_count(following)
             finally:
                 self._busy = False
                 self._nesting = 0
@@ -223,6 +213,20 @@ class Emitter:
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Unpickle, in another process, to an emitter of a bus made from the same configuration."""
         return reopen, (self._bus.rebuild,)
+
+    def _take_or_count(self, event: Event) -> None:
+        """Take an event; what goes wrong is said once, and costs that event alone."""
+        try:
+            self._take(event)
+        except SinkError:  # `on_error: raise`
+            raise
+        except Exception as error:
+            if exits.comes_from_handler(error):
+                raise
+            self._dropped += not self._is_kept
+            what = "handed on" if self._is_kept else "recorded"
+            text = f"{event_name(event)} could not be {what}: {error!r}"
+            self._warn(f"not {what}", f"training goes on, but {text}")
 
     def _take(self, event: Event) -> None:
         if isinstance(event, RunEnded):
