@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import linecache
 import signal
 import sys
@@ -33,10 +34,12 @@ class SignalAt:
     def ready(self) -> Iterator[Callable[[], None]]:
         """Yield what begins the count, in the calls that are made from there on."""
         before = signal.signal(signal.SIGTERM, _raise)
+        gc.disable()  # what is raised in a finalizer that the collector calls is lost
         try:
             yield lambda: sys.settrace(self._trace)
         finally:
             sys.settrace(None)
+            gc.enable()
             assert _raise is signal.signal(signal.SIGTERM, before), self.came_at
 
     def _trace(self, frame: FrameType, what: str, arg: Any) -> Any:
