@@ -15,6 +15,7 @@ from trainbus.protocol import Marks
 
 _HEAD, _TAIL = 2**19, 2**19
 _NEWEST = 2**20
+_MOST = 2**26
 _LEFT_OUT = b"\n[trainbus: output is left out here]\n"
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
@@ -42,13 +43,16 @@ class Output:
         at, size = self._marks.saved, os.fstat(self.fd).st_size
         if size <= at:
             return
-        begin = max(at, size - _NEWEST)
-        data = os.pread(self.fd, size - begin, begin)
-        if begin > at:
-            data = _LEFT_OUT + data
+        if size - at <= _HEAD + _NEWEST:
+            data = os.pread(self.fd, size - at, at)
+        else:  # more than the logs keep was printed at once
+            newest = os.pread(self.fd, _NEWEST, size - _NEWEST)
+            data = os.pread(self.fd, _HEAD, at) + _LEFT_OUT + newest
         for log in logs:
             append(log, data)
-        if size > _NEWEST:
+        # What is printed meanwhile would be lost; so a pause is waited for, up to a point.
+        is_quiet = os.fstat(self.fd).st_size == size
+        if size > _NEWEST and (is_quiet or size > _MOST):
             os.ftruncate(self.fd, 0)
             size = 0
         self._marks.saved = size
