@@ -234,7 +234,8 @@ def test_a_run_object_serves_one_run_after_another(bus: Bus, memory: MemorySink)
 
 def torch_tensors() -> tuple[Any, Any]:
     """Return a tensor that numpy refuses twice over, and one that has no data."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     whole = torch.full((2, 2), 0.5, dtype=torch.bfloat16, requires_grad=True)
     return whole, torch.ones(2, 2, device="meta")
 
@@ -405,7 +406,7 @@ def test_configurations_of_any_kind_are_params(bus: Bus, memory: MemorySink) -> 
 
 def test_a_pruned_trial_is_stopped(bus: Bus, memory: MemorySink) -> None:
     """Optuna ends a trial by an exception, which passes through: nothing has failed."""
-    optuna = pytest.importorskip("optuna")
+    import optuna
 
     def objective(trial: Any) -> float:
         with bus.run(name=f"trial {trial.number}") as run:

@@ -818,7 +818,8 @@ def test_a_metric_named_step_is_the_position(tmp_path: Path, bus: Any) -> None:
 
 def test_a_trial_that_is_pruned_is_stopped(tmp_path: Path, bus: Any) -> None:
     """Optuna's exception, as its pruning callback raises it, is no failure."""
-    optuna = pytest.importorskip("optuna")
+    import optuna
+
     prune = At("on_validation_end", throw(optuna.TrialPruned()))
     with pytest.raises(optuna.TrialPruned):
         fit(bus, make(tmp_path, callbacks=[prune]))

@@ -671,7 +671,8 @@ def test_a_callback_in_an_attached_estimator_tells_all() -> None:
 
 def test_a_trial_that_is_pruned_is_stopped() -> None:
     """Optuna's exception, raised in a callback of the user's, is no failure."""
-    optuna = pytest.importorskip("optuna")
+    import optuna
+
     heard = Heard()
     classifier = xgb.XGBClassifier(n_estimators=3, callbacks=[Stop(1, optuna.TrialPruned())])
     heard.bus.attach(classifier)
