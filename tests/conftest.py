@@ -6,6 +6,7 @@ import atexit
 import functools
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from support import shared
+from support.train import LEARNER
 from trainbus import JournalSpec, bus, exits
 
 if TYPE_CHECKING:  # a file that trains nothing starts without W&B and pictures
@@ -32,6 +34,8 @@ os.environ |= {
 }
 # Models this small gain nothing from threads, which wait for each other where all cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# It holds matplotlib's list of the fonts of this machine, which takes seconds to make.
+os.environ.setdefault("MPLCONFIGDIR", str(Path(sys.prefix) / "matplotlib"))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -110,16 +114,17 @@ def train(workspace: Path, data: Path) -> Callable[..., Trained]:
 @pytest.fixture(scope="session")
 def ours(train: Callable[..., Trained]) -> Trained:
     """Ten epochs of the newest Ultralytics, logged by trainbus into W&B and a file."""
-    return train("ours", epochs=10)
+    return train("ours", epochs=10, model=LEARNER)
 
 
 @pytest.fixture(scope="session")
 def builtin(train: Callable[..., Trained]) -> Trained:
     """The same training, logged by Ultralytics' own W&B callback."""
-    return train("builtin", epochs=10, builtin=True, config=None)
+    return train("builtin", epochs=10, model=LEARNER, builtin=True, config=None)
 
 
 @pytest.fixture(scope="session")
 def older_builtin(train: Callable[..., Trained]) -> Trained:
     """The same training in Ultralytics 8.4.90, logged by that version's own W&B callback."""
-    return train("older", epochs=10, builtin=True, config=None, version="8.4.90")
+    options = {"epochs": 10, "model": LEARNER, "builtin": True, "config": None}
+    return train("older", version="8.4.90", **options)

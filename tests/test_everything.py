@@ -33,7 +33,7 @@ import trainbus
 from support.quiet import OWN_LOGGERS_OFF
 exec(OWN_LOGGERS_OFF)
 from ultralytics import YOLO
-model = YOLO("yolo11n.yaml")
+model = YOLO({model!r})
 with trainbus.load("everything.yaml") as bus:
     bus.attach(model)
     model.train(data={data!r}, name="train", **{arguments!r})
@@ -97,7 +97,9 @@ def fed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     data = shapes.make_dataset(folder / "data", images=16, val_images=8, size=64)
     # Below the git repository of its own package, if there is one, is where it would save else.
     arguments = train.FAST | {"epochs": 3, "project": str(folder / "runs")}
-    script = {"yolo": YOLO.format(data=str(data), arguments=arguments), "lightning": LIGHTNING}
+    model = str(train.MODELS / "detect.yaml")
+    yolo = YOLO.format(model=model, data=str(data), arguments=arguments)
+    script = {"yolo": yolo, "lightning": LIGHTNING}
     (folder / "script.py").write_text(script[request.param])
     (folder / "everything.yaml").write_text(CONFIG.read_text(encoding="utf-8"))
     server = Server(folder)

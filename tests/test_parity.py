@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from support.train import weights_hash
+from support.train import LEARNER, weights_hash
 from support.trained import Trained
 from support.wandb_content import numbers, pictures, tables
 
@@ -81,7 +81,7 @@ def test_the_same_artifact(ours: Trained, builtin: Trained) -> None:
 
 def test_the_same_weights(ours: Trained, builtin: Trained, train: Any) -> None:
     """With trainbus, with the built-in callback and with neither, training is the same."""
-    plain = train("plain", epochs=10, config=None)
+    plain = train("plain", epochs=10, model=LEARNER, config=None)
     hashes = {t.result["weights"] for t in (ours, builtin, plain)}
     assert 1 == len(hashes)
     assert None not in hashes

@@ -14,7 +14,7 @@ import pytest
 
 import shapes
 import trainbus
-from support.train import FAST, HERE, hermetic, weights_hash
+from support.train import FAST, HERE, MODELS, hermetic, weights_hash
 from support.trained import CONFIG, UNDRAWN, Trained, train_once
 from trainbus.events import (
     CheckpointSaved,
@@ -35,6 +35,7 @@ from trainbus.testing import AdapterConformance, Training, check_grammar
 # Ultralytics and torch warn of their own deprecations, in this process too.
 pytestmark = pytest.mark.filterwarnings("default")
 
+MODEL = str(MODELS / "detect.yaml")
 LOCAL = "sinks: {{local: {{type: jsonl, path: '{root}/records/{{run}}.jsonl'}}}}"
 
 
@@ -43,7 +44,7 @@ class TestConformance(AdapterConformance):
 
     def start(self, folder: Path, epochs: int) -> Training:
         data = shapes.make_dataset(folder / "data", images=16, val_images=8, size=64)
-        return set_up("yolo11n.yaml", folder, {"data": str(data), "epochs": epochs, "plots": False})
+        return set_up(MODEL, folder, {"data": str(data), "epochs": epochs, "plots": False})
 
     def trace(self, target: Any) -> object:
         return {name: list(hooks) for name, hooks in target.callbacks.items()}, vars(target).keys()
@@ -290,7 +291,7 @@ import trainbus
 from ultralytics.models.yolo.detect import DetectionTrainer
 bus = trainbus.load({str(tmp_path / "bus.yaml")!r})
 def train(**arguments):
-    trainer = DetectionTrainer(overrides={{"model": "yolo11n.yaml", **arguments}})
+    trainer = DetectionTrainer(overrides={{"model": "{MODEL}", **arguments}})
     bus.attach(trainer)
     trainer.train()
     model.trainer = trainer
@@ -443,7 +444,7 @@ def yolo() -> Any:
     torchvision_cpu.install()
     from ultralytics import YOLO
 
-    return YOLO("yolo11n.yaml")
+    return YOLO(MODEL)
 
 
 def test_detaching_one_bus_leaves_the_other() -> None:
@@ -493,7 +494,7 @@ def test_models_of_folds_are_freed(tmp_path: Path) -> None:
     alive: list[weakref.ref[Any]] = []
     for fold in range(3):
         arguments = {"data": str(data), "epochs": 1, "plots": False, "imgsz": 32}
-        training = set_up("yolo11n.yaml", tmp_path / str(fold), arguments)
+        training = set_up(MODEL, tmp_path / str(fold), arguments)
         bus.attach(training.target)
         if fold == 0:  # the rest need no training to be held
             training.run()

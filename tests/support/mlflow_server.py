@@ -46,7 +46,7 @@ class Server:
         self.uri = f"http://127.0.0.1:{self._port}"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, deadline_s: float = 60.0) -> None:
+    def start(self, deadline_s: float = 300.0) -> None:
         """Start the server, and wait until it answers."""
         options = {
             "host": "127.0.0.1",
