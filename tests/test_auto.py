@@ -203,7 +203,15 @@ def yolo(root: Path, data: Path, *, version: str | None = None) -> Sequence[str]
     given = [f"{key}={value}" for key, value in arguments(data, root, 2).items()]
     path = [str(root / "site"), training.hermetic(root, version=version)["PYTHONPATH"]]
     entry = "from ultralytics.cfg import entrypoint; entrypoint()"
-    command = [sys.executable, "-c", entry, "detect", "train", f"model={training.MODELS / 'detect.yaml'}", *given]
+    command = [
+        sys.executable,
+        "-c",
+        entry,
+        "detect",
+        "train",
+        f"model={training.MODELS / 'detect.yaml'}",
+        *given,
+    ]
     config = CONFIG.format(root=root)
     done = run(root, *command, config=config, env={"PYTHONPATH": os.pathsep.join(path)})
     assert 0 == done.returncode, done.stdout[-2000:] + done.stderr[-3000:]

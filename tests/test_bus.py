@@ -973,7 +973,8 @@ def test_a_sink_gets_the_same_wherever_it_runs(
     (receipt,) = bus.receipts
     assert (len(wanted), len(heard) - len(wanted), 0, 0) == numbers(receipt.sinks[0])
     assert str(tmp_path / "out.jsonl") == receipt.sinks[0].where
-    assert f"{receipt}\n" == capsys.readouterr().err
+    # A busy machine may have said before that it waits.
+    assert capsys.readouterr().err.endswith(f"{receipt}\n")
 
 
 @pytest.mark.parametrize("isolation", ["inline", "thread"])
@@ -1162,13 +1163,13 @@ def test_the_end_waits_no_longer_than_it_may() -> None:
             super().write(records)
 
     sink, other = Hanging(), MemorySink()
-    bus = Bus({"sink": sink, "other": other}, on_receipt=quiet, flush_secs=0.2)
+    bus = Bus({"sink": sink, "other": other}, on_receipt=quiet, flush_secs=1.0)
     begun = time.monotonic()
     with bus.run() as run:
         run.log({"loss": 1.0})
     took = time.monotonic() - begun
     hangs.set()
-    assert 0.2 <= took
+    assert 1.0 <= took
     assert [(0, 0, 0, 3), (3, 0, 0, 0)] == [numbers(each) for each in bus.receipts[0].sinks]
     assert "3 PENDING" in str(bus.receipts[0])
     assert "has been blocked for" in (bus.receipts[0].sinks[0].error or "")
@@ -1197,15 +1198,23 @@ def test_ctrl_c_while_sinks_are_waited_for_tells_what_they_got(
 ) -> None:
     """Ctrl-C ends the waiting: who has everything is said to have it, the rest is pending."""
     monkeypatch.syspath_prepend(make_plugin(tmp_path / "plugins", "gated", GATED, "Gated"))
-    gate = tmp_path / "gate"
-    kept = {"type": "jsonl", "path": str(tmp_path / "out.jsonl")}
+    gate, out = tmp_path / "gate", tmp_path / "out.jsonl"
+    kept = {"type": "jsonl", "path": str(out)}
     slow = {"type": "gated", "gate": str(gate)}
     bus = config.loads(json.dumps({"isolation": isolation, "sinks": {"kept": kept, "slow": slow}}))
+
+    def interrupt() -> None:
+        until = time.monotonic() + 30
+        while time.monotonic() < until and not (
+            out.exists() and out.read_bytes().count(b"\n") == 3
+        ):
+            time.sleep(0.01)
+        _thread.interrupt_main()
 
     class Screen(io.StringIO):
         def write(self, text: str) -> int:
             if "waiting for the sinks" in text:
-                threading.Thread(target=_thread.interrupt_main).start()
+                threading.Thread(target=interrupt).start()
             return super().write(text)
 
     screen = Screen()

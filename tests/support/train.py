@@ -19,7 +19,8 @@ HERE = Path(__file__).resolve().parent
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE.parent))
 
-from support.quiet import OWN_LOGGERS_OFF  # noqa: E402  found by the line above
+from support import preloaded  # noqa: E402  found by the line above
+from support.quiet import OWN_LOGGERS_OFF  # noqa: E402
 
 MODELS = HERE.parent / "data" / "models"
 """Where a model of a few convolutions lies for each task."""
@@ -66,19 +67,17 @@ def run(
     *,
     version: str | None = None,
     environment: dict[str, str] | None = None,
-    timeout: float = 300,
+    timeout: float = 500,
 ) -> subprocess.CompletedProcess[str]:
     """Run a scenario in a process of its own and return it; `result` has the rest."""
     root = Path(scenario.root)
     root.mkdir(parents=True, exist_ok=True)
-    return subprocess.run(
-        [sys.executable, str(HERE / "torchvision_cpu.py"), __file__, json.dumps(asdict(scenario))],
+    return preloaded.run(
+        __file__,
+        [json.dumps(asdict(scenario))],
         env=hermetic(root, version=version) | (environment or {}),
         cwd=root,
-        text=True,
-        capture_output=True,
         timeout=timeout,
-        check=False,
     )
 
 
@@ -144,24 +143,11 @@ def weights_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def draw_coarsely() -> None:
-    """Save matplotlib's figures with few pixels, which takes half the time."""
-    from matplotlib.figure import Figure
-
-    save = Figure.savefig
-
-    def savefig(figure: Figure, *args: Any, **options: Any) -> None:
-        save(figure, *args, **{**options, "dpi": 50})
-
-    Figure.savefig = savefig  # type: ignore[method-assign,assignment]
-
-
 def main(scenario: Scenario) -> None:
     """Train as the scenario says."""
     from ultralytics import YOLO, settings
 
     exec(OWN_LOGGERS_OFF, {})
-    draw_coarsely()
     settings.update({"wandb": scenario.builtin})
     root = Path(scenario.root)
     model = YOLO(scenario.model or MODELS / f"{scenario.task}.yaml")
