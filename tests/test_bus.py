@@ -15,6 +15,7 @@ import os
 import pickle
 import random
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -1192,6 +1193,15 @@ GATED = """
 """
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C raises, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("isolation", ["thread", "process"])
 def test_ctrl_c_while_sinks_are_waited_for_tells_what_they_got(
     isolation: Isolation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
