@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import atexit
 import functools
+import importlib
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,7 +41,6 @@ class _Server:
     """The process of one test session, or of one of its workers."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "torchvision_cpu.py"), __file__],
             stdin=subprocess.PIPE,
@@ -48,15 +50,28 @@ class _Server:
         atexit.register(self.close)
 
     def run(self, order: Mapping[str, Any], timeout: float) -> int:
-        """Return the return code of a program that was forked, negative for a signal."""
-        with self._lock:
-            pid = self._ask(json.dumps(order))
-            late = threading.Timer(timeout, os.kill, (pid, 9))
-            late.start()
-            try:
-                return self._read()
-            finally:
-                late.cancel()
+        """Return the return code of a program that was forked, negative for a signal.
+
+        Raises:
+            subprocess.TimeoutExpired: it had not ended after `timeout` seconds, and was killed.
+        """
+        pid = self._ask(json.dumps(order))
+        is_late = threading.Event()
+
+        def kill() -> None:
+            is_late.set()
+            os.kill(pid, signal.SIGKILL)
+
+        timer = threading.Timer(timeout, kill)
+        timer.start()
+        try:
+            code = self._read()
+        finally:
+            timer.cancel()
+        # Else a program that hangs would look like one that was killed on purpose.
+        if is_late.is_set():
+            raise subprocess.TimeoutExpired(order["argv"], timeout)
+        return code
 
     def close(self) -> None:
         """End the process; programs that still run are not touched."""
@@ -73,7 +88,9 @@ class _Server:
 
     def _read(self) -> int:
         assert self._process.stdout is not None
-        return int(self._process.stdout.readline())
+        line = self._process.stdout.readline()
+        assert line, "the process that forks trainings has ended; see what it wrote to stderr"
+        return int(line)
 
 
 _server = functools.cache(_Server)
@@ -90,6 +107,9 @@ def run(
         env: its whole environment.
         cwd: the folder that it runs in.
         timeout: seconds after which it is killed.
+
+    Raises:
+        subprocess.TimeoutExpired: it had not ended by then.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "stdout", Path(folder) / "stderr"
@@ -108,15 +128,15 @@ def run(
 def serve() -> dict[str, Any] | None:
     """Fork for each order; return the order in the child, and None at the end of the input."""
     for name in MODULES:
-        __import__(name)
+        importlib.import_module(name)
     # The pipes are not the program's.
     orders, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     for line in orders:
         order: dict[str, Any] = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            os.close(orders.fileno())
-            os.close(answers.fileno())
+            orders.close()
+            answers.close()
             return order
         print(pid, file=answers, flush=True)
         _, status = os.waitpid(pid, 0)
@@ -126,8 +146,6 @@ def serve() -> dict[str, Any] | None:
 
 def become(order: Mapping[str, Any]) -> None:
     """Run the program of an order in this process, which ends as any other one does."""
-    import runpy
-
     os.chdir(order["cwd"])
     os.environ.clear()
     os.environ.update(order["env"])

@@ -15,13 +15,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from support import preloaded
+from support.quiet import OWN_LOGGERS_OFF
+
 HERE = Path(__file__).resolve().parent
-if __name__ == "__main__":
-    sys.path.insert(0, str(HERE.parent))
-
-from support import preloaded  # noqa: E402  found by the line above
-from support.quiet import OWN_LOGGERS_OFF  # noqa: E402
-
 MODELS = HERE.parent / "data" / "models"
 """Where a model of a few convolutions lies for each task."""
 LEARNER = "yolo11n.yaml"
