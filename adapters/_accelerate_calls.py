@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from trainbus.hooking import around_of, wrap
 from trainbus.interfaces import Detach
+from trainbus.toolkit.adapters import around_of, wrap
 
 Told: TypeAlias = Callable[..., None]
 

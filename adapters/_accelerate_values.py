@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trainbus.hooking import number
+from trainbus.toolkit.adapters import number
 
 _VALIDATION = re.compile(r"val[/_]|valid|eval[/_]")
 _TEST = re.compile(r"test[/_]")

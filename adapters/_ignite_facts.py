@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from trainbus.distributed import current_rank
 from trainbus.events import Resumed, RunStarted
-from trainbus.hooking import current_rank, number, version
+from trainbus.toolkit.adapters import number, version
 
 
 def trains(engine: Any, *args: Any, **kwargs: Any) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from trainbus.events import Event, MetricsLogged, TextLogged
-from trainbus.hooking import late_class, number
+from trainbus.toolkit.adapters import late_class, number
 
 _PHASES = {"train": "train", "test": "test", "val": "validation", "eval": "validation"}
 _ADAPTER = "trainbus.adapters.ignite"

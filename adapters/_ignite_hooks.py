@@ -13,8 +13,8 @@ from functools import wraps
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-from trainbus.hooking import Reporter, arounds_of, wrap
 from trainbus.interfaces import Detach
+from trainbus.toolkit.adapters import Reporter, arounds_of, wrap
 
 from ._ignite_facts import rank, trains
 

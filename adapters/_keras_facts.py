@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from trainbus.events import Best, ModelDescribed
-from trainbus.hooking import guarded, number
+from trainbus.toolkit.adapters import guarded, number
 
 
 class Facts:

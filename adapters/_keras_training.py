@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from trainbus.distributed import current_rank
 from trainbus.events import Best, Resumed, RunStarted
-from trainbus.hooking import Reporter, current_rank, guarded, number, version, wrap
+from trainbus.toolkit.adapters import Reporter, guarded, number, version, wrap
 
 from ._keras_checkpoints import Checkpoints
 from ._keras_facts import Facts, of_kind, world_size

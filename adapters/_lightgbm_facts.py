@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 from trainbus.events import Best
-from trainbus.hooking import number
+from trainbus.toolkit.adapters import number
 
 
 class Training:

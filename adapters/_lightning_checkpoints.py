@@ -10,7 +10,7 @@ from typing import Any, Literal
 from msgspec import structs
 
 from trainbus.events import Best, CheckpointSaved
-from trainbus.hooking import number
+from trainbus.toolkit.adapters import number
 
 
 class Checkpoints:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainbus.events import Resumed, RunStarted
-from trainbus.hooking import version
+from trainbus.toolkit.adapters import version
 
 from ._lightning_packages import package_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from trainbus.hooking import number
+from trainbus.toolkit.adapters import number
 
 
 class Rates:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 from trainbus.events import ModelDescribed, Resumed, RunStarted, TableLogged
-from trainbus.hooking import version
+from trainbus.toolkit.adapters import version
 
 Row: TypeAlias = tuple[str, int | None, dict[str, Any]]
 _CURVES = {

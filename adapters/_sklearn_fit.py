@@ -6,8 +6,9 @@ import time
 from itertools import count
 from typing import Any
 
+from trainbus.distributed import current_rank
 from trainbus.events import Best, EpochEnded, EpochStarted
-from trainbus.hooking import Reporter, current_rank, guarded, number
+from trainbus.toolkit.adapters import Reporter, guarded, number
 
 from . import _sklearn_facts as facts
 from ._sklearn_boosting import Monitor, measured, monitored, takes_monitor

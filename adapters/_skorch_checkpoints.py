@@ -9,7 +9,7 @@ from typing import Any, Literal
 from msgspec.structs import replace
 
 from trainbus.events import Best, CheckpointSaved
-from trainbus.hooking import number
+from trainbus.toolkit.adapters import number
 
 from ._skorch_facts import absolute, callbacks_of
 from ._skorch_history import values

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from trainbus.distributed import current_rank
 from trainbus.events import Resumed, RunStarted
-from trainbus.hooking import current_rank, version
+from trainbus.toolkit.adapters import version
 
 
 def callbacks_of(net: Any) -> list[Any]:

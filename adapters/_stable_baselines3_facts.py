@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from trainbus.events import Resumed, RunStarted
-from trainbus.hooking import version
+from trainbus.toolkit.adapters import version
 
 SCORE = "eval/mean_reward"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainbus.events import Best, CheckpointSaved, ModelDescribed, Resumed, RunStarted
-from trainbus.hooking import number, version
+from trainbus.toolkit.adapters import number, version
 
 from ._transformers_log import phase_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trainbus.hooking import Reporter
+from trainbus.toolkit.adapters import Reporter
 
 _PHASES = {"eval_": "validation", "test_": "test"}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainbus.events import Best, CheckpointSaved
-from trainbus.hooking import number
+from trainbus.toolkit.adapters import number
 
 from ._ultralytics_evaluation import numbers
 from ._ultralytics_trainer import steps

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainbus.events import ConfusionMatrixLogged, CurveLogged, Event, TableLogged
-from trainbus.hooking import number
+from trainbus.toolkit.adapters import number
 
 
 def evaluation(validator: Any, epoch: int | None) -> Iterator[Event]:

@@ -14,7 +14,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from trainbus.events import ModelDescribed, Resumed, RunStarted
-from trainbus.hooking import described, number, version
+from trainbus.toolkit.adapters import described, number, version
 
 logger = logging.getLogger("trainbus.adapters.ultralytics")
 

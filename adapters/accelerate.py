@@ -24,8 +24,8 @@ from trainbus.events import (
     TableLogged,
     TextLogged,
 )
-from trainbus.hooking import Reporter, described, guarded, late_class, patch, version
 from trainbus.interfaces import Detach, Emit
+from trainbus.toolkit.adapters import Reporter, described, guarded, late_class, patch, version
 
 from ._accelerate_calls import Calls, Told, is_attached
 from ._accelerate_facts import initializing, process_index, save_dir_of, settings, weights

@@ -13,8 +13,8 @@ from typing import Any
 
 from trainbus.errors import AttachError
 from trainbus.events import Event, RunEnded
-from trainbus.hooking import Reporter, described, guarded, patch
 from trainbus.interfaces import Detach, Emit
+from trainbus.toolkit.adapters import Reporter, described, guarded, patch
 
 from . import _ignite_facts as facts
 from . import _ignite_handlers as handlers

@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
+from trainbus.distributed import current_rank
 from trainbus.errors import AttachError, SinkError
-from trainbus.hooking import Reporter, around_of, current_rank, guarded, late_class, patch, wrap
 from trainbus.interfaces import Detach, Emit
+from trainbus.toolkit.adapters import Reporter, around_of, guarded, late_class, patch, wrap
 
 from ._keras_call import Call, flat
 from ._keras_facts import Facts

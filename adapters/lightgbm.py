@@ -17,8 +17,8 @@ from typing import Any
 
 from trainbus.errors import AttachError
 from trainbus.events import EpochEnded, EpochStarted, Resumed, RunStarted
-from trainbus.hooking import Reporter, guarded, patch, version, wrap
 from trainbus.interfaces import Detach, Emit
+from trainbus.toolkit.adapters import Reporter, guarded, patch, version, wrap
 
 from ._lightgbm_facts import Training, callbacks_of_train, machines
 

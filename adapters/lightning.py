@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from trainbus.errors import AttachError, SinkError
 from trainbus.events import Best
-from trainbus.hooking import Reporter, described, guarded, late_class, number, patch, wrap
 from trainbus.interfaces import Detach, Emit
+from trainbus.toolkit.adapters import Reporter, described, guarded, late_class, number, patch, wrap
 
 from . import _lightning_facts as facts
 from ._lightning_checkpoints import Checkpoints

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from trainbus.distributed import current_rank
 from trainbus.errors import AttachError
-from trainbus.hooking import Reporter, current_rank, guarded, when_gone, wrap
 from trainbus.interfaces import Detach, Emit
+from trainbus.toolkit.adapters import Reporter, guarded, when_gone, wrap
 
 from ._sklearn_fit import Fit
 

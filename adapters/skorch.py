@@ -14,8 +14,8 @@ from typing import Any
 
 from trainbus.errors import AttachError
 from trainbus.events import Best
-from trainbus.hooking import Reporter, described, guarded, late_class, patch, wrap
 from trainbus.interfaces import Detach, Emit
+from trainbus.toolkit.adapters import Reporter, described, guarded, late_class, patch, wrap
 
 from . import _skorch_facts as facts
 from . import _skorch_history as history

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from trainbus.distributed import current_rank
 from trainbus.errors import AttachError
 from trainbus.events import Best
-from trainbus.hooking import Reporter, current_rank, described, guarded, late_class, patch, wrap
 from trainbus.interfaces import Detach, Emit
+from trainbus.toolkit.adapters import Reporter, described, guarded, late_class, patch, wrap
 
 from ._stable_baselines3_checkpoints import Checkpoints
 from ._stable_baselines3_facts import callbacks_of, started, stop_reason

@@ -16,8 +16,8 @@ from typing import Any
 
 from trainbus.errors import AttachError
 from trainbus.events import Best, CheckpointSaved, ParamsUpdated
-from trainbus.hooking import Reporter, guarded, late_class, patch, wrap
 from trainbus.interfaces import Detach, Emit
+from trainbus.toolkit.adapters import Reporter, guarded, late_class, patch, wrap
 
 from . import _transformers_facts as facts
 from . import _transformers_report_to as report_to

@@ -15,8 +15,8 @@ from typing import Any
 
 from trainbus.errors import AttachError, SinkError
 from trainbus.events import ImageLogged, ParamsUpdated
-from trainbus.hooking import Reporter, guarded, patch, wrap
 from trainbus.interfaces import Detach, Emit
+from trainbus.toolkit.adapters import Reporter, guarded, patch, wrap
 
 from . import _ultralytics_trainer as facts
 from ._ultralytics_checkpoints import Checkpoints

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from trainbus.errors import AttachError
 from trainbus.events import CheckpointSaved, Resumed, RunStarted
-from trainbus.hooking import Reporter, guarded, late_class, patch, version, wrap
 from trainbus.interfaces import Detach, Emit
+from trainbus.toolkit.adapters import Reporter, guarded, late_class, patch, version, wrap
 
 from ._xgboost_facts import Training, config, variables_of_train
 

@@ -21,10 +21,10 @@ from collections.abc import Callable
 import msgspec
 
 from trainbus import Bus, JournalSpec
+from trainbus.delivery.replay import replay
+from trainbus.delivery.spec import Route
 from trainbus.events import MetricsLogged, RunStarted
-from trainbus.replay import replay
-from trainbus.route import Route
-from trainbus.runfolder import RunFolder
+from trainbus.journal.directory import RunFolder
 from trainbus.testing import MemorySink
 
 

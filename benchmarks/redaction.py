@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from trainbus import redact
+from trainbus import redaction
 from trainbus.events import TableLogged, TextLogged
 
 _COLUMNS = 5
@@ -65,7 +65,7 @@ def main(cells: int = 50_000) -> None:
     for name, event in events(cells).items():
         whole = text_of(event)
         scan = cpu_ms(lambda whole=whole: word.search(whole))  # type: ignore[misc]
-        ours = cpu_ms(lambda event=event: redact.event(event))  # type: ignore[misc]
+        ours = cpu_ms(lambda event=event: redaction.event(event))  # type: ignore[misc]
         ratio = ours / max(scan, 1e-3)
         print(f"{name:<40} {ours:8.2f} ms, {ratio:6.1f} times a plain scan")
 

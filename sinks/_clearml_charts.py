@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from trainbus.drawing import picture
 from trainbus.events import (
     ConfusionMatrixLogged,
     CurveLogged,
@@ -17,6 +16,7 @@ from trainbus.events import (
     ImageLogged,
     TableLogged,
 )
+from trainbus.toolkit.plots import picture
 
 from ._clearml_names import title_and_series
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from trainbus.drawing import picture
 from trainbus.events import (
     ConfusionMatrixLogged,
     CurveLogged,
@@ -19,6 +18,7 @@ from trainbus.events import (
     TableLogged,
     TextLogged,
 )
+from trainbus.toolkit.plots import picture
 
 from ._comet_options import clean
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from trainbus.interfaces import FilePath, Options
-from trainbus.storing import Wanted
+from trainbus.toolkit.sinks import Wanted
 
 
 class CometOptions(Options, frozen=True, kw_only=True):

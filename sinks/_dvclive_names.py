@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from trainbus.storing import Names, axis
+from trainbus.toolkit.sinks import Names, axis
 
 _OWN = ("", ".", "..", "step", "timestamp")
 """Parts of names that mean something else to DVCLive."""

@@ -31,7 +31,7 @@ from trainbus.events import (
     UnknownEvent,
     event_name,
 )
-from trainbus.storing import flat
+from trainbus.toolkit.sinks import flat
 
 from . import _html_values as values
 from ._html_data import Data

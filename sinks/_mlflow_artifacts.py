@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainbus.drawing import picture
 from trainbus.errors import MissingPackageError
 from trainbus.events import AlertRaised, Record, TableLogged
-from trainbus.storing import Names, side_by_side
+from trainbus.toolkit.plots import picture
+from trainbus.toolkit.sinks import Names, side_by_side
 
 from ._mlflow_run import TrackedRun
 from ._mlflow_text import clean_path, clean_text, fields

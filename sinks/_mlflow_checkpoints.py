@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainbus.events import CheckpointSaved, Record
-from trainbus.storing import Superseded, Wanted, is_wanted
+from trainbus.toolkit.sinks import Superseded, Wanted, is_wanted
 
 from ._mlflow_artifacts import Artifacts
 from ._mlflow_run import TrackedRun

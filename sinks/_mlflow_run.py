@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainbus.events import Record
-from trainbus.storing import Names, Taken, Timeline, flat
+from trainbus.toolkit.sinks import Names, Taken, Timeline, flat
 
 from ._mlflow_text import clean_name, clean_text
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainbus.errors import MissingPackageError, SinkError
-from trainbus.storing import check_folder
+from trainbus.toolkit.sinks import check_folder
 
 _TELEMETRY = "MLFLOW_DISABLE_TELEMETRY"
 _OWN_PROCESS = {

@@ -23,7 +23,7 @@ from trainbus.events import (
     event_name,
 )
 from trainbus.interfaces import RunInfo
-from trainbus.storing import Names, metric_name
+from trainbus.toolkit.sinks import Names, metric_name
 
 logger = logging.getLogger("trainbus.sinks.prometheus")
 

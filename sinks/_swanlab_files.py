@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainbus.storing import Names
+from trainbus.toolkit.sinks import Names
 
 logger = logging.getLogger("trainbus.sinks.swanlab")
 

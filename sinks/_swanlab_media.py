@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from trainbus.drawing import png
 from trainbus.events import (
     ConfusionMatrixLogged,
     CurveLogged,
@@ -17,6 +16,7 @@ from trainbus.events import (
     TableLogged,
     TextLogged,
 )
+from trainbus.toolkit.plots import png
 
 from ._swanlab_values import plain, valid_text
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from trainbus.errors import SinkError
 from trainbus.interfaces import RunInfo
-from trainbus.storing import folder_of
+from trainbus.toolkit.sinks import folder_of
 
 from ._swanlab_options import SwanlabOptions
 from ._swanlab_values import valid_text

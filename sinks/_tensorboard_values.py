@@ -21,7 +21,6 @@ from tensorboard.plugins.scalar import metadata as scalars
 from tensorboard.plugins.text import metadata as texts
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from trainbus.drawing import drawn, png
 from trainbus.errors import MissingPackageError
 from trainbus.events import (
     AlertRaised,
@@ -40,7 +39,8 @@ from trainbus.events import (
     TableLogged,
     TextLogged,
 )
-from trainbus.storing import Names, Timeline, axis, flat, metric_name
+from trainbus.toolkit.plots import drawn, png
+from trainbus.toolkit.sinks import Names, Timeline, axis, flat, metric_name
 
 from ._tensorboard_hparams import session_end, session_start
 from ._tensorboard_text import listed, table, utf8

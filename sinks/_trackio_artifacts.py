@@ -8,7 +8,7 @@ import sqlite3
 from pathlib import Path
 
 from trainbus.events import ArtifactLogged
-from trainbus.storing import Names
+from trainbus.toolkit.sinks import Names
 
 from ._trackio_database import Database
 from ._trackio_values import plain

@@ -13,7 +13,7 @@ from typing import Any
 from trainbus.errors import MissingPackageError, SinkError
 from trainbus.events import AlertRaised, Record
 from trainbus.interfaces import RunInfo
-from trainbus.storing import Names, Timeline
+from trainbus.toolkit.sinks import Names, Timeline
 
 from ._trackio_options import TrackioOptions
 from ._trackio_values import iso, plain, valid_text

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainbus.events import CurveLogged
-from trainbus.storing import side_by_side
+from trainbus.toolkit.sinks import side_by_side
 
 from ._wandb_options import artifact_name
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainbus.errors import SinkError
 from trainbus.interfaces import RunInfo
-from trainbus.storing import check_folder
+from trainbus.toolkit.sinks import check_folder
 
 from ._wandb_options import WandbOptions, project_name, run_id, run_name
 

@@ -33,7 +33,7 @@ from trainbus.events import (
     UnknownEvent,
 )
 from trainbus.interfaces import RunInfo, Sink
-from trainbus.storing import (
+from trainbus.toolkit.sinks import (
     Names,
     Overwritten,
     Taken,

@@ -31,7 +31,7 @@ from trainbus.events import (
     TableLogged,
 )
 from trainbus.interfaces import FilePath, Options, RunInfo, Sink
-from trainbus.storing import Names, Taken, check_folder, flat
+from trainbus.toolkit.sinks import Names, Taken, check_folder, flat
 
 from ._csv_table import Table, changes_of, encoded, replace
 

@@ -15,7 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from trainbus.drawing import picture
 from trainbus.errors import MissingPackageError, SinkError
 from trainbus.events import (
     ArtifactLogged,
@@ -34,7 +33,8 @@ from trainbus.events import (
     TextLogged,
 )
 from trainbus.interfaces import RunInfo, Sink
-from trainbus.storing import (
+from trainbus.toolkit.plots import picture
+from trainbus.toolkit.sinks import (
     Superseded,
     Taken,
     axis,

@@ -19,7 +19,6 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from trainbus.drawing import png
 from trainbus.errors import MissingPackageError, SinkError
 from trainbus.events import (
     AlertRaised,
@@ -31,7 +30,8 @@ from trainbus.events import (
     RunStarted,
 )
 from trainbus.interfaces import FilePath, Options, RunInfo, Sink
-from trainbus.storing import Taken, check_folder
+from trainbus.toolkit.plots import png
+from trainbus.toolkit.sinks import Taken, check_folder
 
 from ._html_data import Data, Picture
 from ._html_gatherer import Gatherer

@@ -16,7 +16,7 @@ from msgspec import DecodeError, Meta
 from trainbus.errors import SinkError
 from trainbus.events import Record, decode, encode
 from trainbus.interfaces import FilePath, Options, RunInfo, Sink
-from trainbus.storing import check_folder
+from trainbus.toolkit.sinks import check_folder
 
 
 class JsonlOptions(Options, frozen=True, kw_only=True):

@@ -32,7 +32,7 @@ from trainbus.events import (
     encode,
 )
 from trainbus.interfaces import RunInfo, Sink
-from trainbus.storing import Superseded, is_wanted, metric_name
+from trainbus.toolkit.sinks import Superseded, is_wanted, metric_name
 
 from ._mlflow_artifacts import Artifacts
 from ._mlflow_checkpoints import Checkpoints

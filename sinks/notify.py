@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from trainbus.errors import SinkError
 from trainbus.events import Record
 from trainbus.interfaces import RunInfo, Sink
-from trainbus.storing import Taken, check_folder, folder_of
+from trainbus.toolkit.sinks import Taken, check_folder, folder_of
 
 from ._notify_options import NotifyOptions
 from ._notify_services import Message, Service, load, not_sent, send

@@ -16,7 +16,7 @@ from pathlib import Path
 from trainbus.errors import MissingPackageError, SinkError
 from trainbus.events import Record
 from trainbus.interfaces import RunInfo, Sink
-from trainbus.storing import check_folder, folder_of
+from trainbus.toolkit.sinks import check_folder, folder_of
 
 from ._prometheus_options import PrometheusOptions
 from ._prometheus_places import Gateway, Server, Textfile, check_port

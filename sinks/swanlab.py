@@ -35,7 +35,7 @@ from trainbus.events import (
     TextLogged,
 )
 from trainbus.interfaces import RunInfo, Sink
-from trainbus.storing import (
+from trainbus.toolkit.sinks import (
     Names,
     Overwritten,
     Taken,

@@ -23,7 +23,7 @@ from msgspec import Meta
 from trainbus.errors import MissingPackageError, SinkError
 from trainbus.events import Record
 from trainbus.interfaces import FilePath, Options, RunInfo, Sink
-from trainbus.storing import Taken, check_folder
+from trainbus.toolkit.sinks import Taken, check_folder
 
 TESTED = "2.21.0"
 NEEDS = (

@@ -13,7 +13,6 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainbus.drawing import picture
 from trainbus.errors import MissingPackageError, SinkError
 from trainbus.events import (
     AlertRaised,
@@ -33,7 +32,8 @@ from trainbus.events import (
     TextLogged,
 )
 from trainbus.interfaces import RunInfo, Sink
-from trainbus.storing import (
+from trainbus.toolkit.plots import picture
+from trainbus.toolkit.sinks import (
     Names,
     Superseded,
     Taken,

@@ -34,7 +34,7 @@ from trainbus.events import (
     TextLogged,
 )
 from trainbus.interfaces import RunInfo, Sink
-from trainbus.storing import Overwritten, interrupt_training, is_wanted, model_values
+from trainbus.toolkit.sinks import Overwritten, interrupt_training, is_wanted, model_values
 
 from . import _wandb_run as runs
 from ._wandb_artifacts import Curves, log_files

@@ -17,7 +17,8 @@ import pytest
 
 from support import shared
 from support.train import LEARNER
-from trainbus import JournalSpec, bus, exits
+from trainbus import JournalSpec, bus
+from trainbus.recording import process_hooks
 
 if TYPE_CHECKING:  # a file that trains nothing starts without W&B and pictures
     from support.trained import Trained
@@ -78,7 +79,7 @@ def journals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def end_runs() -> Iterator[None]:
     """Runs that a test leaves open end with it, as they would with its process."""
     yield
-    exits._at_exit()
+    process_hooks._at_exit()
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,8 @@ from trainbus import (
     config,
     registry,
 )
-from trainbus.emitter import Emitter, MutedEmitter
+from trainbus.delivery.spec import Isolation
+from trainbus.delivery.transforms import Transform, TransformSpec
 from trainbus.events import (
     AlertRaised,
     EpochEnded,
@@ -65,11 +66,10 @@ from trainbus.events import (
     encode,
     event_name,
 )
-from trainbus.identity import MARKER
-from trainbus.route import Isolation
+from trainbus.recording.emitter import Emitter, MutedEmitter
+from trainbus.recording.run_id import MARKER
 from trainbus.testing import MemorySink, check_grammar
 from trainbus.testing.samples import png, sample_events
-from trainbus.transforms import Transform, TransformSpec
 
 METRICS = MetricsLogged(values={"loss": 1.0}, phase="train")
 

@@ -14,8 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 import trainbus
-from trainbus import Record, Sink, cli, config, events, registry
-from trainbus.schema import json_schema
+from trainbus import Record, Sink, config, events, registry
+from trainbus.cli import app
+from trainbus.config.schema import json_schema
 
 GOOD = "sinks: {a: {type: jsonl}, b: {type: jsonl, path: x}}\n"
 
@@ -39,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(*args: str) -> tuple[int, str, str]:
     """Run the command in this process; return exit code, stdout and stderr."""
-    result = CliRunner().invoke(cli.app, args, prog_name="trainbus")
+    result = CliRunner().invoke(app.app, args, prog_name="trainbus")
     assert result.exception is None or isinstance(result.exception, SystemExit)
     return result.exit_code, result.stdout, result.stderr
 
@@ -168,7 +169,7 @@ def test_validate_is_light(folder: Path) -> None:
     """Checking a file for W&B imports neither wandb nor a framework."""
     (folder / "a.yaml").write_text("sinks: {a: {type: wandb, mode: offline}}")
     code = (
-        "import sys\nfrom trainbus.cli import main\n"
+        "import sys\nfrom trainbus.cli.app import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
         "heavy = {'wandb', 'torch', 'ultralytics', 'pandas', 'matplotlib'}\n"
         "print(sorted(heavy & sys.modules.keys()))\n"
@@ -182,7 +183,7 @@ def test_console_script_is_main() -> None:
     from importlib.metadata import entry_points
 
     (script,) = entry_points(group="console_scripts", name="trainbus")
-    assert cli.main is script.load()
+    assert app.main is script.load()
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_no_command_shows_help() -> None:
     _, out, err = run()
     names = [
         command.name or command.callback.__name__
-        for command in cli.app.registered_commands
+        for command in app.app.registered_commands
         if command.callback
     ]
     assert {"validate", "plugins", "schema", "replay", "show"} <= set(names)

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from trainbus import Bus, JournalSpec
-from trainbus.cli import app
+from trainbus.cli.app import app
 from trainbus.config import loads
 
 

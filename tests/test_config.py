@@ -34,9 +34,9 @@ from trainbus import (
     config,
     registry,
 )
-from trainbus.cli import app
-from trainbus.schema import SINK_KEYS, json_schema
-from trainbus.transforms import TransformSpec
+from trainbus.cli.app import app
+from trainbus.config.schema import SINK_KEYS, json_schema
+from trainbus.delivery.transforms import TransformSpec
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "config").glob("*.yaml"))
 SECRET = "hunter2-s3cret"

@@ -22,7 +22,9 @@ from hypothesis.stateful import (
 )
 
 from trainbus import Bus, JournalSpec, Record, Route, RunInfo, Sink
-from trainbus.delivery import SinkWorker
+from trainbus.delivery.replay import replay
+from trainbus.delivery.transforms import TransformSpec
+from trainbus.delivery.worker import SinkWorker
 from trainbus.events import (
     CheckpointSaved,
     EpochStarted,
@@ -32,10 +34,8 @@ from trainbus.events import (
     RunStarted,
     TextLogged,
 )
-from trainbus.files import Files
-from trainbus.replay import replay
-from trainbus.runfolder import RunFolder
-from trainbus.transforms import TransformSpec
+from trainbus.journal.directory import RunFolder
+from trainbus.journal.file_access import Files
 
 Position = tuple[int, int]
 

@@ -12,9 +12,10 @@ from types import ModuleType
 import pytest
 from typer.testing import CliRunner
 
-from trainbus import doctor, registry
-from trainbus.cli import app
-from trainbus.doctor import Finding, examine
+from trainbus import registry
+from trainbus.cli import doctor
+from trainbus.cli.app import app
+from trainbus.cli.doctor import Finding, examine
 
 PLUGIN = """
 TESTED = "1.0, 1.1"
@@ -113,12 +114,14 @@ def test_what_installs_a_missing_package_is_said(monkeypatch: pytest.MonkeyPatch
 
 def test_a_hook_that_is_gone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody calls a hook of `trainbus run` before a training, which would then log nothing."""
-    point = EntryPoint("frame", "trainbus.hooking:no_such_hook", registry.HOOKS)
+    point = EntryPoint("frame", "trainbus.toolkit.adapters:no_such_hook", registry.HOOKS)
     monkeypatch.setattr(
         registry, "plugins", lambda group: {"frame": point} if group == point.group else {}
     )
     (found,) = examine()
-    assert found.state.startswith("can't be imported: its hook trainbus.hooking:no_such_hook: Attr")
+    assert found.state.startswith(
+        "can't be imported: its hook trainbus.toolkit.adapters:no_such_hook: Attr"
+    )
 
 
 @pytest.mark.parametrize(("missing", "code"), [([], 0), (["frame:Trainer.fit"], 1)])
@@ -137,7 +140,7 @@ def test_the_command_says_what_is_found(
 HERE = """
 from support import torchvision_cpu
 torchvision_cpu.install()
-from trainbus.doctor import examine
+from trainbus.cli.doctor import examine
 for found in examine():
     print("found", found.package, found.state)
 """

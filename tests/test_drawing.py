@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainbus.drawing import drawn, picture, png
 from trainbus.events import (
     ConfusionMatrixLogged,
     CurveLogged,
@@ -20,6 +19,7 @@ from trainbus.events import (
     TableLogged,
     TextLogged,
 )
+from trainbus.toolkit.plots import drawn, picture, png
 
 NAMES = [f"class {n}" for n in range(50)]
 NASTY = ["$x", "a\0b", "漢字", "", "\u202e", "long " * 20]
@@ -113,7 +113,7 @@ def test_what_is_no_picture_is_refused(shape: tuple[int, ...]) -> None:
 def test_the_trainings_own_plots_are_not_touched() -> None:
     """No figure is open afterwards, and pyplot was not even imported."""
     code = (
-        "import sys, numpy as np; from trainbus.drawing import drawn; "
+        "import sys, numpy as np; from trainbus.toolkit.plots import drawn; "
         "from trainbus.events import CurveLogged; "
         "drawn(CurveLogged(key='k', x=np.arange(2), y=np.zeros((1, 2)), classes=['a'])); "
         "print('matplotlib.pyplot' in sys.modules)"

@@ -17,7 +17,7 @@ from support import readings, train
 from support.mlflow_server import Server
 from support.readings import Metrics
 from trainbus.events import Record, decode
-from trainbus.runfolder import RunFolder
+from trainbus.journal.directory import RunFolder
 
 # Trackers warn of their own deprecations, in this process too.
 pytestmark = pytest.mark.filterwarnings("default")

@@ -18,13 +18,14 @@ import pytest
 
 from support.journals import read_run
 from support.signals import SignalAt
-from trainbus import Bus, JournalSpec, replay
-from trainbus.endings import recover
+from trainbus import Bus, JournalSpec
 from trainbus.events import MetricsLogged, RunEnded, RunStarted
-from trainbus.hooking import Reporter
-from trainbus.reading import RunReader
-from trainbus.runfolder import RunFolder
+from trainbus.journal import verify
+from trainbus.journal.directory import RunFolder
+from trainbus.journal.reader import RunReader
+from trainbus.journal.recovery import recover
 from trainbus.testing import MemorySink, check_grammar
+from trainbus.toolkit.adapters import Reporter
 
 START = """
 import atexit, os, signal, sys, threading, time
@@ -97,7 +98,7 @@ def test_a_run_has_one_end_whatever_ends_the_process(
         assert len(events) == len(lines)
     else:
         (path,) = (tmp_path / "trainbus-runs").iterdir()
-        assert all(finding.is_sound for finding in replay.verify(RunFolder(path)))
+        assert all(finding.is_sound for finding in verify.verify(RunFolder(path)))
 
 
 def test_sys_exit_in_a_with_block_is_a_stop(tmp_path: Path) -> None:

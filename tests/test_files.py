@@ -17,8 +17,11 @@ from typer.testing import CliRunner
 
 from support.journals import folder_in, read_file
 from support.wandb_file import find_runs, read_finished
-from trainbus import Bus, JournalSpec, Record, Sink, cli
-from trainbus import replay as replays
+from trainbus import Bus, JournalSpec, Record, Sink
+from trainbus.cli import app
+from trainbus.delivery import replay as replays
+from trainbus.delivery.receipt import SinkReport
+from trainbus.delivery.spec import Route
 from trainbus.events import (
     ArtifactLogged,
     CheckpointSaved,
@@ -28,12 +31,10 @@ from trainbus.events import (
     RunEnded,
     RunStarted,
 )
-from trainbus.files import Files
-from trainbus.journal import Journal
-from trainbus.receipt import SinkReport
-from trainbus.recordfile import Entry
-from trainbus.route import Route
-from trainbus.runfolder import RunFolder
+from trainbus.journal.directory import RunFolder
+from trainbus.journal.file_access import Files
+from trainbus.journal.reader import Entry
+from trainbus.journal.writer import Journal
 
 
 class Kept(Sink):
@@ -322,7 +323,7 @@ def test_following_the_advice_sends_the_right_model(work: Path, tmp_path: Path) 
 
 def run(*args: object) -> tuple[int, list[str]]:
     """Run the command in this process; return exit code and the lines on stderr."""
-    done = CliRunner().invoke(cli.app, [str(arg) for arg in args])
+    done = CliRunner().invoke(app.app, [str(arg) for arg in args])
     return done.exit_code, done.stderr.splitlines()
 
 

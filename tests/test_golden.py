@@ -11,10 +11,9 @@ import pytest
 from support import golden
 from support.exact import exact
 from trainbus.events import EVENT_TYPES, ArtifactLogged, CheckpointSaved, ImageLogged, Record
-from trainbus.files import Files
-from trainbus.reading import RunReader
-from trainbus.recordfile import Entry
-from trainbus.runfolder import RunFolder
+from trainbus.journal.directory import RunFolder
+from trainbus.journal.file_access import Files
+from trainbus.journal.reader import Entry, RunReader
 
 KEPT = RunFolder(Path(__file__).parent / "data" / "journal-1")
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from trainbus import SinkError
+from trainbus.distributed import current_rank
 from trainbus.events import (
     Best,
     EpochEnded,
@@ -28,10 +29,9 @@ from trainbus.events import (
     TableLogged,
     TextLogged,
 )
-from trainbus.hooking import (
+from trainbus.toolkit.adapters import (
     Reporter,
     arounds_of,
-    current_rank,
     described,
     guarded,
     late_class,

@@ -11,8 +11,8 @@ import pytest
 
 from support.journals import SAMPLE, folder_in, read_file, read_run, write_journal, write_lines
 from trainbus import Bus, JournalSpec, Record, Route
-from trainbus.blobs import Blob
-from trainbus.delivery import SinkWorker
+from trainbus.delivery.receipt import Receipt, SinkReport
+from trainbus.delivery.worker import SinkWorker
 from trainbus.events import (
     Event,
     ImageLogged,
@@ -22,12 +22,11 @@ from trainbus.events import (
     RunStarted,
     TextLogged,
 )
-from trainbus.files import Files
-from trainbus.identity import MARKER
-from trainbus.reading import RunReader
-from trainbus.receipt import Receipt, SinkReport
-from trainbus.recordfile import Entry
-from trainbus.runfolder import RunFolder
+from trainbus.journal.blobs import Blob
+from trainbus.journal.directory import RunFolder
+from trainbus.journal.file_access import Files
+from trainbus.journal.reader import Entry, RunReader
+from trainbus.recording.run_id import MARKER
 from trainbus.testing import MemorySink
 
 SECRET = "secret of the host"

@@ -204,7 +204,7 @@ def test_a_plugin_has_one_library(path: Path) -> None:
 
 LIGHT = [
     "trainbus",
-    "trainbus.sidecarmain",
+    "trainbus.delivery.sidecar_main",
     *(f"trainbus.{p.parent.name}.{p.stem}" for p in PLUGINS if p.stem[0] != "_"),
 ]
 EACH_ALONE = """

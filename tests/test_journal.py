@@ -30,15 +30,15 @@ from support.journals import (
     read_records,
 )
 from trainbus import events as ev
-from trainbus import journal as journals_module
-from trainbus.blobs import Blob
 from trainbus.errors import JournalError
-from trainbus.files import Files
-from trainbus.journal import Journal
-from trainbus.lines import unseal, write_end
-from trainbus.reading import RunReader
-from trainbus.recordfile import Entry
-from trainbus.runfolder import RunFolder
+from trainbus.journal import writer as journals_module
+from trainbus.journal.blobs import Blob
+from trainbus.journal.directory import RunFolder
+from trainbus.journal.encoding import unseal
+from trainbus.journal.file_access import Files
+from trainbus.journal.reader import Entry, RunReader
+from trainbus.journal.recovery import write_end
+from trainbus.journal.writer import Journal
 
 
 @pytest.fixture

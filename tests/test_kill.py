@@ -20,14 +20,13 @@ from support import nursery, train
 from support.plugins import make_plugin
 from support.trained import UNDRAWN, train_once
 from support.wandb_file import find_runs, read_finished
-from trainbus.delivery import SinkWorker
+from trainbus.delivery.spec import Route
+from trainbus.delivery.worker import SinkWorker, ThreadedWorker
 from trainbus.events import EpochEnded, RunEnded, RunStarted
-from trainbus.files import Files
-from trainbus.journal import Journal
-from trainbus.route import Route
-from trainbus.runfolder import RunFolder
+from trainbus.journal.directory import RunFolder
+from trainbus.journal.file_access import Files
+from trainbus.journal.writer import Journal
 from trainbus.testing import MemorySink, check_grammar
-from trainbus.workers import ThreadedWorker
 
 _DEADLINE_S = 60.0
 _KILLS = 200

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from trainbus.delivery.retry import Item, Lane, judge, line
 from trainbus.errors import SinkError
 from trainbus.events import EpochStarted, Record
-from trainbus.lanes import Item, Lane, judge, line
 
 
 class HttpError(Exception):

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from support.journals import Disk, folder_in, read_file, read_records, write_journal
-from trainbus import journal as journals
 from trainbus.events import (
     AlertRaised,
     EpochStarted,
@@ -22,9 +21,10 @@ from trainbus.events import (
     RunEnded,
     TextLogged,
 )
-from trainbus.journal import Journal
-from trainbus.lines import seal
-from trainbus.runfolder import RunFolder
+from trainbus.journal import writer as journals
+from trainbus.journal.directory import RunFolder
+from trainbus.journal.encoding import seal
+from trainbus.journal.writer import Journal
 
 MIB = 2**20
 FULL = OSError(errno.ENOSPC, "No space left on device")

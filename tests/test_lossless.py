@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from support.exact import exact, spelled
-from trainbus import Bus, JournalSpec, Record, lines
+from trainbus import Bus, JournalSpec, Record
+from trainbus.delivery.receipt import Receipt
 from trainbus.events import (
     ArtifactLogged,
     Best,
@@ -30,7 +31,7 @@ from trainbus.events import (
     TableLogged,
     TextLogged,
 )
-from trainbus.receipt import Receipt
+from trainbus.journal import encoding
 from trainbus.testing import MemorySink
 
 MODERATE = settings(
@@ -206,7 +207,7 @@ def test_any_array_arrives_in_every_detail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: int, array: Any, view: str
 ) -> None:
     """Dtype, byte order, shape and every value of an array are kept, in a line and in a blob."""
-    monkeypatch.setattr(lines, "_ARRAY_IN_LINE", least)
+    monkeypatch.setattr(encoding, "_ARRAY_IN_LINE", least)
     views = {"transposed": array.T, "every other": array[::2], "backwards": array[::-1]}
     heard, arrived, receipt = emitted(tmp_path, ImageLogged(key="k", array=views.get(view, array)))
     assert (0, 0) == (receipt.dropped, receipt.pending)

@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
-from trainbus import Bus, JournalSpec, RunDefaults, ranks
+from trainbus import Bus, JournalSpec, RunDefaults
+from trainbus.delivery.receipt import Receipt
 from trainbus.events import Event, MetricsLogged, RunEnded, RunStarted, decode
-from trainbus.journal import Journal
-from trainbus.receipt import Receipt
+from trainbus.journal.writer import Journal
+from trainbus.recording import peers
 from trainbus.testing import MemorySink
 
 # Each scenario has a process of its own that trains twice, and tells what its receipts say.
@@ -153,10 +154,10 @@ def test_another_rank_trusts_no_spare_folder_of_somebody_else(
     monkeypatch.setenv("MASTER_PORT", "1234")
     spare = tmp_path / f"trainbus-runs-{os.getuid()}"
     spare.mkdir()
-    from trainbus.runfolder import RunFolder
+    from trainbus.journal.directory import RunFolder
 
     folder = RunFolder.create([spare], "run")
-    ranks.announce(folder, 1)
+    peers.announce(folder, 1)
     journal = Journal(folder)
     bus = Bus(journal=JournalSpec(dir=str(tmp_path / "none")))
     spare.chmod(0o777)
@@ -226,14 +227,14 @@ def _no(*args: object, **named: object) -> Any:
 @pytest.mark.parametrize(
     "broken",
     [
-        "trainbus.emitter.identify",
-        "trainbus.emitter.mark",
-        "trainbus.emitter.exits.watch",
-        "trainbus.emitter.exits.unwatch",
-        "trainbus.emitter.ranks.announce",
-        "trainbus.emitter.ranks.withdraw",
-        "trainbus.emitter.true_end",
-        "trainbus.emitter.normalize.event",
+        "trainbus.recording.emitter.identify",
+        "trainbus.recording.emitter.mark",
+        "trainbus.recording.emitter.exits.watch",
+        "trainbus.recording.emitter.exits.unwatch",
+        "trainbus.recording.emitter.ranks.announce",
+        "trainbus.recording.emitter.ranks.withdraw",
+        "trainbus.recording.emitter.true_end",
+        "trainbus.recording.emitter.normalize.event",
         "trainbus.bus.Delivery",
         "trainbus.bus.RunFolder.create",
         "trainbus.bus.Journal",

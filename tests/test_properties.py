@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from trainbus import Bus, JournalSpec, Record, Route, RunInfo, Sink
-from trainbus.delivery import SinkWorker
+from trainbus.delivery.receipt import SinkReport
+from trainbus.delivery.worker import SinkWorker
 from trainbus.events import (
     ArtifactLogged,
     CheckpointSaved,
@@ -28,10 +29,9 @@ from trainbus.events import (
     TableLogged,
     encode,
 )
-from trainbus.files import Files
-from trainbus.journal import Journal
-from trainbus.receipt import SinkReport
-from trainbus.runfolder import RunFolder
+from trainbus.journal.directory import RunFolder
+from trainbus.journal.file_access import Files
+from trainbus.journal.writer import Journal
 from trainbus.testing.memory import MemorySink
 
 

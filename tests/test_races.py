@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from support.journals import SAMPLE, folder_in, read_records, write_journal
-from trainbus.endings import last_record, recover
 from trainbus.events import Record, RunEnded
-from trainbus.journal import Journal
-from trainbus.lines import write_end
-from trainbus.reading import RunReader
-from trainbus.runfolder import RunFolder, is_being_written
+from trainbus.journal.directory import RunFolder
+from trainbus.journal.locks import is_being_written
+from trainbus.journal.reader import RunReader
+from trainbus.journal.recovery import last_record, recover, write_end
+from trainbus.journal.writer import Journal
 
 TESTS = str(Path(__file__).parent)
 DEADLINE_S = 60.0
@@ -30,10 +30,10 @@ sys.path.insert(0, {TESTS!r})
 from pathlib import Path
 from support.journals import SAMPLE
 from trainbus.events import Record, RunEnded
-from trainbus.journal import Journal
-from trainbus.lines import write_end
-from trainbus.endings import recover
-from trainbus.runfolder import RunFolder
+from trainbus.journal.writer import Journal
+from trainbus.journal.encoding import write_end
+from trainbus.journal.recovery import recover
+from trainbus.journal.directory import RunFolder
 folder = RunFolder(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()

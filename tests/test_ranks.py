@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from trainbus import Bus, ranks
+from trainbus import Bus
 from trainbus.events import MetricsLogged, RunEnded, RunStarted, decode
-from trainbus.journal import Journal
-from trainbus.runfolder import RunFolder
+from trainbus.journal.directory import RunFolder
+from trainbus.journal.writer import Journal
+from trainbus.recording import peers
 from trainbus.testing import check_grammar
 
 LOOP = """
@@ -226,11 +227,11 @@ def test_a_note_of_a_job_that_is_gone_is_not_believed(
     folder = RunFolder.create([tmp_path], "earlier")
     journal = Journal(folder)
     journal.append(RunStarted(), time.time())
-    ranks.announce(folder, 1)
+    peers.announce(folder, 1)
     error = ValueError("boom")
-    assert ranks.report([tmp_path], 1, error, time.time())
+    assert peers.report([tmp_path], 1, error, time.time())
     journal.close()
-    assert not ranks.report([tmp_path], 2, error, time.time())
+    assert not peers.report([tmp_path], 2, error, time.time())
     assert [0, 1] == folder.ranks(1)
 
 

@@ -19,12 +19,12 @@ from support.journals import (
     write_lines,
 )
 from trainbus import events as ev
-from trainbus.endings import REASON_LOST, last_record, recover
-from trainbus.journal import Journal
-from trainbus.lines import seal
-from trainbus.reading import RunReader, first_entry
-from trainbus.recordfile import RecordFile
-from trainbus.runfolder import RunFolder, is_being_written
+from trainbus.journal.directory import RunFolder
+from trainbus.journal.encoding import seal
+from trainbus.journal.locks import is_being_written
+from trainbus.journal.reader import RecordFile, RunReader, first_entry
+from trainbus.journal.recovery import REASON_LOST, last_record, recover
+from trainbus.journal.writer import Journal
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainbus import redact, secrettexts
-from trainbus.blobs import Blobs
+from trainbus import redaction
 from trainbus.events import (
     EVENT_TYPES,
     AlertRaised,
@@ -43,8 +42,9 @@ from trainbus.events import (
     decode,
     encode,
 )
-from trainbus.redact import REDACTED
-from trainbus.runfolder import RunFolder
+from trainbus.journal.blobs import Blobs
+from trainbus.journal.directory import RunFolder
+from trainbus.redaction import REDACTED, patterns
 
 ALPHABETS = {
     "a": string.ascii_letters + string.digits,
@@ -900,14 +900,14 @@ def test_a_secret_under_its_name_goes(line: str) -> None:
         TextLogged(key="config", text=f'{{"{name}": {json.dumps(secret)}}}'),
         TextLogged(key="env", text=f"lr=0.1\n{name}='{secret}'"),
     ]
-    assert [] == [event for event in map(redact.event, events) if survives(secret, event)]
+    assert [] == [event for event in map(redaction.event, events) if survives(secret, event)]
 
 
 @pytest.mark.parametrize("line", lines(TEXTS))
 def test_a_secret_in_a_text_goes(line: str) -> None:
     """Wherever an event has a text, the secrets in it are replaced, and it still encodes."""
     whole, secrets = split(line)
-    for event in map(redact.event, everywhere(whole)):
+    for event in map(redaction.event, everywhere(whole)):
         assert [] == [secret for secret in secrets if survives(secret, event)]
         assert type(event) is type(decode(encoded(event)).event)
 
@@ -928,7 +928,7 @@ def test_a_secret_in_a_text_goes(line: str) -> None:
 )
 def test_only_the_secret_goes(line: str, expected: str) -> None:
     """The text around a secret stays to the letter."""
-    assert expected == redact.text(line)
+    assert expected == redaction.text(line)
 
 
 def test_look_alikes_stay() -> None:
@@ -936,19 +936,19 @@ def test_look_alikes_stay() -> None:
     values = [{name: value} for name, value in KEPT]
     values += [{"outer": [{"inner": {name: value}}]} for name, value in KEPT]
     values += [event.params for event in everywhere("") if isinstance(event, ParamsUpdated)]
-    assert [] == [value for value in values if redact.params(value) is not value]
+    assert [] == [value for value in values if redaction.params(value) is not value]
     texts = [split(line)[0] for line in lines(KEPT_TEXTS)]
-    assert [] == [each for each in texts if redact.text(each) is not each]
+    assert [] == [each for each in texts if redaction.text(each) is not each]
     together = "\n".join(texts)
-    assert together == redact.text(together)
+    assert together == redaction.text(together)
     for line in texts:
-        assert [] == [event for event in everywhere(line) if redact.event(event) is not event]
+        assert [] == [event for event in everywhere(line) if redaction.event(event) is not event]
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
 def test_an_event_without_texts_passes(event: Any) -> None:
     """Numbers, arrays, class names and events of a newer schema are handed on as they are."""
-    assert event is redact.event(event)
+    assert event is redaction.event(event)
 
 
 def test_every_event_type_is_looked_at_or_has_no_text() -> None:
@@ -963,7 +963,7 @@ def test_two_names_with_a_secret_stay_two() -> None:
     logged = MetricsLogged(
         values={f"acc/{word}": float(n) for n, word in enumerate(words)}, phase="p"
     )
-    assert {"acc/[redacted]": 0.0, "acc/[redacted]*": 1.0} == redact.event(logged).values
+    assert {"acc/[redacted]": 0.0, "acc/[redacted]*": 1.0} == redaction.event(logged).values
 
 
 @pytest.mark.parametrize(
@@ -983,7 +983,7 @@ def test_a_secret_among_arguments_goes(argv: str) -> None:
     """A list of arguments is looked at as the command that it is."""
     line, secrets = split(argv)
     arguments = ["train data.py", *line.split(" "), "a b"]
-    new = redact.params({"argv": arguments})["argv"]
+    new = redaction.params({"argv": arguments})["argv"]
     assert [] == [secret for secret in secrets if secret in " ".join(new)]
     changed = [(a, b) for a, b in zip(arguments, new, strict=True) if a != b]
     assert len(secrets) == len(changed)
@@ -1004,26 +1004,26 @@ def test_paths_and_the_rest_of_an_event_stay() -> None:
     """Of an event with a secret, only what has the secret in it is new."""
     place = "/data/password=hunter2"
     started = RunStarted(save_dir=place, params={"password": "hunter2"}, resumed=Resumed(run="r"))
-    new = redact.event(started)
+    new = redaction.event(started)
     assert (place, {"password": REDACTED}) == (new.save_dir, new.params)
     assert started.resumed is new.resumed
     saved = CheckpointSaved(path=place, kind="last", metrics={"token": 1.0})
-    assert saved is redact.event(saved)
+    assert saved is redaction.event(saved)
     ended = RunEnded(
         status="failed",
         error=Failure(type="password=x", message="token: 5", traceback="password='hunter2'"),
         best=Best(metric="secret", value=1.0),
     )
-    assert "password='[redacted]'" == redact.event(ended).error.traceback
-    assert "password=x" == redact.event(ended).error.type
-    assert ended.best is redact.event(ended).best
+    assert "password='[redacted]'" == redaction.event(ended).error.traceback
+    assert "password=x" == redaction.event(ended).error.type
+    assert ended.best is redaction.event(ended).best
 
 
 def test_all_leaves_under_a_secret_name_go() -> None:
     """Lists and dicts under such a name keep their shape and lose their texts."""
     params = {"user": "me", "more": ["a", {"b": "c"}], "on": True, "port": 1}
     expected = {"user": REDACTED, "more": [REDACTED, {"b": REDACTED}], "on": True, "port": 1}
-    assert {"credentials": expected} == redact.params({"credentials": params})
+    assert {"credentials": expected} == redaction.params({"credentials": params})
 
 
 @pytest.mark.parametrize(
@@ -1045,15 +1045,15 @@ def test_numbers_are_secrets_only_as_passwords(name: str, value: Any, gone: bool
     """A password may be a number; a token is counted, and True and None say nothing."""
     params = {name: value}
     if gone:
-        assert {name: REDACTED} == redact.params(params)
+        assert {name: REDACTED} == redaction.params(params)
     else:
-        assert params is redact.params(params)
+        assert params is redaction.params(params)
 
 
 def test_the_parts_without_secrets_are_not_copied() -> None:
     """A change makes new containers on the way to it and nowhere else."""
     params: dict[str, Any] = {"clean": {"a": [1]}, "list": [{"b": 2}, "password=hunter2"]}
-    new = redact.params(params)
+    new = redaction.params(params)
     assert {"clean": {"a": [1]}, "list": [{"b": 2}, "password=[redacted]"]} == new
     assert params["clean"] is new["clean"]
     assert params["list"][0] is new["list"][0]
@@ -1078,17 +1078,17 @@ def test_names_of_the_users_own() -> None:
         "argv": ["--customer-id", REDACTED, f"--customer-id={REDACTED}", "--site-map", "x"],
         "deep": [{"site": REDACTED}],
     }
-    assert expected == redact.params(params, keys)
-    assert RunStarted(params=expected) == redact.event(RunStarted(params=params), keys)
+    assert expected == redaction.params(params, keys)
+    assert RunStarted(params=expected) == redaction.event(RunStarted(params=params), keys)
     table = TableLogged(key="k", columns=["epoch", "site"], rows=[[1, "Berlin"], [2]])
-    assert [[1, REDACTED], [2]] == redact.event(table, keys).rows
-    assert params is redact.params(params)
+    assert [[1, REDACTED], [2]] == redaction.event(table, keys).rows
+    assert params is redaction.params(params)
 
 
 def test_secrets_as_keys_go_and_no_value_is_lost() -> None:
     """A secret that is the key of a dict goes too, and two such keys stay two."""
     params = {split(f"https://me:«{word}»@host")[0]: word for word in ("hunter2", "hunter3")}
-    new = redact.params(params)
+    new = redaction.params(params)
     assert ["hunter2", "hunter3"] == list(new.values())
     assert "hunter" not in "".join(new)
 
@@ -1108,7 +1108,7 @@ def test_neighbours_tell_a_secret(values: Any) -> None:
     values = json.loads(made(json.dumps(values)))
     secret = list(values.values())[-1] if isinstance(values, dict) else values[-1]
     secret = secret if isinstance(secret, str) else secret["ghcr.io"]["auth"]
-    assert secret not in json.dumps(redact.params(values))
+    assert secret not in json.dumps(redaction.params(values))
 
 
 LONG = 64 * 1024
@@ -1137,9 +1137,9 @@ def test_no_text_makes_it_hang(piece: str) -> None:
     """A long text of what invites a search to start again ends, and so does a secret behind it."""
     whole = (piece * LONG)[:LONG]
     secret = made("{}ghp_{a36}")
-    new = redact.text(f"{whole}\n{secret}\npassword=hunter22")
+    new = redaction.text(f"{whole}\n{secret}\npassword=hunter22")
     assert (False, False) == (secret in new, "hunter22" in new)
-    redact.text(whole)
+    redaction.text(whole)
 
 
 values = st.recursive(
@@ -1164,20 +1164,20 @@ nested = st.dictionaries(
 
 def every_name(value: str) -> list[tuple[int, str]]:
     """Return where names begin, found without any sign of them."""
-    return [(found.start(), found["name"]) for found in secrettexts._NAME.finditer(value)]
+    return [(found.start(), found["name"]) for found in patterns._NAME.finditer(value)]
 
 
 def precisely(event: Any, keys: frozenset[str] = frozenset()) -> Any:
     """Return what redaction makes of an event where nothing is skipped."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(redact, "_may_hide", lambda value, keys: True)
-        patch.setattr(secrettexts, "may_hide", lambda value: True)
-        patch.setattr(secrettexts, "_has_shape", lambda value: True)
-        patch.setattr(secrettexts, "_AFTER_SIGNS", ("",))
-        patch.setattr(secrettexts, "_names", every_name)
-        redact._has_secret.cache_clear()
-        found = redact.event(event, keys)
-        redact._has_secret.cache_clear()
+        patch.setattr(redaction, "_may_hide", lambda value, keys: True)
+        patch.setattr(patterns, "may_hide", lambda value: True)
+        patch.setattr(patterns, "_has_shape", lambda value: True)
+        patch.setattr(patterns, "_AFTER_SIGNS", ("",))
+        patch.setattr(patterns, "_names", every_name)
+        redaction._has_secret.cache_clear()
+        found = redaction.event(event, keys)
+        redaction._has_secret.cache_clear()
         return found
 
 
@@ -1188,9 +1188,9 @@ def test_no_secret_of_the_corpora_is_skipped() -> None:
         f"{name}={made(shape)}" for name, _, shape in (n.partition(" ") for n in lines(NAMED))
     ]
     names = [line.partition(" ")[0] for line in lines(NAMED)]
-    skipped = [each for each in [*texts, *names] if not secrettexts.may_hide(each)]
+    skipped = [each for each in [*texts, *names] if not patterns.may_hide(each)]
     assert [] == skipped
-    assert [] == [each for each in texts if not secrettexts.may_hide(f"a b\n{each}\nc")]
+    assert [] == [each for each in texts if not patterns.may_hide(f"a b\n{each}\nc")]
 
 
 @settings(max_examples=40, deadline=None)
@@ -1202,26 +1202,26 @@ def test_what_is_skipped_has_no_secret(
     table = TableLogged(key="k", columns=["a", "b", "c"], rows=[list(row) for row in rows])
     for event in [table, *everywhere(line), RunStarted(params=params)]:
         for keys in (frozenset[str](), frozenset({"me"})):
-            assert precisely(event, keys) == redact.event(event, keys)
+            assert precisely(event, keys) == redaction.event(event, keys)
 
 
 @given(values, st.text())
 def test_nothing_makes_it_raise(value: Any, line: str) -> None:
     """Whatever plain values and texts an event has, it comes back as one that encodes."""
-    redact.params(value)
+    redaction.params(value)
     for event in [*everywhere(line), RunStarted(params={"password": value, line: value})]:
-        encoded(redact.event(event))
-        encoded(redact.event(event, frozenset({line, "b"})))
+        encoded(redaction.event(event))
+        encoded(redaction.event(event, frozenset({line, "b"})))
 
 
 @given(nested, mixtures)
 def test_twice_is_once(params: dict[str, Any], line: str) -> None:
     """What was redacted is left as it is by a second time."""
     for event in [*everywhere(line), RunStarted(params=params)]:
-        once = redact.event(event)
-        assert once == redact.event(once)
-    once = redact.params(params)
-    assert once is redact.params(once)
+        once = redaction.event(event)
+        assert once == redaction.event(once)
+    once = redaction.params(params)
+    assert once is redaction.params(once)
 
 
 class Hostile(str):
@@ -1240,16 +1240,16 @@ class HostileDict(dict[str, Any]):
 @pytest.mark.parametrize("value", [object(), b"x", {1}, 3 + 4j, Hostile("a"), HostileDict(a=1)])
 def test_values_that_are_not_plain_do_not_raise(value: Any) -> None:
     """What was never normalised is handed on or replaced, and nothing is raised."""
-    redact.text(value)
+    redaction.text(value)
     for params in (value, {"password": value}, [value], {1: value}, (value, "password=hunter2")):
-        redact.params(params)
+        redaction.params(params)
 
 
 def test_what_is_too_deep_to_look_at_goes() -> None:
     """A value that holds itself, which normalize never leaves, ends."""
     loop: dict[str, Any] = {"password": "hunter2"}
     loop["loop"] = loop
-    assert "hunter2" not in json.dumps(redact.params(loop))
+    assert "hunter2" not in json.dumps(redaction.params(loop))
 
 
 def test_a_clean_table_is_not_walked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1260,11 +1260,11 @@ def test_a_clean_table_is_not_walked(monkeypatch: pytest.MonkeyPatch) -> None:
         looked_at.append(row)
         return row
 
-    monkeypatch.setattr(redact, "_list", look)
+    monkeypatch.setattr(redaction, "_list", look)
     rows = [[n, 0.5, f"img_{n}.jpg"] for n in range(100)]
     table = TableLogged(key="t", columns=["n", "score", "file"], rows=rows)
-    assert table is redact.event(table)
+    assert table is redaction.event(table)
     assert [] == looked_at
     rows[7] = [7, 0.5, "password=hunter2"]
-    assert redact.event(table) is not None
+    assert redaction.event(table) is not None
     assert [rows[7]] == looked_at

@@ -22,9 +22,10 @@ from typer.testing import CliRunner
 
 import trainbus
 from support.plugins import make_plugin
-from trainbus import Bus, FilePath, Options, RunInfo, Sink, cli, config, registry
+from trainbus import Bus, FilePath, Options, RunInfo, Sink, config, registry
+from trainbus.cli import app
 from trainbus.events import MetricsLogged, RunStarted
-from trainbus.resolving import resolve_options, resolved
+from trainbus.paths import resolve_options, resolved
 
 BASE = Path("/base")
 
@@ -204,12 +205,12 @@ def test_a_replay_writes_where_the_training_did(
         run.log({"loss": 1.0})
         place = f"runs/{run.id}"
     (folders / "conf" / "bus.yaml").write_text(CONFIG)
-    done = CliRunner().invoke(cli.app, ["replay", place, "-c", "../conf/bus.yaml"])
+    done = CliRunner().invoke(app.app, ["replay", place, "-c", "../conf/bus.yaml"])
     assert 0 == done.exit_code, done.output
     assert ["bus.yaml", "out", "plain.txt"] == inside(folders / "conf")
     assert ["runs"] == inside(folders / "start")
     assert Path.cwd() == folders / "start"
-    checked = CliRunner().invoke(cli.app, ["validate", "--check", "../conf/bus.yaml"])
+    checked = CliRunner().invoke(app.app, ["validate", "--check", "../conf/bus.yaml"])
     assert str(folders / "conf" / "out") in checked.output
 
 

@@ -21,9 +21,10 @@ from typer.testing import CliRunner
 import trainbus
 from support.journals import SAMPLE, folder_in, write_journal
 from support.wandb_file import WandbArtifact, WandbRun, find_runs, read_finished
-from trainbus import Bus, JournalSpec, Record, Sink, cli
-from trainbus import replay as replays
-from trainbus import show as shows
+from trainbus import Bus, JournalSpec, Record, Sink
+from trainbus.cli import app
+from trainbus.cli import show as shows
+from trainbus.delivery import replay as replays
 from trainbus.events import (
     AlertRaised,
     ArtifactLogged,
@@ -37,8 +38,8 @@ from trainbus.events import (
     RunStarted,
     decode,
 )
-from trainbus.journal import Journal
-from trainbus.runfolder import RunFolder
+from trainbus.journal.directory import RunFolder
+from trainbus.journal.writer import Journal
 from trainbus.testing.samples import sample_events
 
 _DEADLINE_S = 60.0
@@ -55,7 +56,7 @@ class Live(NamedTuple):
 
 def run(*args: object) -> tuple[int, str, str]:
     """Run the command in this process; return exit code, stdout and stderr."""
-    result = CliRunner().invoke(cli.app, [str(arg) for arg in args], prog_name="trainbus")
+    result = CliRunner().invoke(app.app, [str(arg) for arg in args], prog_name="trainbus")
     assert result.exception is None or isinstance(result.exception, SystemExit)
     return result.exit_code, result.stdout, result.stderr
 

@@ -21,14 +21,13 @@ import trainbus
 from support.journals import SAMPLE, folder_in, read_file, read_run, write_journal, write_lines
 from trainbus import config
 from trainbus import events as ev
-from trainbus.blobs import Blob, Blobs, blob_name
-from trainbus.endings import recover
 from trainbus.errors import JournalError
-from trainbus.files import Files
-from trainbus.lines import seal
-from trainbus.reading import RunReader
-from trainbus.recordfile import Entry, RecordFile
-from trainbus.runfolder import RunFolder, is_run_id, open_within, run_id
+from trainbus.journal.blobs import Blob, Blobs, blob_name
+from trainbus.journal.directory import RunFolder, is_run_id, open_within, run_id
+from trainbus.journal.encoding import seal
+from trainbus.journal.file_access import Files
+from trainbus.journal.reader import Entry, RecordFile, RunReader
+from trainbus.journal.recovery import recover
 
 _DEADLINE_S = 60.0
 

@@ -23,12 +23,12 @@ from support.journals import folder_in, write_journal
 from support.plugins import make_plugin
 from support.wandb_file import find_runs, read_finished
 from trainbus import Bus, JournalSpec, Receipt, Record, Route, RunInfo, Sink, SinkReport, config
-from trainbus.delivery import SinkWorker
+from trainbus.delivery.receipt import split_unsaved
+from trainbus.delivery.sidecar import Sidecar
+from trainbus.delivery.sidecar_protocol import FinishRun, Mailbox, StopRun
+from trainbus.delivery.worker import SinkWorker
 from trainbus.events import CheckpointSaved
-from trainbus.files import Files
-from trainbus.protocol import FinishRun, Mailbox, StopRun
-from trainbus.receipt import split_unsaved
-from trainbus.sidecar import Sidecar
+from trainbus.journal.file_access import Files
 from trainbus.testing import MemorySink
 
 _DEADLINE_S = 120.0

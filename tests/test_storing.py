@@ -21,7 +21,7 @@ from trainbus.events import (
     TextLogged,
 )
 from trainbus.interfaces import RunInfo
-from trainbus.storing import (
+from trainbus.toolkit.sinks import (
     Names,
     Overwritten,
     Superseded,

@@ -52,7 +52,6 @@ from trainbus.events import (
     ended_by,
     event_name,
 )
-from trainbus.hooking import guarded
 from trainbus.testing import (
     AdapterConformance,
     MemorySink,
@@ -61,6 +60,7 @@ from trainbus.testing import (
     check_grammar,
     sample_records,
 )
+from trainbus.toolkit.adapters import guarded
 
 
 def checks(suite: type[Any]) -> list[str]:

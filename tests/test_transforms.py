@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainbus.delivery.transforms import Transform, TransformSpec
 from trainbus.events import (
     AlertRaised,
     CheckpointSaved,
@@ -23,7 +24,6 @@ from trainbus.events import (
     encode,
 )
 from trainbus.testing import sample_records
-from trainbus.transforms import Transform, TransformSpec
 
 VALUES = {"train/loss": 1.0, "val/loss": 2.0, "metrics/mAP50(B)": 3.0}
 

@@ -15,9 +15,9 @@ import pytest
 
 from trainbus import Bus, Receipt, config
 from trainbus.events import decode
-from trainbus.journal import Journal
+from trainbus.journal.directory import RunFolder
+from trainbus.journal.writer import Journal
 from trainbus.run import Run
-from trainbus.runfolder import RunFolder
 
 SAID = "was deleted, moved or unmounted while it was being written"
 

@@ -6,6 +6,8 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
 from trainbus.bus import Bus, RunDefaults
+from trainbus.delivery.receipt import Receipt, SinkReport
+from trainbus.delivery.spec import Route
 from trainbus.errors import (
     AttachError,
     ConfigError,
@@ -20,9 +22,7 @@ from trainbus.errors import (
 )
 from trainbus.events import Event, Record
 from trainbus.interfaces import Adapter, Detach, Emit, FilePath, Options, RunInfo, Sink
-from trainbus.journal import JournalSpec
-from trainbus.receipt import Receipt, SinkReport
-from trainbus.route import Route
+from trainbus.journal.writer import JournalSpec
 from trainbus.run import Run
 
 if TYPE_CHECKING:

@@ -21,8 +21,11 @@ import msgspec
 from blinker import Namespace
 from msgspec import Meta
 
-from trainbus import exits, normalize, registry
-from trainbus.emitter import Emitter, print_receipt
+from trainbus import normalize, registry
+from trainbus.delivery.dispatcher import Delivery
+from trainbus.delivery.receipt import Receipt
+from trainbus.delivery.sidecar import Sidecar
+from trainbus.delivery.spec import Isolation, Route
 from trainbus.errors import JournalError, SubscribeError
 from trainbus.events import (
     ArtifactLogged,
@@ -34,15 +37,13 @@ from trainbus.events import (
     event_name,
 )
 from trainbus.interfaces import Detach, RunInfo, Sink
-from trainbus.journal import Journal, JournalSpec, NoJournal
-from trainbus.receipt import Receipt
-from trainbus.resolving import resolve_options, resolved, working_directory
-from trainbus.route import Isolation, Route
+from trainbus.journal.directory import RunFolder, existing_spare_folder, spare_folder
+from trainbus.journal.writer import Journal, JournalSpec, NoJournal
+from trainbus.paths import resolve_options, resolved, working_directory
+from trainbus.recording import process_hooks
+from trainbus.recording.emitter import Emitter, print_receipt
 from trainbus.run import Run
-from trainbus.runfolder import RunFolder, existing_spare_folder, spare_folder
-from trainbus.sidecar import Sidecar
-from trainbus.workers import Delivery
-from trainbus.wrapping import weakly, when_gone
+from trainbus.toolkit.patching import weakly, when_gone
 
 logger = logging.getLogger("trainbus")
 
@@ -223,7 +224,7 @@ class Bus:
     def close(self, error: BaseException | None = None) -> None:
         """End every open run, as `error` says if there is one, and detach from every trainer."""
         with ExitStack() as stack:  # all of it happens, even if Ctrl-C comes in one of the sinks
-            stack.callback(exits.tidy)
+            stack.callback(process_hooks.tidy)
             stack.callback(self._sidecar.close)
             for found in self._attached.copy().values():
                 stack.callback(_guarded_detach, self._detach(found))
@@ -265,7 +266,7 @@ class Bus:
             folder = self._create_folder(run)
             return Journal(folder, attempt, max_bytes=self.journal.max_bytes, keeps=self._keeper())
         except Exception as error:
-            if exits.comes_from_handler(error):
+            if process_hooks.comes_from_handler(error):
                 raise
             logger.warning("training goes on, but this run is not logged: %s", error)
             return NoJournal(run, attempt)

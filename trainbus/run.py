@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trainbus import drawing, normalize, splitting
-from trainbus.emitter import Emitter
+from trainbus import normalize
+from trainbus.distributed import current_rank
 from trainbus.events import (
     AlertRaised,
     Array,
@@ -28,7 +28,8 @@ from trainbus.events import (
     TextLogged,
     ended_by,
 )
-from trainbus.hooking import current_rank
+from trainbus.recording.emitter import Emitter
+from trainbus.toolkit import plots, splitting
 
 
 class Run:
@@ -146,7 +147,7 @@ class Run:
             return ImageLogged(
                 key=normalize.name_of(key),
                 path=path,
-                array=drawing.pixels(image) if path is None else None,
+                array=plots.pixels(image) if path is None else None,
                 caption=caption,
                 epoch=self._at(epoch),
                 step=step,

@@ -22,7 +22,6 @@ import trainbus
 from support.feeding import feeding
 from support.heard import Heard
 from trainbus import AttachError, Bus
-from trainbus.emitter import MutedEmitter
 from trainbus.events import (
     CheckpointSaved,
     ImageLogged,
@@ -37,6 +36,7 @@ from trainbus.events import (
     decode,
     event_name,
 )
+from trainbus.recording.emitter import MutedEmitter
 from trainbus.testing import AdapterConformance, MemorySink, Training, check_grammar
 
 # torch and accelerate warn of their own deprecations.

@@ -26,6 +26,7 @@ import trainbus
 from support.feeding import feeding
 from support.heard import Heard as Listener
 from trainbus import Record, Route
+from trainbus.delivery.transforms import TransformSpec
 from trainbus.events import (
     Best,
     CheckpointSaved,
@@ -40,7 +41,6 @@ from trainbus.events import (
     ended_by,
 )
 from trainbus.testing import AdapterConformance, MemorySink, Training, check_grammar
-from trainbus.transforms import TransformSpec
 
 with warnings.catch_warnings():  # of torch, whose own modules use what it deprecates
     warnings.simplefilter("ignore", DeprecationWarning)

@@ -32,8 +32,8 @@ from trainbus.events import (
     RunStarted,
     event_name,
 )
-from trainbus.hooking import around_of
 from trainbus.testing import AdapterConformance, Training, check_grammar
+from trainbus.toolkit.adapters import around_of
 
 os.environ["KERAS_BACKEND"] = "torch"
 if "KERAS_HOME" not in os.environ:  # Keras writes its settings there when it is imported

@@ -37,8 +37,8 @@ from trainbus.events import (
     RunStarted,
     ended_by,
 )
-from trainbus.reading import RunReader
-from trainbus.runfolder import RunFolder
+from trainbus.journal.directory import RunFolder
+from trainbus.journal.reader import RunReader
 from trainbus.testing import AdapterConformance, Training, check_grammar
 
 torchvision_cpu.install()

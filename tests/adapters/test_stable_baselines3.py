@@ -25,8 +25,8 @@ from trainbus.events import (
     RunEnded,
     RunStarted,
 )
-from trainbus.hooking import around_of
 from trainbus.testing import AdapterConformance, Training, check_grammar
+from trainbus.toolkit.adapters import around_of
 
 ROLLOUT = 16
 

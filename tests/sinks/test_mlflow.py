@@ -26,6 +26,7 @@ from support.mlflow_server import Server, database
 from support.records import CONTENT
 from support.records import records as make_records
 from trainbus import Bus, RunInfo, SinkError, config
+from trainbus.delivery.retry import judge
 from trainbus.events import (
     AlertRaised,
     ArtifactLogged,
@@ -45,7 +46,6 @@ from trainbus.events import (
     TableLogged,
     TextLogged,
 )
-from trainbus.lanes import judge
 from trainbus.testing import SinkConformance, sample_records
 
 # MLflow asks its database for what SQLAlchemy will no longer do.

@@ -21,6 +21,7 @@ import pytest
 from trainbus.sinks.notify import NotifyOptions, NotifySink
 
 from trainbus import ConfigError, SinkError, config
+from trainbus.delivery.retry import judge
 from trainbus.events import (
     AlertRaised,
     Best,
@@ -32,7 +33,6 @@ from trainbus.events import (
     RunStarted,
 )
 from trainbus.interfaces import RunInfo
-from trainbus.lanes import judge
 from trainbus.testing import SinkConformance
 
 # Apprise's mail plugin imports it, once a process.

@@ -24,6 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from trainbus.sinks.prometheus import PrometheusOptions, PrometheusSink
 
 from trainbus import ConfigError, SinkError, config
+from trainbus.delivery.retry import judge
 from trainbus.events import (
     AlertRaised,
     Best,
@@ -38,7 +39,6 @@ from trainbus.events import (
     RunStarted,
 )
 from trainbus.interfaces import RunInfo
-from trainbus.lanes import judge
 from trainbus.testing import SinkConformance, sample_records
 
 PROMTOOL = shutil.which("promtool")

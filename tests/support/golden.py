@@ -18,7 +18,6 @@ from unittest import mock
 
 import numpy as np
 
-from trainbus import lines
 from trainbus.events import (
     AlertRaised,
     ArtifactLogged,
@@ -42,9 +41,10 @@ from trainbus.events import (
     TableLogged,
     TextLogged,
 )
-from trainbus.journal import Journal
-from trainbus.lines import write_end
-from trainbus.runfolder import RunFolder
+from trainbus.journal import encoding
+from trainbus.journal.directory import RunFolder
+from trainbus.journal.recovery import write_end
+from trainbus.journal.writer import Journal
 
 BEGUN = 1_700_000_000.0
 FILES = {
@@ -91,8 +91,8 @@ def write(folder: Path) -> RunFolder:
     """Write the journal below a folder, with small limits, so that little has to be kept."""
     with (
         tempfile.TemporaryDirectory() as elsewhere,
-        mock.patch.object(lines, "MAX_LINE", 4096),
-        mock.patch.object(lines, "_ARRAY_IN_LINE", 1024),
+        mock.patch.object(encoding, "MAX_LINE", 4096),
+        mock.patch.object(encoding, "_ARRAY_IN_LINE", 1024),
     ):
         before = os.getcwd()
         os.chdir(elsewhere)  # the paths in it are relative, as they would differ otherwise

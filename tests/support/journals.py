@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from trainbus import events as ev
-from trainbus.journal import Journal
-from trainbus.lines import seal
-from trainbus.reading import RunReader
-from trainbus.recordfile import Entry, RecordFile
-from trainbus.runfolder import RunFolder
+from trainbus.journal.directory import RunFolder
+from trainbus.journal.encoding import seal
+from trainbus.journal.reader import Entry, RecordFile, RunReader
+from trainbus.journal.writer import Journal
 
 SAMPLE: tuple[ev.Event, ...] = (
     ev.RunStarted(name="é ☃ J*", params={"lr": 0.1, "deep": {"a": [1, None]}}),

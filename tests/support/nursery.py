@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from trainbus import Bus, JournalSpec
-from trainbus.delivery import SinkWorker
-from trainbus.endings import recover
+from trainbus.delivery.spec import Route
+from trainbus.delivery.worker import SinkWorker
 from trainbus.events import MetricsLogged, RunStarted, TextLogged
-from trainbus.files import Files
-from trainbus.reading import RunReader
-from trainbus.route import Route
-from trainbus.runfolder import RunFolder
+from trainbus.journal.directory import RunFolder
+from trainbus.journal.file_access import Files
+from trainbus.journal.reader import RunReader
+from trainbus.journal.recovery import recover
 from trainbus.testing import MemorySink
 
 _DEADLINE_S = 60.0

@@ -32,7 +32,6 @@ from typing import Any, ClassVar
 from unittest import SkipTest
 
 from trainbus.bus import Bus, SinkSource
-from trainbus.emitter import Emitter, MutedEmitter
 from trainbus.events import (
     EpochEnded,
     EpochStarted,
@@ -46,7 +45,8 @@ from trainbus.events import (
     event_name,
 )
 from trainbus.interfaces import Detach, RunInfo, Sink
-from trainbus.journal import JournalSpec
+from trainbus.journal.writer import JournalSpec
+from trainbus.recording.emitter import Emitter, MutedEmitter
 from trainbus.testing.child import run_in_child
 from trainbus.testing.grammar import check_grammar
 from trainbus.testing.scratch import Scratch

@@ -28,9 +28,9 @@ import msgspec
 import numpy as np
 
 from trainbus.bus import Bus
+from trainbus.delivery.receipt import Receipt
 from trainbus.events import MetricsLogged, Record, RunEnded, RunStarted, UnknownEvent, encode
 from trainbus.interfaces import Sink
-from trainbus.receipt import Receipt
 from trainbus.testing import samples
 from trainbus.testing.child import run_in_child
 from trainbus.testing.grammar import check_grammar

@@ -1,0 +1,207 @@
+"""Turns a YAML file into a bus, or into one line for each fault of the file.
+
+Guarantees: nothing is opened or started; all faults are reported, not only the first, each with its
+file, line, key path, what was found and expected; no report shows the value of an environment
+variable or of a key named like a secret. It is the only reader of the environment in the core.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from trainbus import registry
+from trainbus.bus import Bus
+from trainbus.config.schema import SINK_KEYS, File, sink_class, sink_keys
+from trainbus.config.validation import Item, Problems, check_fields, check_value
+from trainbus.config.yaml_reader import read
+from trainbus.delivery.spec import Route
+from trainbus.delivery.transforms import TransformSpec
+from trainbus.errors import ConfigError, TrainbusError, did_you_mean
+from trainbus.interfaces import Options, Sink
+from trainbus.paths import resolve_options, working_directory
+from trainbus.text import quoted
+
+_MAX_BYTES = 2**20
+
+
+def load(path: str | os.PathLike[str]) -> Bus:
+    """Return a bus with the sinks that a YAML file configures.
+
+    Raises:
+        ConfigError: the file can't be read or used; it says where and what was expected.
+    """
+    name = os.fspath(path)
+    text = _text(name)
+    try:
+        file = os.path.abspath(name)
+    except OSError:  # the working directory was deleted
+        return loads(text, name=name)
+    return _bus(text, name=name, file=file, base=os.path.dirname(file))
+
+
+def loads(text: str, *, name: str = "<config>") -> Bus:
+    """Return a bus with the sinks that a YAML text configures; `name` stands for it in errors.
+
+    Relative paths in it are relative to the working directory.
+
+    Raises:
+        ConfigError: the text can't be used.
+    """
+    base = working_directory()
+    return _bus(text, name=name, file=name, base=None if base is None else str(base))
+
+
+def _bus(text: str, *, name: str, file: str, base: str | None) -> Bus:
+    """Return the bus of a YAML text, whose relative paths are relative to `base`."""
+    folder = None if base is None else Path(base)
+    problems = Problems(name)
+    root = read(text, problems, os.environ)
+    check_value(root, File)
+    sinks = root.keys["sinks"].keys if "sinks" in root.keys else {}
+    routes = {key: _route(key, item, folder) for key, item in sinks.items()}
+    if faults := problems.lines():
+        raise ConfigError(faults)
+    given = msgspec.convert(root.plain(), File)
+    return Bus(
+        {key: route for key, route in routes.items() if route},
+        defaults=given.run,
+        isolation=given.isolation,
+        journal=given.journal,
+        flush_secs=given.flush_secs,
+        config=file,
+        base=folder,
+        # Other processes get the text alone: variables in it may be secrets, and are theirs too.
+        rebuild=functools.partial(_bus, text, name=name, file=file, base=base),
+    )
+
+
+def check(path: str | os.PathLike[str]) -> list[str]:
+    """Return one line for each fault of a YAML file, and an empty list if there is none."""
+    try:
+        load(path)
+    except ConfigError as error:
+        return list(error.problems)
+    return []
+
+
+def _route(name: str, sink: Item, base: Path | None) -> Route | None:
+    """Return the way to one sink, or None where a fault of it was noted."""
+    if not isinstance(sink.value, dict):
+        return None
+    keys = sink_keys(registry.plugins(registry.SINKS))
+    check_fields(sink, keys, is_open=True)
+    _check_renames(sink)
+    cls = _class_of(sink)
+    if cls is None:
+        return None
+    check_fields(sink, keys, cls.Options)
+    options = _options(sink, cls) if sink.is_sound else None
+    if options is None:
+        return None
+    options = resolve_options(options, base)
+    given = sink.plain()
+    common = {key: given[key] for key in TransformSpec.__struct_fields__ if key in given}
+    return Route(
+        name=name,
+        make=functools.partial(cls, options),
+        kind=given["type"],
+        service=cls.service,
+        transforms=msgspec.convert(common, TransformSpec),
+        on_error=given.get("on_error", "warn"),
+        options=msgspec.to_builtins(options),
+        isolation=given.get("isolation"),
+    )
+
+
+def _class_of(sink: Item) -> type[Sink] | None:
+    item = sink.keys.get("type")
+    if item is None:
+        for key, child in sink.keys.items():
+            if key not in SINK_KEYS and (hint := did_you_mean(key, ["type"])):
+                child.refuse(f"found an unknown key, expected 'type'{hint}")
+    elif item.is_sound:
+        try:
+            return sink_class(item.value)
+        except TrainbusError as error:
+            reason = "`trainbus plugins` says why it can't" if item.hidden else _line(error)
+            item.refuse(f"found {item.found()}, expected a sink that loads: {reason}")
+    return None
+
+
+def _check_renames(sink: Item) -> None:
+    rename = sink.keys.get("rename")
+    taken: dict[str, str] = {}
+    for old, new in rename.keys.items() if rename and rename.is_sound else ():
+        before = taken.setdefault(new.value, old)
+        if "*" in new.value and "*" not in old:
+            new.refuse(f"found {new.found()}, expected no `*`, as its pattern has none")
+        elif "*" not in new.value and before != old:
+            text = f"found {new.found()} again, expected another name than {quoted(before)} gets"
+            new.refuse(text)
+
+
+def _options(sink: Item, cls: type[Sink]) -> Options | None:
+    """Return the sink's own options, whose fields fit each by itself."""
+    own = {key: item for key, item in sink.keys.items() if key not in SINK_KEYS}
+    given = {key: item.plain() for key, item in own.items()}
+    reason = _refusal(cls, given)
+    if reason is None:
+        return msgspec.convert(given, cls.Options)
+    # What is said of other values just the same can't repeat a value that is hidden.
+    if reason != _refusal(cls, {key: item.plain(masked=True) for key, item in own.items()}):
+        reason = "(not shown, as it may repeat a hidden value)"
+    sink.refuse(f"found options that don't fit, expected others: {reason}")
+    return None
+
+
+def _refusal(cls: type[Sink], values: Mapping[str, Any]) -> str | None:
+    """Return what a sink's options refuse these values with, None where they take them."""
+    try:
+        msgspec.convert(values, cls.Options)
+    except Exception as error:
+        return _line(error.__cause__ or error)
+    return None
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _text(name: str) -> str:
+    """Return what the file holds."""
+    line = 0
+    try:
+        with open(name, "rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        if len(data) <= _MAX_BYTES:
+            return data.decode("utf-8-sig")
+        text = "found more than 1 MiB, expected a smaller file"
+    except FileNotFoundError:
+        text = _no_such_file(name)
+    except IsADirectoryError:
+        text = "found a folder, expected a YAML file"
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        text = "found bytes that are no UTF-8, expected a text file in UTF-8"
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        text = f"found a file that can't be read ({reason}), expected a YAML file"
+    problems = Problems(name)
+    problems.add(text, line=line)
+    raise ConfigError(problems.lines())
+
+
+def _no_such_file(name: str) -> str:
+    path = Path(name)
+    try:
+        folder = path.absolute().parent
+        others = [other for other in os.listdir(folder) if other.endswith((".yaml", ".yml"))]
+    except OSError:
+        return "found no such folder, expected a YAML file in one that exists"
+    return f"found no such file in {folder}, expected a YAML file{did_you_mean(path.name, others)}"

@@ -1,0 +1,111 @@
+"""How far a sink is in a run, kept on disk."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from trainbus.delivery.retry import Item
+from trainbus.journal.directory import make_folder, write_atomically
+
+_MANY = 500
+
+
+class Cursor(msgspec.Struct, kw_only=True):
+    """How far a sink is, and what it made of the records of that attempt."""
+
+    attempt: int = 0
+    seq: int = 0
+    offset: int = 0
+    taken: int = 0
+    skipped: int = 0
+    dead: int = 0
+    lost: int = 0
+    superseded: int = 0
+    closed: bool = True
+    """Whether the sink was closed after the last record it took."""
+    uploads: list[int] = []
+    """Seqs up to `seq` whose upload was not over."""
+    where: str | None = None
+
+
+class Ledger:
+    """Keeps the account of one sink; its uploads may be counted by a thread of their own.
+
+    Args:
+        path: file of the cursor.
+        clock: seconds.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float]) -> None:
+        self.cursor = Cursor()
+        self._path = path
+        self._clock = clock
+        self._mutex = threading.Lock()
+        self._is_begun = False
+        self._saved_at = clock()
+        self._unsaved = 0
+
+    def read(self) -> Cursor | None:
+        """Return the cursor that was saved last, None if there is none that can be read."""
+        try:
+            return msgspec.json.decode(self._path.read_bytes(), type=Cursor)
+        except (OSError, msgspec.DecodeError):
+            return None
+
+    def begin(self, cursor: Cursor) -> None:
+        """Go on from a cursor, which is saved from now on."""
+        self.cursor, self._is_begun = cursor, True
+
+    def took(self, items: Sequence[Item], offset: int | None) -> None:
+        """Count what the sink took or did not want, and where to read on, if that is known."""
+        with self._mutex:
+            self._count(items)
+            self.cursor.seq = max(self.cursor.seq, items[-1].record.seq)
+            if offset is not None:
+                self.cursor.offset = offset
+        self._unsaved += len(items)
+
+    def uploads(self, seq: int) -> None:
+        """Note that the files of a record are on their way."""
+        with self._mutex:
+            if seq not in self.cursor.uploads:
+                self.cursor.uploads = [*self.cursor.uploads, seq]
+            self.cursor.seq = max(self.cursor.seq, seq)
+
+    def uploaded(self, items: Sequence[Item]) -> None:
+        """Count records whose files are there."""
+        with self._mutex:
+            done = {item.record.seq for item in items}
+            self.cursor.uploads = [s for s in self.cursor.uploads if s not in done]
+            self._count(items)
+
+    def _count(self, items: Sequence[Item]) -> None:
+        skipped = sum(item.is_filtered_out for item in items)
+        self.cursor.skipped += skipped
+        self.cursor.taken += len(items) - skipped
+        self.cursor.superseded += sum(item.is_superseded for item in items)
+
+    def buried(self, seq: int) -> None:
+        """Count a record that the sink can't take."""
+        with self._mutex:
+            self.cursor.dead += 1
+            self.cursor.seq = max(self.cursor.seq, seq)
+            self.cursor.uploads = [s for s in self.cursor.uploads if s != seq]
+
+    def save(self, after_s: float) -> None:
+        """Save the cursor, if it has changed and was saved that long ago."""
+        now = self._clock()
+        due = self._unsaved >= _MANY or now - self._saved_at >= after_s
+        if not self._is_begun or not due or (after_s and not self._unsaved):
+            return
+        with self._mutex:
+            data = msgspec.json.encode(self.cursor)
+        self._saved_at, self._unsaved = now, 0
+        with suppress(OSError):  # a full disk: records may then come twice after a crash
+            make_folder(self._path.parent)
+            write_atomically(self._path, data)

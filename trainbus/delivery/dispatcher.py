@@ -1,0 +1,329 @@
+"""Runs the workers of one run where they belong: in a sidecar process, in threads, or in `emit`.
+
+`auto` means the sidecar: a busy thread makes the steps of a training several times longer, as both
+need the interpreter's lock, and a process does not; it also outlives a training that is killed. A
+sink that is an object of this process, or that uses something of it, gets a thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+
+from trainbus.delivery.receipt import Receipt, save_receipt, split_unsaved
+from trainbus.delivery.sidecar import Sidecar, SidecarRun
+from trainbus.delivery.spec import Isolation, Route, mode_of
+from trainbus.delivery.worker import POLL_S, SinkWorker, ThreadedWorker, delivering, owe
+from trainbus.errors import SinkError
+from trainbus.interfaces import RunInfo
+from trainbus.journal.file_access import Files
+from trainbus.journal.writer import Journal, NoJournal
+
+logger = logging.getLogger("trainbus")
+_POLL_SIDECAR_S = 1.0
+_HALT_S = 5.0
+_HALT_PART = 0.25
+_MIN_HALT_S = 0.5
+_INTERRUPTED_S = 2.0
+_SAY_AFTER_S = 2.0
+_OPEN_DEADLINE_S = 120.0
+
+
+class Delivery:
+    """The way of one run's records to all its sinks."""
+
+    def __init__(
+        self,
+        routes: Sequence[Route],
+        run: RunInfo,
+        journal: Journal | NoJournal,
+        *,
+        sidecar: Sidecar,
+        isolation: Isolation = "auto",
+        flush_secs: float = 60.0,
+        config: str | None = None,
+    ) -> None:
+        """Start the workers; the run's start must be in the journal.
+
+        Args:
+            routes: the sinks.
+            run: the run.
+            journal: its records.
+            sidecar: the bus's, which delivers to the sinks that another process can make.
+            isolation: where sinks run that say nothing of it.
+            flush_secs: how long the end of the run waits for the sinks.
+            config: file that the bus was made from, for the command that sends the rest.
+        """
+        self.dropped = 0
+        """Events that never came into the journal."""
+        self.unrecorded = 0
+        """Values that no event could be made of."""
+        self._run = run
+        self._routes = routes
+        self._journal = journal
+        self._flush_secs = flush_secs
+        self._config = config
+        self._deadline: float | None = None
+        self._polled_at = time.monotonic()
+        self._interrupt: BaseException | None = None
+        self._inline: list[SinkWorker] = []
+        self._threads: list[ThreadedWorker] = []
+        self._waiting: list[ThreadedWorker] = []
+        """Those for which no thread could be started."""
+        self._sidecar: SidecarRun | None = None
+        if isinstance(journal, NoJournal):
+            return
+        elsewhere = []
+        for route in routes:
+            mode = mode_of(route, isolation)
+            if mode == "inline":
+                self._inline.append(self._worker(route, journal, in_background=False))
+            elif mode == "thread":
+                self._start_thread(route, journal)
+            else:
+                elsewhere.append(route)
+        if elsewhere:
+            self._sidecar = sidecar.open(journal.folder, run.attempt, elsewhere, flush_secs)
+            refused = self._sidecar.refused
+            for route in refused:  # no further process can be started: a thread is the next best
+                self._start_thread(route, journal)
+            if refused:
+                why = self._sidecar.unserved[refused[0].name]
+                logger.warning("sinks run in threads of the training process: %s", why)
+
+    def poke(self) -> None:
+        """Do what is to be done after a record was written; raises a Ctrl-C that came in a sink."""
+        interrupt = None
+        for worker in self._inline:
+            while not worker.step() and worker.main.interrupt is None:
+                pass
+            interrupt = worker.interrupt or interrupt
+        if interrupt is not None:
+            raise interrupt
+        if time.monotonic() - self._polled_at >= _POLL_SIDECAR_S:
+            self._polled_at = time.monotonic()
+            if self._sidecar is not None:
+                self._sidecar.poll()
+            if not self._is_synced_elsewhere() and isinstance(self._journal, Journal):
+                self._journal.sync()
+            if isinstance(self._journal, Journal):
+                self._journal.look()
+
+    def hurry(self, secs: float) -> None:
+        """Wait no longer than that for the sinks, also if `close` is waiting already."""
+        deadline = time.monotonic() + secs
+        self._deadline = min(self._deadline or deadline, deadline)
+
+    def close(self, status: str) -> Receipt:
+        """Wait until the sinks have everything or the deadline comes; return what they got."""
+        begun = time.monotonic()
+        self.hurry(self._flush_secs)
+        if isinstance(self._journal, NoJournal):
+            count = self._journal.seq
+            return Receipt(
+                run=self._run.id,
+                status=status,
+                emitted=count,
+                sinks=[],
+                unsaved=count,
+                unrecorded=self.unrecorded,
+            )
+        self._journal.catch_up()
+        held = self._journal.held
+        emitted = self._journal.seq - self._journal.dropped.total()
+        interrupt: BaseException | None = None
+        for worker in self._inline:
+            worker.add(held)
+            worker.finish()
+            while not (worker.done or worker.main.stopped or worker.step()):
+                pass
+            interrupt = worker.interrupt or interrupt
+            worker.close()
+        self._start_waiting()
+        for thread in self._threads:
+            thread.finish(held)
+        if self._sidecar is not None:
+            self._sidecar.finish(held, emitted)
+        try:
+            for waiting in self._waiting:
+                if waiting.worker.route.options is None:  # of which no replay can make another one
+                    self._drain(waiting.worker, held)
+            self._wait(begun)
+        except BaseException as error:  # Ctrl-C: what is not sent waits in the journal
+            interrupt = error
+            self._halt(_INTERRUPTED_S)
+        self._interrupt = interrupt
+        return self._receipt(self._journal, status, emitted)
+
+    def raise_interrupt(self) -> None:
+        """Raise the Ctrl-C that came while the run was closed."""
+        interrupt, self._interrupt = self._interrupt, None
+        if interrupt is not None:
+            raise interrupt
+
+    def abandon(self) -> None:
+        """Let go of everything in a forked child, whose parent has the run."""
+        self._threads, self._inline, self._waiting = [], [], []
+        if self._sidecar is not None:
+            self._sidecar.abandon()
+            self._sidecar = None
+        if isinstance(self._journal, Journal):
+            self._journal.close()
+
+    def _wait(self, begun: float) -> None:
+        said = False
+        while not self._is_done() and time.monotonic() < self._halt_at(begun):
+            time.sleep(POLL_S / 5)
+            if not said and time.monotonic() - begun > _SAY_AFTER_S:
+                said = True
+                self._say_waiting()
+        self._halt(max((self._deadline or 0.0) - time.monotonic(), _MIN_HALT_S))
+
+    def _halt_at(self, begun: float) -> float:
+        """Return when the workers are told to end, so that they have done so at the deadline."""
+        deadline = self._deadline or 0.0
+        return deadline - min(_HALT_PART * (deadline - begun), _HALT_S)
+
+    def _halt(self, secs: float) -> None:
+        """End the workers, which then know what they got; a call that hangs is left behind."""
+        until = time.monotonic() + secs
+        for thread in self._threads:
+            thread.halt()
+        if self._sidecar is not None:
+            self._sidecar.stop(secs)
+        for thread in self._threads:
+            thread.join(until)
+
+    def _drain(self, worker: SinkWorker, held: Sequence[bytes]) -> None:
+        """Deliver to a sink here, where it costs no training any more."""
+        worker.add(held)
+        worker.finish()
+        delivering.here = True
+        try:
+            while not (worker.done or worker.main.stopped or self._is_late()):
+                wait = worker.step()
+                if interrupt := worker.interrupt:
+                    raise interrupt
+                if wait and worker.has_everything():
+                    break
+                time.sleep(wait)
+        finally:
+            delivering.here = False
+            worker.close()
+
+    def _is_late(self) -> bool:
+        return time.monotonic() >= (self._deadline or 0.0)
+
+    def _is_done(self) -> bool:
+        sidecar = self._sidecar is None or self._sidecar.is_finished()
+        return sidecar and all(thread.is_finished() for thread in self._threads)
+
+    def _is_synced_elsewhere(self) -> bool:
+        """Return whether somebody has the journal written to the disk, once a second."""
+        return bool(self._threads) or (
+            self._sidecar is not None and not self._sidecar.is_finished()
+        )
+
+    def _say_waiting(self) -> None:
+        left = (self._deadline or 0.0) - time.monotonic()
+        print(
+            f"trainbus: waiting for the sinks, at most {left:.0f} s more; "
+            "Ctrl-C leaves the rest for `trainbus replay`",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _receipt(self, journal: Journal, status: str, emitted: int) -> Receipt:
+        workers = self._workers()
+        found = {worker.route.name: worker.report(emitted) for worker in workers}
+        if self._sidecar is not None:
+            found |= {report.name: report for report in self._sidecar.reports(emitted)}
+        journal.look()
+        receipt = Receipt(
+            run=self._run.id,
+            status=status,
+            attempt=self._run.attempt,
+            emitted=emitted,
+            sinks=split_unsaved(
+                [found[route.name] for route in self._routes if route.name in found],
+                journal.unsaved,
+            ),
+            dropped=self.dropped + journal.dropped.total(),
+            unsaved=journal.unsaved,
+            unrecorded=self.unrecorded,
+            journal=None if journal.is_gone else str(journal.folder.path),
+            config=self._config,
+        )
+        save_receipt(journal.folder, receipt)
+        journal.close()
+        return receipt
+
+    def demand(self) -> None:
+        """Wait for the sinks without which there shall be no training.
+
+        Raises:
+            SinkError: a sink with `on_error: raise` could not be opened.
+        """
+        wanted = {route.name: route for route in self._routes if route.on_error == "raise"}
+        if wanted and isinstance(self._journal, NoJournal):
+            raise SinkError("no directory for the journal can be written, sinks get nothing")
+        deadline = time.monotonic() + _OPEN_DEADLINE_S
+        while wanted:
+            errors: dict[str, str | None] = {}
+            for worker in self._workers():
+                if worker.opened is not None or worker.main.error is not None:
+                    errors[worker.route.name] = None if worker.opened else worker.main.error or ""
+            if self._sidecar is not None:
+                self._sidecar.poll()
+                errors |= self._sidecar.opened | self._sidecar.unserved
+            for name, error in errors.items():
+                if name in wanted and error is not None:
+                    route = wanted[name]
+                    raise SinkError(f"sink {name!r} ({route.kind}) can't be opened: {error}")
+                wanted.pop(name, None)
+            if wanted and time.monotonic() > deadline:
+                raise SinkError(f"sink {min(wanted)!r} did not open in {_OPEN_DEADLINE_S:.0f} s")
+            if wanted:
+                time.sleep(POLL_S / 5)
+
+    def _worker(self, route: Route, journal: Journal, *, in_background: bool = True) -> SinkWorker:
+        return SinkWorker(
+            route,
+            journal.folder,
+            Files(journal.folder, None),  # the training process itself says which files there are
+            attempt=self._run.attempt,
+            in_background=in_background,
+        )
+
+    def _workers(self) -> list[SinkWorker]:
+        threads = [*self._threads, *self._waiting]
+        return [*self._inline, *(thread.worker for thread in threads)]
+
+    def _start_thread(self, route: Route, journal: Journal) -> None:
+        thread = ThreadedWorker(self._worker(route, journal), journal)
+        self._threads.append(thread)  # first: Ctrl-C may come while it is started
+        fault = thread.start()
+        if fault is None:
+            return
+        self._threads.remove(thread)
+        self._waiting.append(thread)
+        thread.worker.main.error = fault
+        owe(route, journal.folder, self._run.attempt)
+        rest = "`trainbus replay` sends them" if route.options is not None else "it gets them then"
+        logger.warning(
+            "sink %r (%s) has neither process nor thread (%s); its records wait in the journal for "
+            "the end of the run: if there is no thread either, %s",
+            route.name,
+            route.kind,
+            fault,
+            rest,
+        )
+
+    def _start_waiting(self) -> None:
+        """Start the threads that could not be started, now that the training may need less."""
+        for thread in list(self._waiting):
+            if thread.start() is None:
+                self._waiting.remove(thread)
+                self._threads.append(thread)

@@ -1,0 +1,129 @@
+"""What became of a run's records: for a person at the end of a training, and as a file."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from contextlib import suppress
+
+import msgspec
+
+from trainbus.journal.directory import RunFolder, write_atomically
+from trainbus.text import printable
+
+
+def save_receipt(folder: RunFolder, receipt: Receipt) -> None:
+    """Write the receipt beside the journal; a disk that is full costs it."""
+    with suppress(OSError):
+        write_atomically(folder.receipt, msgspec.json.format(msgspec.json.encode(receipt)) + b"\n")
+
+
+class SinkReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one run's records in one sink.
+
+    taken + skipped + dead + pending + unsaved = emitted.
+    """
+
+    name: str
+    kind: str
+    taken: int = 0
+    skipped: int = 0
+    """What the sink's transforms filtered out."""
+    dead: int = 0
+    """What the sink refused three times; kept in `dead/`."""
+    pending: int = 0
+    """What waits in the journal."""
+    unsaved: int = 0
+    """What it has not got and no replay can send, as the disk had no room for it."""
+    lost: int = 0
+    """Of what was taken: records that the tracker has no way to show, such as a broken picture."""
+    superseded: int = 0
+    """Of what was taken: checkpoints that the trainer had overwritten before they were sent."""
+    where: str | None = None
+    error: str | None = None
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+    """What each sink got of one attempt of a run."""
+
+    run: str
+    status: str
+    emitted: int
+    sinks: list[SinkReport]
+    attempt: int = 1
+    dropped: int = 0
+    """What was emitted and could not be kept: no event of the schema, or no room for it."""
+    unsaved: int = 0
+    """Of what was emitted: records that are not on disk, which had no room for them or is gone, and
+    that no replay can send."""
+    unrecorded: int = 0
+    """Values that were logged and are nothing that can be recorded."""
+    journal: str | None = None
+    """The run's directory; None where there is none, or it was deleted meanwhile."""
+    config: str | None = None
+
+    @property
+    def lost(self) -> int:
+        """The records that are neither on disk nor in any sink."""
+        return min((sink.unsaved for sink in self.sinks), default=self.unsaved)
+
+    @property
+    def pending(self) -> int:
+        """The records that at least one sink has not got and may still get."""
+        return max((sink.pending for sink in self.sinks), default=0)
+
+    def __str__(self) -> str:
+        """Return the receipt as the lines that a person reads at the end of a training."""
+        attempt = f", attempt {self.attempt}" if self.attempt > 1 else ""
+        lines = [f"trainbus: run {self.run} {self.status}{attempt}, {self.emitted} records"]
+        if self.dropped:
+            lines[0] += f", {self.dropped} DROPPED"
+        if self.unsaved:
+            lines[0] += f", {self.unsaved} NOT ON DISK"
+        if self.lost:
+            lines[0] += f", {self.lost} LOST"
+        if self.unrecorded:
+            values = "value" if self.unrecorded == 1 else "values"
+            lines[0] += f", {self.unrecorded} {values} not recorded"
+        width = max([*(len(s.name) for s in self.sinks), len("journal")])
+        for sink in self.sinks:
+            lines.append(f"  {sink.name:<{width}}  {sink.kind}: {_counts(sink)}")
+            lines += [f"  {'':<{width}}  {text}" for text in (sink.error, sink.where) if text]
+        if self.journal:
+            lines.append(f"  {'journal':<{width}}  {self.journal}")
+        if self.pending and self.journal:
+            config = shlex.quote(self.config or "trainbus.yaml")
+            command = f"trainbus replay {shlex.quote(self.journal)} -c {config}"
+            lines.append(f"  {'':<{width}}  to send the rest: {command}")
+        return "\n".join(printable(line) for line in lines)
+
+
+def split_unsaved(reports: Sequence[SinkReport], unsaved: int) -> list[SinkReport]:
+    """Return the reports with what is on no disk told apart from what waits in the journal.
+
+    Args:
+        reports: what each sink got, with all that it has not got as pending.
+        unsaved: how many records the disk had no room for. They are the last ones of the run, and
+            sinks get records in order.
+    """
+    found = []
+    for report in reports:
+        gone = min(report.pending, unsaved)
+        pending = report.pending - gone
+        found.append(msgspec.structs.replace(report, pending=pending, unsaved=gone))
+    return found
+
+
+def _counts(sink: SinkReport) -> str:
+    counts = f"{sink.taken} taken"
+    if sink.skipped:
+        counts += f", {sink.skipped} filtered out"
+    if sink.lost:
+        counts += f", {sink.lost} of them can't be shown there"
+    if sink.pending:
+        counts += f", {sink.pending} PENDING"
+    if sink.unsaved:
+        counts += f", {sink.unsaved} LOST"
+    if sink.dead:
+        counts += f", {sink.dead} REFUSED"
+    return counts

@@ -1,0 +1,195 @@
+"""Sends a run that is on disk to sinks, and checks what is on disk: `trainbus replay` and `verify`.
+
+The journal may come from anywhere: only the operator's configuration decides where records go, and
+files outside of the run's directory are sent only from folders that the operator names.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from trainbus.delivery.receipt import Receipt, SinkReport, save_receipt
+from trainbus.delivery.sidecar import Sidecar, SidecarRun
+from trainbus.delivery.sidecar_protocol import ReplayTask
+from trainbus.delivery.spec import Route, mode_of
+from trainbus.delivery.worker import POLL_S, SinkWorker, count
+from trainbus.errors import JournalError
+from trainbus.events import RunEnded
+from trainbus.journal.directory import RunFolder
+from trainbus.journal.file_access import Files
+from trainbus.journal.locks import is_being_written
+from trainbus.journal.recovery import last_record, recover
+
+_HALT_S = 2.0
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """How far a replay is: records that one sink has, of all there are."""
+
+    sink: str
+    done: int
+    total: int
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What a replay would send to one sink."""
+
+    sink: str
+    kind: str
+    missing: int
+
+
+def replay(
+    folder: RunFolder,
+    routes: Sequence[Route],
+    *,
+    after: tuple[int, int] | None = None,
+    trusted: Sequence[str] = (),
+    flush_secs: float = 60.0,
+    tell: Callable[[Progress], None] = lambda progress: None,
+) -> tuple[Receipt, Files]:
+    """Send to each sink what it has not got, and return what became of it.
+
+    Args:
+        folder: the run's directory.
+        routes: the sinks.
+        after: send what comes after this (attempt, seq), whatever was sent before.
+        trusted: folders outside of the run's directory whose files may be sent.
+        flush_secs: how long a network that is down is waited for, each time anew.
+        tell: called with the progress.
+
+    Returns:
+        The receipt of the last attempt, and the files that records named.
+
+    Raises:
+        JournalError: a training is writing this journal, or it can't be read.
+    """
+    attempts = folder.attempts()
+    if is_being_written(folder.records(attempts[-1])):
+        raise JournalError(
+            f"the training that writes {folder.path} is still running; its own sinks are fed "
+            "by it, and a replay has to wait for its end"
+        )
+    try:
+        recover(folder, now=time.time())
+    except OSError as error:
+        raise JournalError(f"{folder.path} can't be written: {error.strerror}") from error
+    last = last_record(folder, attempts[-1])
+    if last is None:
+        raise JournalError(f"found no whole record in {folder.path}")
+    files = Files(folder, trusted)
+    task = _Task(folder, attempts[-1], after, files, trusted, flush_secs, tell, last.seq)
+    sidecar = Sidecar()
+    try:
+        found = [task.send(route, sidecar) for route in routes]
+    finally:
+        sidecar.close()
+    total = max((n for _, n in found if n is not None), default=None)
+    if total is None:
+        total = count(folder, attempts[-1])
+    reports = [_with_total(report, total) for report, _ in found]
+    receipt = Receipt(
+        run=last.run,
+        status=last.event.status if isinstance(last.event, RunEnded) else "open",
+        attempt=attempts[-1],
+        emitted=total,
+        sinks=reports,
+        journal=str(folder.path),
+    )
+    save_receipt(folder, receipt)
+    return receipt, files
+
+
+def plan(
+    folder: RunFolder, routes: Sequence[Route], *, after: tuple[int, int] | None = None
+) -> list[Plan]:
+    """Return what a replay would send, without sending or writing anything."""
+    found = []
+    for route in routes:
+        worker = SinkWorker(
+            route,
+            folder,
+            Files(folder, []),
+            attempt=folder.attempts()[-1],
+            after=after,
+            is_replay=True,
+        )
+        found.append(Plan(sink=route.name, kind=route.kind, missing=worker.missing()))
+    return found
+
+
+class _Task(NamedTuple):
+    """What is sent, and to whom progress is told."""
+
+    folder: RunFolder
+    attempt: int
+    after: tuple[int, int] | None
+    files: Files
+    trusted: Sequence[str]
+    flush_secs: float
+    tell: Callable[[Progress], None]
+    expected: int
+
+    def send(self, route: Route, sidecar: Sidecar) -> tuple[SinkReport, int | None]:
+        """Send to one sink; return what it got, and of how many records if that is known.
+
+        A sink may end the process that it runs in, so that another one has it where that can be.
+        """
+        if mode_of(route, "auto") == "process":
+            replay = ReplayTask(after=self.after, trusted=[str(path) for path in self.trusted])
+            run = sidecar.open(self.folder, self.attempt, [route], self.flush_secs, replay=replay)
+            if not run.refused:
+                return self._watch(run, route)
+        return self._drain(route)
+
+    def _watch(self, run: SidecarRun, route: Route) -> tuple[SinkReport, int | None]:
+        patience, known = time.monotonic() + self.flush_secs, 0
+        while not run.is_finished() and time.monotonic() < patience:
+            count = run.progress.get(route.name, 0)
+            if count != known or run.is_calling():
+                known, patience = count, time.monotonic() + self.flush_secs
+            self.tell(Progress(route.name, count, self.expected))
+            time.sleep(POLL_S / 5)
+        run.stop(_HALT_S)
+        self.files.damaged += run.damaged
+        self.files.refused += run.refused_files
+        self.files.note(run.changed_files)
+        emitted = run.emitted
+        (report,) = run.reports(self.expected if emitted is None else emitted)
+        self.tell(Progress(route.name, report.taken + report.skipped + report.dead, self.expected))
+        return report, emitted
+
+    def _drain(self, route: Route) -> tuple[SinkReport, int | None]:
+        """Step until everything is sent, or nothing more can be."""
+        worker = SinkWorker(
+            route,
+            self.folder,
+            self.files,
+            attempt=self.attempt,
+            after=self.after,
+            is_replay=True,
+        )
+        worker.finish()
+        patience = time.monotonic() + self.flush_secs
+        while not worker.done and not worker.main.stopped and time.monotonic() < patience:
+            before = worker.count
+            wait = worker.step()
+            if worker.count != before:
+                patience = time.monotonic() + self.flush_secs
+            elif wait and worker.is_idle():
+                break
+            self.tell(Progress(route.name, worker.count, self.expected))
+            if wait:
+                time.sleep(wait)
+        worker.close()
+        total = worker.total()
+        return worker.report(total), total
+
+
+def _with_total(report: SinkReport, total: int) -> SinkReport:
+    pending = max(total - report.taken - report.skipped - report.dead, 0)
+    return msgspec.structs.replace(report, pending=pending)

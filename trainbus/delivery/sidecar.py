@@ -1,0 +1,615 @@
+"""The processes that deliver the runs of one bus, and outlive a training that is killed.
+
+One process serves all runs, one after another and several at once; it is started with the first
+run that has a sink for it, and ends with the bus. It is started with `subprocess`, never by a fork,
+in a session of its own, so that Ctrl-C does not reach it. Its standard input is the lifeline: when
+that closes, the training process is gone. What the two say to each other is in `protocol`; options
+may be secret and arguments are seen by everybody, so the arguments only tell where to read.
+
+A sink can end the process that it runs in. One that was being called when the process died gets a
+process of its own, and one that ends that too is set aside; the others go on.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from trainbus.delivery.receipt import SinkReport
+from trainbus.delivery.sidecar_protocol import (
+    FinishRun,
+    Hello,
+    Mailbox,
+    Marks,
+    OpenRun,
+    ReplayTask,
+    RunDone,
+    RunProgress,
+    Said,
+    SinkOpened,
+    SinkTask,
+    StopRun,
+    ToSidecar,
+    ToTraining,
+    anonymous_file,
+)
+from trainbus.delivery.spec import Route
+from trainbus.delivery.worker import POLL_S, owe, report_on_disk
+from trainbus.delivery.worker_log import Output, append
+from trainbus.journal.directory import RunFolder
+
+logger = logging.getLogger("trainbus")
+
+_MAX_DEATHS = 2
+_OF_TRAINING = {"RANK", "LOCAL_RANK", "TRAINBUS_CONFIG"}
+_EXIT_S = 10.0
+_RELEASE_S = 1.0
+_ANSWER = 0.8
+"""Part of the time left in which a run that is stopped has to be reported."""
+_PROGRAM = """
+import sys
+if sys.path[0] == "":  # the folder that training runs in, unless Python was told to leave it out
+    del sys.path[0]
+from trainbus.delivery.sidecar_main import main
+main()
+"""
+
+
+class Sidecar:
+    """The training process's end of it; needs no thread."""
+
+    def __init__(self, *, base: Path | None = None) -> None:
+        """Prepare; no process is started before there is a run for it.
+
+        Args:
+            base: working directory of the processes, if it can be entered.
+        """
+        self._base = base
+        self._pid = os.getpid()
+        self._lock = threading.RLock()  # a signal handler may end a run in the midst of another
+        self._children: list[_Child] = []
+        self._runs: dict[int, SidecarRun] = {}
+        self._numbers = itertools.count(1)
+        self._deaths: Counter[str] = Counter()
+        self._unexplained = 0
+        self._apart: set[str] = set()
+        self._aside: dict[str, str] = {}
+        self._finalizer = weakref.finalize(self, _release, self._children)
+
+    @property
+    def pids(self) -> list[int]:
+        """Ids of the processes that deliver now."""
+        return [child.process.pid for child in self._children]
+
+    def open(
+        self,
+        folder: RunFolder,
+        attempt: int,
+        routes: Sequence[Route],
+        flush_secs: float,
+        *,
+        replay: ReplayTask | None = None,
+    ) -> SidecarRun:
+        """Have a run delivered; `refused` of what is returned says which sinks have no process.
+
+        Args:
+            folder: the run's directory.
+            attempt: the attempt that is delivered.
+            routes: the sinks.
+            flush_secs: how long the sinks may take once the training process is gone.
+            replay: what is different for a run that is sent again.
+        """
+        if self._pid != os.getpid():
+            self.abandon()
+        run = SidecarRun(self, next(self._numbers), folder, attempt, routes, flush_secs, replay)
+        try:
+            with self._lock:
+                self.poll()
+                self._runs[run.number] = run
+                self._serve(run, [route.name for route in routes])
+                # What may have ended a process must not come into this one.
+                run.refused = [run.routes[n] for n in run.unserved if n not in self._apart]
+        except BaseException:  # Ctrl-C: the run is opened once more, and must not be served twice
+            run.is_over = True
+            self._runs.pop(run.number, None)
+            for child in self._serving(run):
+                child.tell(StopRun(run=run.number, secs=0.0))
+            raise
+        return run
+
+    def poll(self) -> None:
+        """Hear what the processes have to say, and see to those that have died."""
+        if self._pid != os.getpid() or not self._lock.acquire(blocking=False):
+            return
+        try:
+            for child in list(self._children):
+                self._hear(child)
+                if child.process.poll() is not None:
+                    self._hear(child)
+                    self._bury(child)
+        finally:
+            self._lock.release()
+
+    def close(self) -> None:
+        """End the processes, which have no run left to deliver."""
+        if self._pid != os.getpid():
+            self.abandon()
+            return
+        with self._lock:
+            children = list(self._children)
+            self._children.clear()
+        try:
+            _end(children, _EXIT_S)
+        finally:
+            for child in children:
+                child.let_go(kill=True)
+
+    def abandon(self) -> None:
+        """Let go of everything in a forked child, whose parent has the processes."""
+        if self._pid == os.getpid():
+            return
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._runs.clear()
+        for child in self._children:
+            child.abandon()
+        self._children.clear()
+
+    def finish(self, run: SidecarRun) -> None:
+        """Say that no more records of a run will come; called by the run."""
+        self.poll()
+        with self._lock:
+            for child in self._serving(run):
+                child.finish(run)
+            # There was no process for these when one was needed last.
+            waiting, run.unserved = run.unserved, {}
+            refused = {route.name for route in run.refused}
+            self._serve(run, [name for name in waiting if name not in refused])
+
+    def stop(self, run: SidecarRun, secs: float) -> None:
+        """Have a run reported now, and end a process that does not do so; called by the run."""
+        deadline = time.monotonic() + secs
+        run.is_over = True
+        with self._lock:
+            for child in self._serving(run):
+                child.tell(StopRun(run=run.number, secs=secs * _ANSWER))
+        while not run.is_finished() and time.monotonic() < deadline:
+            time.sleep(POLL_S / 10)
+        with self._lock:
+            for child in self._serving(run):
+                child.was_killed = True
+                with suppress(OSError):
+                    child.process.kill()
+                self._bury(child)
+            self._runs.pop(run.number, None)
+
+    def is_serving(self, run: SidecarRun) -> bool:
+        """Return whether a process still has to report a run; called by the run."""
+        return bool(self._serving(run))
+
+    def is_calling(self, run: SidecarRun) -> bool:
+        """Return whether a sink is being called with a run; called by the run."""
+        return any(child.called(run.number) for child in self._serving(run))
+
+    def _serving(self, run: SidecarRun) -> list[_Child]:
+        return [child for child in self._children if run.number in child.serves]
+
+    def _serve(self, run: SidecarRun, names: Iterable[str]) -> None:
+        """Have sinks of a run delivered to, each by the process that it belongs in."""
+        groups: dict[str | None, list[str]] = {}
+        for name in names:
+            if name in self._aside:
+                run.opened[name] = self._aside[name]
+                owe(run.routes[name], run.folder, run.attempt)
+            else:
+                groups.setdefault(name if name in self._apart else None, []).append(name)
+        for apart, group in groups.items():
+            try:
+                child = self._child(apart, run, group) or self._start(apart, run.folder)
+                child.open(run, group, self._aside)
+            except (OSError, RuntimeError, ValueError, MemoryError) as error:
+                for name in group:
+                    run.unserved[name] = f"no process can be started: {error}"
+
+    def _child(self, apart: str | None, run: SidecarRun, names: Sequence[str]) -> _Child | None:
+        """Return the process that is to deliver to some sinks of a run, if it is there."""
+        alone = {run.routes[name].kind for name in names if not _shares_process(run.routes[name])}
+        for child in self._children:
+            if child.apart != apart or child.is_retired or child.process.poll() is not None:
+                continue
+            others = [self._runs[n] for n in child.serves if n in self._runs and n != run.number]
+            if not alone & {route.kind for other in others for route in other.routes.values()}:
+                return child
+        return None
+
+    def _start(self, apart: str | None, folder: RunFolder) -> _Child:
+        child = _Child(apart, folder, self._base)
+        self._children.append(child)
+        return child
+
+    def _hear(self, child: _Child) -> None:
+        for message, _ in child.outbox.take():
+            match message:
+                case Said():
+                    logger.warning("%s", message.text)
+                case SinkOpened() if run := self._runs.get(message.run):
+                    run.opened[message.sink] = message.error
+                case RunProgress() if run := self._runs.get(message.run):
+                    run.progress[message.sink] = message.count
+                case RunDone():
+                    self._done(child, message)
+                case _:
+                    pass
+
+    def _done(self, child: _Child, message: RunDone) -> None:
+        child.leave(message.run)
+        run = self._runs.get(message.run)
+        if run is not None:
+            run.done |= {report.name: report for report in message.reports}
+            run.emitted = message.emitted
+            run.damaged += message.damaged
+            run.refused_files += message.refused
+            run.changed_files += message.changed
+            if not self._serving(run):
+                self._runs.pop(run.number, None)
+        if message.is_hung:  # what hangs there must not go on behind the next run
+            child.is_retired = True
+        else:
+            self._unexplained = 0
+            for report in message.reports:
+                self._deaths.pop(report.name, None)
+        if child.is_retired and not child.serves:
+            child.close_lifeline()
+
+    def _bury(self, child: _Child) -> None:
+        """See to the runs of a process that is dead, and to what it died of."""
+        if child in self._children:
+            self._children.remove(child)
+        called = {name for number in child.serves for name in child.called(number)}
+        served = {number: list(slots) for number, slots in child.serves.items()}
+        child.serves = {}
+        child.let_go(kill=False)
+        runs = [run for number in served if (run := self._runs.get(number)) is not None]
+        names = {name for run in runs for name in served[run.number]}
+        if names and not child.was_killed:
+            text = self._judge(child, called & names, names)
+            logger.warning("%s", text)
+            for run in runs:
+                append(run.folder.log, f"trainbus: {text}\n".encode())
+        for run in runs:
+            if not run.is_over:
+                self._serve(run, [name for name in served[run.number] if name not in run.done])
+
+    def _judge(self, child: _Child, called: set[str], names: set[str]) -> str:
+        """Find out which sink may have ended a process; return what to say of it."""
+        how = _death(child.process.returncode)
+        suspects = called if child.apart is None else {child.apart}
+        text = f"the delivery process died ({how})"
+        if not suspects:
+            self._unexplained += 1
+            if self._unexplained > 1:  # it may be any of them, with what it does in between
+                self._apart |= names
+            return f"{text}; restarting it"
+        for name in suspects:
+            self._deaths[name] += 1
+            self._apart.add(name)
+        who = ", ".join(map(repr, sorted(suspects)))
+        text = f"the delivery process of {who} died ({how})" if child.apart else text
+        ended = [name for name in suspects if self._deaths[name] >= _MAX_DEATHS]
+        if not ended:
+            return (
+                f"{text} while it called {who}; restarting it, with a process of its own for each"
+            )
+        for name in ended:
+            times = f"{self._deaths[name]} times"
+            self._aside[name] = f"set aside: it ended the delivery process {times}; see worker.log"
+        return f"{text}, too; the sink is set aside, the others go on"
+
+
+class SidecarRun:
+    """One run, as the processes deliver it; made by `Sidecar.open`."""
+
+    def __init__(
+        self,
+        sidecar: Sidecar,
+        number: int,
+        folder: RunFolder,
+        attempt: int,
+        routes: Sequence[Route],
+        flush_secs: float,
+        replay: ReplayTask | None,
+    ) -> None:
+        self.number = number
+        self.folder = folder
+        self.attempt = attempt
+        self.routes = {route.name: route for route in routes}
+        self.flush_secs = flush_secs
+        self.replay = replay
+        self.opened: dict[str, str | None] = {}
+        """What is known of the sinks: None for one that is open, else why it is not."""
+        self.refused: list[Route] = []
+        """Sinks for which no process could be started when the run was opened."""
+        self.unserved: dict[str, str] = {}
+        """Sinks that no process delivers to, and why."""
+        self.progress: dict[str, int] = {}
+        """How many records of a replay a sink is done with."""
+        self.final: tuple[FinishRun, Sequence[bytes]] | None = None
+        self.is_over = False
+        """Whether nothing is to be started for the run any more."""
+        self.done: dict[str, SinkReport] = {}
+        self.emitted: int | None = None
+        self.damaged: list[str] = []
+        self.refused_files: list[str] = []
+        self.changed_files: list[str] = []
+        self._sidecar = sidecar
+
+    def poll(self) -> None:
+        """Hear what the processes have to say."""
+        self._sidecar.poll()
+
+    def finish(self, lines: Sequence[bytes], emitted: int) -> None:
+        """Say that no more records will come, but for `lines` that the disk had no room for."""
+        self.final = (FinishRun(run=self.number, emitted=emitted), lines)
+        self._sidecar.finish(self)
+
+    def is_finished(self) -> bool:
+        """Return whether there is nothing more to wait for."""
+        self._sidecar.poll()
+        return not self._sidecar.is_serving(self)
+
+    def is_calling(self) -> bool:
+        """Return whether one of the sinks is being called."""
+        return self._sidecar.is_calling(self)
+
+    def stop(self, secs: float) -> None:
+        """End the delivery, and wait that long for what the sinks got."""
+        self._sidecar.stop(self, secs)
+
+    def reports(self, emitted: int) -> list[SinkReport]:
+        """Return what each sink got, from its cursor where no process can say so."""
+        found = []
+        refused = {route.name for route in self.refused}
+        for name, route in self.routes.items():
+            if name in refused:
+                continue
+            why = self.unserved.get(name)
+            if why is None and name in self.opened and name not in self.done:
+                why = self.opened[name]
+            if why is None:
+                why = f"the delivery process gave no answer; see {self.folder.log}"
+            found.append(
+                self.done.get(name)
+                or report_on_disk(
+                    route, self.folder, attempt=self.attempt, emitted=emitted, error=why
+                )
+            )
+        return found
+
+    def abandon(self) -> None:
+        """Let go of it in a forked child."""
+        self._sidecar.abandon()
+
+
+class _Child:
+    """One process, and the ways to talk with it."""
+
+    def __init__(self, apart: str | None, folder: RunFolder, base: Path | None) -> None:
+        """Start a process.
+
+        Args:
+            apart: the only sink that it delivers to, None for all others.
+            folder: directory of the run that it is started for, to be seen among its arguments.
+            base: its working directory.
+
+        Raises:
+            OSError: none can be started, as is RuntimeError, ValueError or MemoryError.
+        """
+        self.owner = os.getpid()
+        self.apart = apart
+        self.is_retired = False
+        self.was_killed = False
+        self.serves: dict[int, dict[str, int]] = {}
+        """Slots of the sinks, by run and name."""
+        self._environ = dict(os.environ)
+        self._logs: list[Path] = []
+        with ExitStack() as stack:
+            self.inbox: Mailbox[ToSidecar] = Mailbox(ToSidecar)
+            stack.callback(self.inbox.close)
+            self.outbox: Mailbox[ToTraining] = Mailbox(ToTraining)
+            stack.callback(self.outbox.close)
+            self.marks = Marks()
+            stack.callback(self.marks.close)
+            self._output = Output(anonymous_file(), self.marks)
+            stack.callback(self._output.close)
+            main = getattr(sys.modules.get("__main__"), "__file__", None)
+            self.inbox.put(Hello(pid=os.getpid(), argv=sys.argv, main=main))
+            self.process = self._popen(folder, base)
+            self._files = stack.pop_all()
+        assert self.process.stdin is not None
+        os.set_blocking(self.process.stdin.fileno(), False)
+
+    def open(self, run: SidecarRun, names: Sequence[str], aside: Mapping[str, str]) -> None:
+        """Have a run delivered to some of its sinks.
+
+        Raises:
+            OSError: there is no memory for the message.
+        """
+        taken = {slot for slots in self.serves.values() for slot in slots.values()}
+        free = (slot for slot in itertools.count() if slot not in taken)
+        slots = self.serves.setdefault(run.number, {})
+        slots |= {name: next(free) for name in names}
+        environ, self._environ = self._environ, dict(os.environ)
+        changed: dict[str, str | None] = {k: None for k in environ if k not in self._environ}
+        changed |= {k: v for k, v in self._environ.items() if environ.get(k) != v}
+        order = OpenRun(
+            run=run.number,
+            folder=str(run.folder.path),
+            attempt=run.attempt,
+            sinks=[
+                SinkTask(
+                    name=route.name,
+                    type=route.kind,
+                    options=route.options or {},
+                    transforms=route.transforms,
+                    base=route.base,
+                    slot=slots.get(route.name),
+                    error=aside.get(route.name),
+                )
+                for route in run.routes.values()
+            ],
+            flush_secs=run.flush_secs,
+            variables={k: v for k, v in changed.items() if k not in _OF_TRAINING},
+            replay=run.replay,
+        )
+        if not self.inbox.put(order):
+            del self.serves[run.number]
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        self._logs = [*self._logs, run.folder.log]
+        self._ring()
+        if run.final is not None:
+            self.finish(run)
+
+    def finish(self, run: SidecarRun) -> None:
+        """Pass on that no more records of a run come; lines that memory is too short for are lost.
+
+        The reports count them: they are pending, and the receipt knows that they are on no disk.
+        """
+        if run.final is not None:
+            message, lines = run.final
+            if not self.inbox.put(message, lines):
+                self.inbox.put(message)
+            self._ring()
+
+    def tell(self, message: ToSidecar) -> None:
+        """Say something to the process."""
+        self.inbox.put(message)
+        self._ring()
+
+    def called(self, number: int) -> set[str]:
+        """Return the sinks that are being called with a run."""
+        slots = self.serves.get(number, {})
+        return {name for name, slot in slots.items() if self.marks.is_called(slot)}
+
+    def leave(self, number: int) -> None:
+        """Forget a run that was reported."""
+        self.serves.pop(number, None)
+
+    def close_lifeline(self) -> None:
+        """Let the process end."""
+        if self.process.stdin is not None:
+            with suppress(OSError):
+                self.process.stdin.close()
+
+    def let_go(self, *, kill: bool) -> None:
+        """Save what the process printed last, and close all there is of it."""
+        self.close_lifeline()
+        if kill and self.process.poll() is None:
+            self.process.kill()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(_RELEASE_S if kill or self.was_killed else 0.0)
+        if self.process.returncode is None:
+            self.process.returncode = 0  # else its finalizer complains
+        if self.marks.fd >= 0:
+            self._output.save(self._logs[-1:])
+        self._files.close()
+
+    def abandon(self) -> None:
+        """Let go of the process without a word to it: it belongs to the parent of this fork."""
+        self.close_lifeline()
+        self.process.returncode = 0  # else its finalizer waits for it
+        self._files.close()
+
+    def _popen(self, folder: RunFolder, base: Path | None) -> subprocess.Popen[bytes]:
+        shared = [self.inbox.fd, self.outbox.fd, self.marks.fd, self._output.fd]
+        try:
+            return self._popen_in(base, folder, shared)
+        except OSError:
+            if base is None:
+                raise
+            return self._popen_in(None, folder, shared)
+
+    def _popen_in(
+        self, base: Path | None, folder: RunFolder, shared: Sequence[int]
+    ) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM, str(folder.path), *map(str, shared)],
+            stdin=subprocess.PIPE,
+            stdout=self._output.fd,
+            stderr=self._output.fd,
+            bufsize=0,
+            cwd=base,
+            start_new_session=True,
+            pass_fds=shared,
+            env=_environment(),
+        )
+
+    def _ring(self) -> None:
+        """Wake the process; it looks for messages by itself, a little later."""
+        if self.process.stdin is not None:
+            with suppress(OSError, ValueError):
+                os.write(self.process.stdin.fileno(), b"\n")
+
+
+def _end(children: Sequence[_Child], secs: float) -> None:
+    """Let processes end by themselves, and wait for it."""
+    for child in children:
+        child.close_lifeline()
+    deadline = time.monotonic() + secs
+    while time.monotonic() < deadline:
+        if all(child.process.poll() is not None for child in children):
+            break
+        time.sleep(POLL_S / 10)
+
+
+def _release(children: list[_Child]) -> None:
+    """End the processes of a bus that was not closed."""
+    ours = [child for child in children if child.owner == os.getpid()]
+    _end(ours, _RELEASE_S)
+    for child in ours:
+        child.let_go(kill=False)
+
+
+def _shares_process(route: Route) -> bool:
+    sample = route.sample()
+    return sample is None or sample.shares_process
+
+
+def _death(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _environment() -> dict[str, str]:
+    """Return this process's environment, in which Python finds the modules that it finds here."""
+    path = []
+    for entry in sys.path:
+        with suppress(OSError, TypeError):  # a relative one, and the working directory is gone
+            path.append(os.path.abspath(entry))
+    # What a launcher says of the training process is not true of this one.
+    kept = {k: v for k, v in os.environ.items() if k not in _OF_TRAINING}
+    return {**kept, "PYTHONPATH": os.pathsep.join(path)}
+
+
+def apply_environment(changed: Mapping[str, str | None]) -> None:
+    """Make this process's environment what the training's has become."""
+    for name, value in changed.items():
+        if value is None:
+            os.environ.pop(name, None)
+        elif name != "PYTHONPATH":
+            os.environ[name] = value

@@ -1,0 +1,572 @@
+"""Takes the records of one run from its journal to one sink, and accounts for every one of them.
+
+The same worker runs in a sidecar process, in a thread, inside `emit`, and as `trainbus replay`. Its
+cursor is saved after the sink has taken a batch, so that a record comes at least once after a crash
+and exactly once otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+
+from trainbus.delivery.cursor import Cursor, Ledger
+from trainbus.delivery.receipt import SinkReport
+from trainbus.delivery.retry import Item, Lane, line
+from trainbus.delivery.spec import Route
+from trainbus.delivery.transforms import Transform
+from trainbus.errors import JournalError
+from trainbus.events import ArtifactLogged, CheckpointSaved, Record, RunEnded, RunStarted, encode
+from trainbus.interfaces import RunInfo, Sink
+from trainbus.journal.directory import RunFolder, open_private
+from trainbus.journal.file_access import Files
+from trainbus.journal.locks import open_lock, try_lock
+from trainbus.journal.reader import Entry, RecordFile, RunReader, first_entry
+from trainbus.journal.writer import Journal
+
+logger = logging.getLogger("trainbus")
+
+POLL_S = 0.1
+_BATCH = 500
+_SAVE_S = 1.0
+_MAX_OFFSET = 2**60
+_BLOCKED_S = 0.1
+_TAKEN = "another process delivers to this sink"
+
+
+class SinkWorker:
+    """The way of one run's records to one sink; `step` is called by one thread at a time."""
+
+    def __init__(
+        self,
+        route: Route,
+        folder: RunFolder,
+        files: Files,
+        *,
+        attempt: int,
+        after: tuple[int, int] | None = None,
+        is_replay: bool = False,
+        in_background: bool = True,
+        pid: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        mark: Callable[[int, bool], None] = lambda lane, is_called: None,
+    ) -> None:
+        """Prepare; nothing is opened before the first step that finds a record.
+
+        Args:
+            route: the sink.
+            folder: the run's directory.
+            files: which files records may name.
+            attempt: the last attempt that is delivered, and the one that the report is about.
+            after: deliver what comes after this (attempt, seq), whatever the cursor says.
+            is_replay: a sink without a cursor gets the whole run, else this attempt alone.
+            in_background: whether uploads may have a thread of their own.
+            pid: the training process, where that is another one.
+            clock: seconds, for retries.
+            mark: called with the lane (0, or 1 for uploads) before and after each call of the sink.
+        """
+        self.route = route
+        self.done = False
+        """Whether the sink has the attempt's end and was closed."""
+        self.opened: bool | None = None
+        """Whether the sink could be opened; None while it was not tried."""
+        self._folder = folder
+        self._files = files
+        self._attempt = attempt
+        self._given_after = after
+        self._is_replay = is_replay
+        self._pid = pid
+        self._clock = clock
+        self._sink: Sink | None = None
+        self._transform = Transform(route.transforms)
+        self._ledger = Ledger(folder.cursor(route.key), clock)
+        self._reader: RunReader | None = None
+        self._staged: deque[Entry] = deque()
+        self._extra: list[bytes] = []
+        self._known_attempt = 0
+        self._is_at_end = False
+        self._lock_fd: int | None = None
+        self.main = Lane(
+            self._taken, self._bury, self._say, clock=clock, mark=functools.partial(mark, 0)
+        )
+        self._uploads: Lane | None = None
+        if in_background:
+            self._uploads = Lane(
+                self._ledger.uploaded,
+                self._bury,
+                self._say,
+                clock=clock,
+                mark=functools.partial(mark, 1),
+            )
+        self._uploader: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._said: set[str] = set()
+
+    @property
+    def interrupt(self) -> KeyboardInterrupt | None:
+        """The Ctrl-C that came in the sink, if one did; asking forgets it."""
+        found, self.main.interrupt = self.main.interrupt, None
+        return found
+
+    def add(self, lines: Sequence[bytes]) -> None:
+        """Take lines that the disk had no room for to be the last ones of the journal."""
+        self._extra = list(lines)
+        if self._reader is not None:
+            self._reader.add(self._extra)
+
+    def step(self) -> float:
+        """Make one call of the sink; return the seconds to wait before the next step."""
+        if self.done or self.main.stopped:
+            return POLL_S
+        if wait := self.main.wait():
+            return min(wait, POLL_S)
+        try:
+            if self._uploader is None and self._uploads and self._push_upload(self._uploads):
+                return 0.0
+            if self._reader is None and not self._begin():
+                return POLL_S
+            if not self.main.todo and not self._staged and not self._read():
+                self._ledger.save(POLL_S)
+                return POLL_S
+            if self._sink is None and not self._open():
+                return POLL_S
+            self._dispatch()
+            if not self.main.todo:  # uploads are under way
+                return 0.0 if self._staged and not self._is_held_up() else POLL_S
+            self.main.push(self._open_sink().write)
+        except (OSError, JournalError) as error:  # of the journal, not of the sink
+            self.main.error = f"the journal can't be read: {line(error)}"
+            self.main.stopped = True
+        return 0.0
+
+    def finish(self) -> None:
+        """Try again at once what failed, and from here on wait for nothing but the network."""
+        for lane in (self.main, self._uploads):
+            if lane is not None:
+                lane.finish()
+
+    @property
+    def count(self) -> int:
+        """How many records of the attempt that it is at the sink is done with."""
+        return self._ledger.cursor.taken + self._ledger.cursor.skipped + self._ledger.cursor.dead
+
+    def is_idle(self) -> bool:
+        """Return whether nothing waits, neither to be sent nor to be tried again."""
+        lanes = [lane for lane in (self.main, self._uploads) if lane is not None]
+        waits = self._staged or self._reader is None or any(lane.todo for lane in lanes)
+        return not waits and not any(lane.wait() for lane in lanes)
+
+    def is_complete(self) -> bool:
+        """Return whether the sink is done with every record of the attempt."""
+        return self._ledger.cursor.attempt == self._attempt and (self.done or self._is_at_end)
+
+    def has_everything(self) -> bool:
+        """Return whether the sink was done with all there is when the last step began."""
+        return self.is_idle() and (self._is_replay or self.is_complete())
+
+    def total(self) -> int:
+        """Return how many records the attempt has: counted on the way if all of it was read."""
+        return self.count if self.is_complete() else count(self._folder, self._attempt)
+
+    def missing(self) -> int:
+        """Return how many records the sink has not got, without touching anything."""
+        cursor = self._where_to_begin(self._ledger.read())
+        reader = self._read_from(cursor)
+        found = len(cursor.uploads)
+        while entries := reader.read(_BATCH):
+            found += sum(entry.record.position > (cursor.attempt, cursor.seq) for entry in entries)
+        reader.close()
+        return found
+
+    def hung_for(self) -> float:
+        """Return the seconds that a call of the sink has taken so far."""
+        since = [lane.busy_since for lane in (self.main, self._uploads) if lane is not None]
+        return max((self._clock() - s for s in since if s is not None), default=0.0)
+
+    def blocked(self, secs: float) -> str | None:
+        """Return what to say of a call that has taken that long, None if none has."""
+        hung = self.hung_for()
+        if hung < secs:
+            return None
+        took = f"{hung:.0f} s" if hung >= 10 else f"{hung:.1f} s"
+        return f"has been blocked for {took}" if self.opened else f"is still opening after {took}"
+
+    def close(self) -> None:
+        """Close the sink, save the cursor and let go of everything; no step may be under way."""
+        self._stop.set()
+        if self._uploader is not None:
+            self._uploader.join(POLL_S * 10)
+        self._leave()
+        if self._reader is not None:
+            self._reader.close()
+        fd, self._lock_fd = self._lock_fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def report(self, emitted: int) -> SinkReport:
+        """Return what became of the attempt's records; may be called while a step hangs."""
+        cursor = self._ledger.cursor
+        counts = (cursor.taken, cursor.skipped, cursor.dead)
+        taken, skipped, dead = counts if cursor.attempt == self._attempt else (0, 0, 0)
+        with suppress(Exception):
+            if self._sink is not None and not self.hung_for():
+                cursor.lost, cursor.where = self._sink.lost, self._sink.where
+        pending = max(emitted - taken - skipped - dead, 0)
+        errors = [
+            self.main.error if pending or dead or self.opened is False else None,
+            self._uploads.error if self._uploads and (dead or pending) else None,
+            self.blocked(_BLOCKED_S) if pending else None,
+        ]
+        return SinkReport(
+            name=self.route.name,
+            kind=self.route.kind,
+            taken=taken,
+            skipped=skipped,
+            dead=dead,
+            pending=pending,
+            lost=cursor.lost,
+            superseded=cursor.superseded,
+            where=cursor.where,
+            error=next((e for e in errors if e), None),
+        )
+
+    def _begin(self) -> bool:
+        """Find out where to go on; False while another process delivers to this sink."""
+        if self._lock_fd is None:
+            path = self._folder.cursor(self.route.key)
+            self._lock_fd = open_lock(path.with_suffix(".lock"))
+        if not try_lock(self._lock_fd):
+            self.main.error = _TAKEN
+            return False
+        self.main.error = None
+        found = self._ledger.read()
+        self._known_attempt = found.attempt if found else 0
+        self._ledger.begin(self._where_to_begin(found))
+        self._reader = self._read_from(self._ledger.cursor)
+        self._reader.add(self._extra)
+        if found is None:
+            # A sink that gets nothing of this attempt is owed it in the next one.
+            self._ledger.save(0.0)
+        return True
+
+    def _where_to_begin(self, found: Cursor | None) -> Cursor:
+        if self._given_after is not None:
+            attempt, seq = self._given_after
+            return Cursor(attempt=attempt, seq=seq, skipped=seq)
+        if found is None:
+            return Cursor(attempt=0 if self._is_replay else self._attempt)
+        if not found.closed and _is_volatile(self.route):
+            # What it took since it was opened may have died with its process.
+            return Cursor(attempt=found.attempt, where=found.where)
+        return found
+
+    def _read_from(self, cursor: Cursor) -> RunReader:
+        first = min(cursor.uploads, default=cursor.seq + 1)
+        return RunReader(
+            self._folder,
+            after=(cursor.attempt, first - 1),
+            offset=0 if cursor.uploads or not 0 <= cursor.offset < _MAX_OFFSET else cursor.offset,
+            upto=self._attempt,
+        )
+
+    def _read(self) -> bool:
+        """Read the next records; False if there are none."""
+        assert self._reader is not None
+        self._staged.extend(self._reader.read(_BATCH))
+        self._is_at_end = not self._staged
+        if not self._staged:
+            return False
+        attempt = self._staged[0].record.attempt
+        if attempt != self._ledger.cursor.attempt:
+            self._leave()
+            self._ledger.begin(Cursor(attempt=attempt))
+        return True
+
+    def _dispatch(self) -> None:
+        """Put what was read into the lanes; a run's end waits until all the rest was taken."""
+        unfinished = set(self._ledger.cursor.uploads)
+        sink = self._open_sink()
+        uploads = self._uploads if type(sink).upload is not Sink.upload else None
+        while self._staged and not self._is_held_up():
+            entry = self._staged.popleft()
+            record, is_superseded = entry.record, False
+            if record.seq <= self._ledger.cursor.seq and record.seq not in unfinished:
+                continue
+            if sink.reads_files:
+                record, is_superseded = self._files.take(entry, is_sent=_is_sent(sink, record))
+            wanted = self._transform(record)
+            is_superseded = is_superseded and wanted is not None
+            item = Item(record, None if is_superseded else wanted, is_superseded)
+            if uploads is not None and isinstance(record.event, CheckpointSaved | ArtifactLogged):
+                self._upload(item)
+            else:
+                self.main.todo.append(item)
+
+    def _is_held_up(self) -> bool:
+        uploads = self._uploads
+        is_uploading = uploads is not None and bool(uploads.todo) and not uploads.stopped
+        is_end = isinstance(self._staged[0].record.event, RunEnded)
+        return is_end and (bool(self.main.todo) or is_uploading)
+
+    def _open_sink(self) -> Sink:
+        assert self._sink is not None
+        return self._sink
+
+    def _open(self) -> bool:
+        record = self.main.todo[0].record if self.main.todo else self._staged[0].record
+        first = first_entry(self._folder, record.attempt)
+        event = self._files.resolve(first).event if first else None
+        if not isinstance(event, RunStarted):
+            event = RunStarted()
+        start = Record(seq=0, run=record.run, time=record.time, event=event)
+        seen = Transform(self.route.transforms)(start)
+        if seen is not None and isinstance(seen.event, RunStarted):
+            event = seen.event
+        run = RunInfo(
+            id=record.run,
+            started=event,
+            attempt=record.attempt,
+            again=self._known_attempt == record.attempt,
+            after=self._ledger.cursor.seq,
+            pid=self._pid,
+            base=self.route.base,
+        )
+        self._ledger.cursor.closed = False
+        text = "can't be opened, training goes on without it"
+        if not self.main.attempt(self._make_and_open, run, saying=text):
+            self.opened = False
+            return False
+        self.opened = True
+        self._ledger.save(0.0)
+        return True
+
+    def _make_and_open(self, run: RunInfo) -> None:
+        sink = self.route.make()
+        try:
+            sink.open(run)
+        except BaseException:
+            with suppress(Exception):
+                sink.close()
+            raise
+        self._sink = sink
+
+    def _leave(self) -> None:
+        """Flush and close the sink."""
+        sink = self._sink
+        if sink is None:
+            return
+        for call in (sink.flush, sink.close):
+            self.main.attempt(call)
+        with suppress(Exception):
+            self._ledger.cursor.lost, self._ledger.cursor.where = sink.lost, sink.where
+        self._sink = None
+        self._ledger.cursor.closed = True
+        self._ledger.save(0.0)
+
+    def _taken(self, items: Sequence[Item]) -> None:
+        is_all = not self.main.todo and not self._staged
+        self._ledger.took(items, self._reader.offset if is_all and self._reader else None)
+        if isinstance(items[-1].record.event, RunEnded):
+            self._leave()
+            self.done = items[-1].record.attempt >= self._attempt
+        else:
+            self._ledger.save(_SAVE_S)
+
+    def _upload(self, item: Item) -> None:
+        assert self._uploads is not None
+        self._ledger.uploads(item.record.seq)
+        self._uploads.todo.append(item)
+        if self._uploader is None:
+            name = f"trainbus uploads to {self.route.name}"
+            thread = threading.Thread(target=self._run_uploads, name=name, daemon=True)
+            try:
+                thread.start()
+            except (RuntimeError, OSError, MemoryError) as error:
+                # `step` uploads until a thread can be started.
+                self._say_once(f"uploads have no thread of their own: {line(error)}")
+            else:
+                self._uploader = thread
+
+    def _run_uploads(self) -> None:
+        lane = self._uploads
+        assert lane is not None
+        while not self._stop.is_set():
+            if not self._push_upload(lane):
+                self._stop.wait(POLL_S)
+
+    def _push_upload(self, lane: Lane) -> bool:
+        """Make one upload; False if there is none to make now."""
+        sink = self._sink
+        if sink is None or lane.stopped or not lane.todo or lane.wait():
+            return False
+        lane.push(sink.upload)
+        return True
+
+    def _bury(self, record: Record, reason: str) -> None:
+        self._ledger.buried(record.seq)
+        path = self._folder.dead(self.route.key)
+        about: Any = {"run": record.run, "attempt": record.attempt, "seq": record.seq}
+        with suppress(RecursionError):  # what is nested too deep to be written is still counted
+            about = msgspec.Raw(encode(record))
+        letter = msgspec.json.encode({"error": reason, "record": about})
+        with suppress(OSError), open(open_private(path), "ab") as file:
+            file.write(letter + b"\n")
+        self._ledger.save(0.0)
+        if isinstance(record.event, RunEnded):
+            self._leave()
+            self.done = record.attempt >= self._attempt
+
+    def _say(self, text: str) -> None:
+        logger.warning("sink %r (%s) %s", self.route.name, self.route.kind, text)
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self._say(text)
+
+
+def count(folder: RunFolder, attempt: int) -> int:
+    """Return how many whole records an attempt has."""
+    total = 0
+    for path in (folder.records(attempt), folder.end(attempt)):
+        file = RecordFile(folder, path)
+        while entries := file.read():
+            total += len(entries)
+        file.close()
+    return total
+
+
+def report_on_disk(
+    route: Route, folder: RunFolder, *, attempt: int, emitted: int, error: str | None
+) -> SinkReport:
+    """Return what the cursor tells of a sink whose worker can't be asked.
+
+    Args:
+        route: the sink.
+        folder: the run's directory.
+        attempt: the attempt that the report is about.
+        emitted: how many records it has.
+        error: why the worker can't be asked; left out where nothing is missing.
+    """
+    cursor = Ledger(folder.cursor(route.key), time.monotonic).read() or Cursor()
+    if cursor.attempt != attempt or (not cursor.closed and _is_volatile(route)):
+        cursor = Cursor(where=cursor.where)
+    pending = max(emitted - cursor.taken - cursor.skipped - cursor.dead, 0)
+    return SinkReport(
+        name=route.name,
+        kind=route.kind,
+        taken=cursor.taken,
+        skipped=cursor.skipped,
+        dead=cursor.dead,
+        pending=pending,
+        lost=cursor.lost,
+        where=cursor.where,
+        error=error if pending else None,
+    )
+
+
+def owe(route: Route, folder: RunFolder, attempt: int) -> None:
+    """Note that a sink which nobody delivers to has got nothing of the attempt.
+
+    A later attempt that it gets would else be taken for the first one.
+    """
+    ledger = Ledger(folder.cursor(route.key), time.monotonic)
+    if ledger.read() is None:
+        ledger.begin(Cursor(attempt=attempt))
+        ledger.save(0.0)
+
+
+def _is_sent(sink: Sink, record: Record) -> bool:
+    """Return whether a sink sends the file of a checkpoint."""
+    try:
+        return isinstance(record.event, CheckpointSaved) and sink.keeps(record.event)
+    except Exception:  # then it is not known, and `write` will tell
+        return True
+
+
+def _is_volatile(route: Route) -> bool:
+    sample = route.sample()
+    return sample is not None and sample.volatile
+
+
+_SYNC_S = 1.0
+
+
+class ThreadedWorker:
+    """A worker in a thread of its own."""
+
+    def __init__(self, worker: SinkWorker, journal: Journal | None = None) -> None:
+        self.worker = worker
+        self._journal = journal
+        self._synced_at = time.monotonic()
+        self._finishing = False
+        self._stopping = False
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> str | None:
+        """Begin to deliver; return why no thread can be started, None if one was."""
+        name = f"trainbus delivers to {self.worker.route.name}"
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        try:
+            self._thread.start()
+        except (RuntimeError, OSError, MemoryError) as error:
+            self._thread = None
+            return str(error) or type(error).__name__
+        return None
+
+    def finish(self, lines: Sequence[bytes] = ()) -> None:
+        """Say that no more records will come, but for `lines` that the disk had no room for."""
+        if lines:
+            self.worker.add(lines)
+        self.worker.finish()
+        self._finishing = True
+        self._wake.set()
+
+    def halt(self) -> None:
+        """End soon, however much is left."""
+        self._stopping = True
+        self._wake.set()
+
+    def join(self, until: float) -> None:
+        """Wait for the end, at most until then (in the seconds of `time.monotonic`)."""
+        if self._thread is not None:
+            self._thread.join(max(until - time.monotonic(), 0.0))
+
+    def is_finished(self) -> bool:
+        """Return whether the sink has everything, or will never have more."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    def _run(self) -> None:
+        worker = self.worker
+        delivering.here = True
+        while not self._stopping and not worker.done:
+            is_last = self._finishing  # asked first: then the step sees all that there will be
+            wait = worker.step()
+            if is_last and (worker.main.stopped or (wait and worker.has_everything())):
+                break
+            if wait:
+                self._sync()
+                self._wake.wait(wait)
+                if self._finishing:
+                    self._wake.clear()
+        worker.close()
+
+    def _sync(self) -> None:
+        now = time.monotonic()
+        if self._journal is not None and now - self._synced_at >= _SYNC_S:
+            self._synced_at = now
+            self._journal.sync()
+
+
+delivering = threading.local()
+"""Marks the threads that deliver: what a sink emits from there would come back to it for ever."""

@@ -1,0 +1,331 @@
+"""Reads the records of a run back, also while they are being written.
+
+Guarantees: every whole record is returned, in order; a damaged line costs itself alone and is
+counted; a torn last line is left until it is whole; nothing that a journal says opens a file
+outside its directory, decides how much memory is taken, or raises.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from trainbus.errors import JournalError
+from trainbus.events import Codec, Record
+from trainbus.journal.blobs import Blob, Blobs
+from trainbus.journal.directory import RunFolder, is_run_id, open_within
+from trainbus.journal.encoding import LONGEST_LINE, unseal
+from trainbus.journal.file_states import FileState
+
+_CHUNK = 2**20
+_START = b'{"crc":"'
+_MAX_FAULTS = 100
+_MAX_PARTS = 100
+
+
+class _Files(msgspec.Struct):
+    blobs: list[Blob] = []
+    files: list[FileState] = []
+
+
+_FILES = msgspec.json.Decoder(_Files)
+
+
+class Entry(NamedTuple):
+    """A record as it stands in the journal, and what it says of the files that it names."""
+
+    record: Record
+    blobs: Sequence[Blob]
+    """Copies of files."""
+    files: Sequence[FileState] = ()
+    """What the other files were when they were logged."""
+
+
+class RecordFile:
+    """One records file; `read` returns what has come since."""
+
+    def __init__(self, folder: RunFolder, path: Path, *, offset: int = 0) -> None:
+        self._folder = folder
+        self._path = path
+        self._codec = Codec(load=Blobs(folder).load)
+        self._fd: int | None = None
+        self._offset = offset
+        self._rest = b""
+        self._skips = False
+        self._bad = 0
+        self._is_in_piece = False
+        # An attempt begins with 1; the end that was written in its place has any seq.
+        is_whole = offset == 0 and not path.stem.endswith("-end")
+        self._last_seq: int | None = 0 if is_whole else None
+        self.damaged = 0
+        """Records that can't be read."""
+        self.faults: list[str] = []
+        """What is wrong with some of them."""
+        self.missing = 0
+        """Records that are not there at all, as their numbers tell."""
+
+    @property
+    def offset(self) -> int:
+        """Where in the file the first line begins that was not returned yet."""
+        return self._offset
+
+    @property
+    def torn(self) -> int:
+        """Bytes after the last line feed that `read` has seen."""
+        return len(self._rest)
+
+    def exists(self) -> bool:
+        """Return whether there is a file."""
+        return self._path.exists()
+
+    def read(self, limit: int = 500) -> list[Entry]:
+        """Return at most `limit` further records, fewer only if the file has no more.
+
+        Raises:
+            JournalError: the file is a link, or no plain file.
+        """
+        found: list[Entry] = []
+        while len(found) < limit:
+            end = self._rest.find(b"\n")
+            if end < 0:
+                if not self._fill():
+                    break
+                continue
+            self._take(end, limit, found)
+        return found
+
+    def close(self) -> None:
+        """Close the file."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def finish(self) -> None:
+        """Count what is damaged at the end of a file that gets no more lines."""
+        self.damaged += self._bad
+        self._bad = 0
+
+    def _take(self, end: int, limit: int, found: list[Entry]) -> None:
+        """Take lines that are whole from what was read, as many as are wanted."""
+        start, rest = 0, self._rest
+        while end >= 0 and len(found) < limit:
+            line = rest[start:end]
+            if self._skips:  # the end of a line that was too long to be kept
+                self._skips = False
+            else:
+                self._line(line, found)
+            start = end + 1
+            end = rest.find(b"\n", start)
+        self._offset += start
+        self._rest = rest[start:]
+
+    def _line(self, line: bytes, found: list[Entry]) -> None:
+        body = unseal(line)
+        if body is None:
+            # A flipped bit may be a line feed, and make two pieces of one line.
+            self._bad += not (self._is_in_piece and not line.startswith(_START))
+            self._is_in_piece = not line.endswith(b"}")
+            # A lost line feed makes one line of two, of which the second is whole.
+            body = _whole_part(line)
+            if body is None:
+                return
+        try:
+            entry = entry_of(body, self._codec)
+            record = entry.record
+            if not is_run_id(record.run):
+                raise JournalError(f"refused a record of run {record.run[:80]!r}")
+        except (msgspec.DecodeError, JournalError, ValueError, RecursionError) as error:
+            if len(self.faults) < _MAX_FAULTS:
+                self.faults.append(str(error))
+            self._bad += 1
+            return
+        self._count(record.seq)
+        found.append(entry)
+
+    def _count(self, seq: int) -> None:
+        gap = 0 if self._last_seq is None else seq - self._last_seq - 1
+        damaged = min(self._bad, gap) if gap > 0 and self._last_seq is not None else self._bad
+        self.damaged += damaged
+        self.missing += max(gap - damaged, 0)
+        self._bad = 0
+        self._is_in_piece = False
+        self._last_seq = seq
+
+    def _fill(self) -> bool:
+        if self._fd is None:
+            try:
+                self._fd = open_within(self._folder.path, self._path)
+            except OSError:
+                return False
+        chunk = os.pread(self._fd, _CHUNK, self._offset + len(self._rest))
+        self._rest += chunk
+        if len(self._rest) > LONGEST_LINE and b"\n" not in chunk:
+            self._bad += not self._skips
+            self._skips = True
+            self._offset += len(self._rest)
+            self._rest = b""
+        return bool(chunk)
+
+
+def _whole_part(line: bytes) -> bytes | None:
+    """Return the whole line that a damaged one ends with, if its line feed was lost."""
+    at = 0
+    for _ in range(_MAX_PARTS):
+        at = line.find(_START, at + 1)
+        if at < 0:
+            break
+        if body := unseal(line[at:]):
+            return body
+    return None
+
+
+def entry_of(body: bytes, codec: Codec) -> Entry:
+    """Return the entry of a line, given without its checksum.
+
+    Raises:
+        msgspec.DecodeError: it is no JSON, or not a record.
+        JournalError: what it keeps outside of the line can't be read.
+    """
+    record = codec.decode(body)
+    if not body.startswith((b'{"blobs":', b'{"files":')):
+        return Entry(record, ())
+    found = _FILES.decode(body)
+    return Entry(record, found.blobs, found.files)
+
+
+class RunReader:
+    """The records of a run in order, over all its attempts, from a position on.
+
+    Args:
+        folder: the run's directory.
+        after: (attempt, seq) of the last record that is not wanted.
+        offset: where the record after it begins in its file, if that is known.
+        upto: the last attempt that is wanted; None for all there are.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        after: tuple[int, int] = (0, 0),
+        offset: int = 0,
+        upto: int | None = None,
+    ) -> None:
+        self._folder = folder
+        self._after = after
+        self._upto = upto
+        self._attempt: int | None = None
+        self._parts: list[RecordFile] = []
+        self._offset = offset
+        self._extra: deque[bytes] = deque()
+        self.damaged = 0
+        self.missing = 0
+
+    @property
+    def offset(self) -> int:
+        """Where to go on in the records file of the attempt of the last record."""
+        return self._parts[0].offset if self._parts else 0
+
+    def add(self, lines: Sequence[bytes]) -> None:
+        """Take lines that are in no file to be the last ones of the last attempt."""
+        self._extra = deque(lines)
+
+    def read(self, limit: int = 500) -> list[Entry]:
+        """Return at most `limit` further records, all of one attempt; none if there are no more.
+
+        Raises:
+            JournalError: a file is a link, or no plain file.
+        """
+        while True:
+            if self._attempt is None and not self._next():
+                return []
+            found = self._read(limit)
+            is_last = True
+            if not found:
+                # Asked first: once there is a further attempt, this one gets no more.
+                last = self._last_attempt()
+                # Where the directory was deleted no attempt is known, and this one is still open.
+                is_last = last is None or self._attempt == last
+                found = self._read(limit)
+            if found:
+                self._after = found[-1].record.position
+                return found
+            if is_last:
+                return self._read_extra(limit)
+            self._leave()
+
+    def close(self) -> None:
+        """Close the files, and count what is damaged in them."""
+        self._leave()
+
+    def _read(self, limit: int) -> list[Entry]:
+        main, end = self._parts
+        # Asked first: once the end is there, the training process writes no more.
+        parts = [main, end] if end.exists() else [main]
+        for part in parts:
+            while found := part.read(limit):
+                new = [entry for entry in found if self._is_new(entry.record)]
+                if new:
+                    return new
+        return []
+
+    def _is_new(self, record: Record) -> bool:
+        return record.attempt == self._attempt and record.position > self._after
+
+    def _read_extra(self, limit: int) -> list[Entry]:
+        codec = Codec(load=Blobs(self._folder).load)
+        found: list[Entry] = []
+        while self._extra and len(found) < limit:
+            body = unseal(self._extra.popleft().rstrip(b"\n"))
+            entry = entry_of(body, codec) if body else None
+            if entry is not None and entry.record.position > self._after:
+                found.append(entry)
+        if found:
+            self._after = found[-1].record.position
+        return found
+
+    def _last_attempt(self) -> int | None:
+        known = [n for n in self._folder.attempts() if self._upto is None or n <= self._upto]
+        return known[-1] if known else None
+
+    def _next(self) -> bool:
+        """Open the next attempt that may have records after the position."""
+        left = self._after[0] if self._attempt is None else self._attempt
+        known = [n for n in self._folder.attempts() if self._upto is None or n <= self._upto]
+        wanted = [n for n in known if n >= left]
+        if not wanted:
+            return False
+        self._attempt = wanted[0]
+        offset = self._offset if wanted[0] == self._after[0] else 0
+        paths = (self._folder.records(wanted[0]), self._folder.end(wanted[0]))
+        self._parts = [
+            RecordFile(self._folder, path, offset=offset * (n == 0)) for n, path in enumerate(paths)
+        ]
+        return True
+
+    def _leave(self) -> None:
+        for part in self._parts:
+            part.finish()
+            part.close()
+            self.damaged += part.damaged
+            self.missing += part.missing
+        self._parts = []
+        if self._attempt is not None:
+            self._after = max(self._after, (self._attempt + 1, 0))
+            self._offset = 0
+        self._attempt = None
+
+
+def first_entry(folder: RunFolder, attempt: int) -> Entry | None:
+    """Return the first record of an attempt that can be read."""
+    file = RecordFile(folder, folder.records(attempt))
+    try:
+        found = file.read(1)
+    finally:
+        file.close()
+    return found[0] if found else None

@@ -1,0 +1,82 @@
+"""Checks every record and every blob of a run's journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from trainbus.errors import JournalError
+from trainbus.events import RunEnded, event_name
+from trainbus.journal.blobs import Blobs
+from trainbus.journal.directory import RunFolder
+from trainbus.journal.locks import is_being_written
+from trainbus.journal.reader import RecordFile
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """What `verify` found in one records file."""
+
+    file: str
+    records: int
+    damaged: int
+    missing: int
+    torn: int
+    state: str
+    faults: list[str]
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether every record that was written is there, and every blob that they name."""
+        return not (self.damaged or self.missing or self.faults)
+
+
+def verify(folder: RunFolder, tell: Callable[[int], None] = lambda n: None) -> list[Finding]:
+    """Check every record and every blob of a run.
+
+    Args:
+        folder: the run's directory.
+        tell: called with the bytes that were looked at.
+    """
+    blobs, found = Blobs(folder), []
+    for attempt in folder.attempts(rank=None):
+        for rank in folder.ranks(attempt):
+            for path in (folder.records(attempt, rank), folder.end(attempt, rank)):
+                if path.exists():
+                    found.append(_check(folder, path, blobs, tell))
+    return found
+
+
+def _check(folder: RunFolder, path: Path, blobs: Blobs, tell: Callable[[int], None]) -> Finding:
+    file = RecordFile(folder, path)
+    faults: list[str] = []
+    records, state = 0, "open"
+    try:
+        while entries := file.read():
+            records += len(entries)
+            for entry in entries:
+                for blob in entry.blobs:
+                    try:
+                        blobs.find(blob)
+                    except JournalError as error:
+                        faults.append(f"{event_name(entry.record.event)}: {error}")
+                if isinstance(entry.record.event, RunEnded):
+                    state = entry.record.event.status
+            tell(file.offset)
+        file.finish()
+    except JournalError as error:
+        faults.append(str(error))
+    finally:
+        file.close()
+    if state == "open" and is_being_written(path):
+        state = "being written"
+    return Finding(
+        file=path.name,
+        records=records,
+        damaged=file.damaged,
+        missing=file.missing,
+        torn=file.torn,
+        state=state,
+        faults=[*file.faults, *faults],
+    )

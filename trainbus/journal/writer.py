@@ -1,0 +1,345 @@
+"""Writes the records of one training to disk: append-only, one line a record, one `write` a line.
+
+Guarantees: what `append` returned from is on disk as far as the operating system is concerned, so
+that SIGKILL loses none of it; a line is there whole or cut off again; a disk that is full or gone
+never raises. Records wait in memory then, and where there are too many the least important are
+dropped, counted, and spoken of in the journal by an `alert.raised`.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Annotated, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from trainbus.errors import JournalError
+from trainbus.events import (
+    AlertRaised,
+    ArtifactLogged,
+    CheckpointSaved,
+    Event,
+    MetricsLogged,
+    ParamsUpdated,
+    Record,
+    RunEnded,
+    RunStarted,
+    event_name,
+)
+from trainbus.interfaces import FilePath
+from trainbus.journal.directory import RunFolder
+from trainbus.journal.encoding import LONGEST_LINE, LineMaker
+from trainbus.journal.locks import try_lock
+
+logger = logging.getLogger("trainbus")
+
+_MAX_HELD = 64 * 2**20
+_RETRY_S = 5.0
+_VANISHED = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
+_SYNCED = (RunStarted, ParamsUpdated, RunEnded)
+
+
+class JournalSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where journals are written, and what they may hold."""
+
+    dir: Annotated[
+        FilePath, Meta(min_length=1, description="Folder that gets a directory a run")
+    ] = "trainbus-runs"
+    max_bytes: Annotated[
+        int,
+        Meta(ge=2**20, description="Size at which step metrics and copies of files are left out"),
+    ] = 2**31
+    redact: Annotated[
+        list[str],
+        Meta(description="Names of parameters that are secret, besides those that look like it"),
+    ] = []
+
+
+class Journal:
+    """The records file of one attempt, open for writing; calls must not overlap."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        attempt: int = 1,
+        *,
+        rank: int = 0,
+        max_bytes: int = 2**31,
+        keeps: Callable[[CheckpointSaved | ArtifactLogged], bool] = lambda event: False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Create the records file of an attempt, or of the next one that has none.
+
+        Args:
+            folder: the run's directory.
+            attempt: the lowest number that the attempt may have.
+            rank: rank of this process.
+            max_bytes: size of records and blobs together at which the journal saves space.
+            keeps: says whether a copy of an event's file is wanted.
+            clock: seconds, for retries.
+
+        Raises:
+            JournalError: the file can't be created.
+        """
+        self.folder = folder
+        self._run = folder.run
+        self.rank = rank
+        self.dropped: Counter[str] = Counter()
+        """What could not be kept, by event name."""
+        self._undeclared: Counter[str] = Counter()
+        self._lines = LineMaker(folder, lambda: self._state.size, max_bytes, keeps, self._warn)
+        self._clock = clock
+        self._max_bytes = max_bytes
+        self._state = _State(0, 0, False)
+        self._begun: _Begun | None = None
+        self._held: deque[_Held] = deque()
+        self._held_bytes = 0
+        self._retry_at = 0.0
+        self._fault = ""
+        self._warned: set[str] = set()
+        self.is_gone = False
+        """Whether the file was not where it should be when `look` looked."""
+        attempt = max([attempt, *(n + 1 for n in folder.attempts(rank))])
+        self._fd, self.attempt = _create(folder, attempt, rank)
+
+    @property
+    def seq(self) -> int:
+        """Seq of the last record."""
+        return max(self._state.seq, self._held[-1].seq if self._held else 0)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last record is the run's end."""
+        self._settle()
+        return self._state.ended
+
+    @property
+    def held(self) -> list[bytes]:
+        """Lines that could not be written so far."""
+        return [held.line for held in self._held]
+
+    @property
+    def unsaved(self) -> int:
+        """How many of the records that were not dropped are not on disk."""
+        return self.seq - self.dropped.total() if self.is_gone else len(self._held)
+
+    def append(self, event: Event, now: float) -> Record:
+        """Write an event, stamped with its time (Unix seconds), and return its record."""
+        self._settle()
+        is_end = isinstance(event, RunEnded)
+        if (self._held or self._undeclared) and (is_end or self._clock() >= self._retry_at):
+            self.catch_up()
+            self._declare(now)
+        record = self._record(event, now)
+        is_spare = isinstance(event, MetricsLogged) and event.step is not None
+        if is_spare and self._lines.is_full:
+            self._fault = f"the journal has its {self._max_bytes} bytes"
+            self._warn("budget", f"{self._fault}: step metrics are left out from here on")
+            self._state = self._state._replace(seq=record.seq)
+            self._count(event_name(event))
+            return record
+        line = self._lines.line(record)
+        if len(line) > LONGEST_LINE:
+            self._fault = f"{event_name(event)} has {len(line)} bytes"
+            self._warn("long", f"{self._fault} and is left out: expected at most {LONGEST_LINE}")
+            self._state = self._state._replace(seq=record.seq)
+            self._count(event_name(event))
+            return record
+        after = _State(self._state.size + len(line), record.seq, is_end)
+        if not self._held and self._write(line, after):
+            if isinstance(event, _SYNCED):
+                self.sync()
+        else:
+            self._hold(_Held(line, event_name(event), is_spare, record.seq))
+            self._state = after._replace(size=self._state.size)
+        return record
+
+    def sync(self) -> None:
+        """Have the operating system write to the disk what it has, against power loss."""
+        with suppress(OSError, AttributeError):  # no such call on macOS
+            os.fdatasync(self._fd)
+
+    def look(self) -> None:
+        """Find out whether the file is still there: what is written to a deleted one is lost."""
+        if self._fd < 0:
+            return
+        path = self.folder.records(self.attempt, self.rank)
+        own = os.fstat(self._fd)
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            # A disk that refuses to answer may still have it.
+            if error.errno not in _VANISHED:
+                return
+            self.is_gone = True
+        else:
+            self.is_gone = (own.st_dev, own.st_ino) != (found.st_dev, found.st_ino)
+        if self.is_gone:
+            text = f"{path} was deleted, moved or unmounted while it was being written"
+            self._warn("gone", f"{text}; sinks get all records, but no replay can send them again")
+
+    def catch_up(self) -> None:
+        """Try once more to write what could not be written."""
+        while self._held:
+            held = self._held[0]
+            size, seq = self._state.size + len(held.line), max(self._state.seq, held.seq)
+            if not self._write(held.line, self._state._replace(size=size, seq=seq), held):
+                break
+
+    def close(self) -> None:
+        """Close the file; calling it twice does nothing more."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _record(self, event: Event, now: float) -> Record:
+        return Record(
+            seq=self.seq + 1,
+            run=self._run,
+            time=now,
+            event=event,
+            attempt=self.attempt,
+            rank=self.rank,
+        )
+
+    def _write(self, line: bytes, after: _State, held: _Held | None = None) -> bool:
+        """Write a line, and go on from the state `after` it; False if the disk won't have it.
+
+        `held` is the line where it waited in memory, and is taken from there.
+        """
+        # Ctrl-C may come between any two of these lines; `_settle` then finds out what is there.
+        self._settle()
+        if self._begun is not None:
+            return False
+        self._begun = _Begun(after, held)
+        try:
+            written = os.write(self._fd, line)
+            if written < len(line):  # a full disk writes short, without an error
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._fault = error.strerror or str(error)
+            self._retry_at = self._clock() + _RETRY_S
+            self._warn(
+                "disk",
+                f"{self.folder.path} can't be written ({self._fault}); training goes on, "
+                "records wait in memory",
+            )
+        self._settle()
+        return self._state is after
+
+    def _settle(self) -> None:
+        """Find out whether a line whose writing was begun is there, and cut off a part of one."""
+        if self._begun is None:
+            return
+        after, held = self._begun
+        try:
+            size = os.fstat(self._fd).st_size
+            if size == after.size:
+                self._state = after
+                if held is not None and self._held and self._held[0] is held:
+                    self._held.popleft()
+                    self._held_bytes -= len(held.line)
+            elif size > self._state.size:
+                os.ftruncate(self._fd, self._state.size)
+        except OSError as error:
+            self._fault = error.strerror or str(error)
+            self._retry_at = self._clock() + _RETRY_S
+        else:
+            self._begun = None
+
+    def _declare(self, now: float) -> None:
+        """Say in the journal what was dropped since it was last said."""
+        if self._held or not self._undeclared:
+            return
+        lost = ", ".join(f"{n} {name}" for name, n in sorted(self._undeclared.items()))
+        alert = AlertRaised(
+            title="records are missing",
+            text=f"{lost} could not be kept: {self._fault}",
+            level="error",
+        )
+        record = self._record(alert, now)
+        line = self._lines.line(record)
+        if self._write(line, _State(self._state.size + len(line), record.seq, False)):
+            self._undeclared.clear()
+        self._retry_at = self._clock() + _RETRY_S
+
+    def _hold(self, held: _Held) -> None:
+        self._held.append(held)
+        self._held_bytes += len(held.line)
+        while self._held_bytes > _MAX_HELD:
+            # The oldest step metrics go first, then the oldest of all but the last.
+            spare = next((h for h in self._held if h.is_spare), self._held[0])
+            self._held.remove(spare)
+            self._held_bytes -= len(spare.line)
+            self._count(spare.name)
+
+    def _count(self, name: str) -> None:
+        self.dropped[name] += 1
+        self._undeclared[name] += 1
+
+    def _warn(self, what: str, text: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            logger.warning("%s", text)
+
+
+class NoJournal:
+    """Stands where no directory could be written: numbers records, and keeps none."""
+
+    folder = None
+
+    def __init__(self, run: str, attempt: int) -> None:
+        self.attempt = attempt
+        self.seq = 0
+        self.ended = False
+        self._run = run
+
+    def append(self, event: Event, now: float) -> Record:
+        """Return the event's record."""
+        self.seq += 1
+        self.ended = isinstance(event, RunEnded)
+        return Record(seq=self.seq, run=self._run, time=now, event=event, attempt=self.attempt)
+
+
+class _State(NamedTuple):
+    """How far the journal is; replaced as a whole, which nothing can interrupt."""
+
+    size: int
+    seq: int
+    ended: bool
+
+
+class _Held(NamedTuple):
+    line: bytes
+    name: str
+    is_spare: bool
+    seq: int
+
+
+class _Begun(NamedTuple):
+    """A line whose writing has begun: the state after it, and the line if it waited in memory."""
+
+    after: _State
+    held: _Held | None
+
+
+def _create(folder: RunFolder, attempt: int, rank: int) -> tuple[int, int]:
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL
+    while True:
+        path = folder.records(attempt, rank)
+        try:
+            fd = os.open(path, flags, 0o600)
+        except FileExistsError:  # another process was faster
+            attempt += 1
+        except OSError as error:
+            raise JournalError(f"{path} can't be created: {error.strerror}") from error
+        else:
+            try_lock(fd)
+            return fd, attempt

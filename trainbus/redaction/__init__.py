@@ -1,0 +1,258 @@
+"""Takes secrets out of events before they are written or handed to anybody.
+
+A secret is known by the name it stands under (`api_key`, `--password`, `HF_TOKEN=`) or by its own
+shape (`ghp_…`, a JWT, a password in a URL). What only says where a secret lies stays: a path, the
+name of a variable, a placeholder. Nothing here raises on a value; what can't be looked at goes.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from itertools import chain
+from typing import Any
+
+import msgspec
+
+from trainbus import events
+from trainbus.redaction.names import (
+    ANY,
+    NONE,
+    PASSWORD,
+    TOKEN,
+    hides,
+    is_odd,
+    kind_of,
+    named,
+    squash,
+)
+from trainbus.redaction.patterns import REDACTED, may_hide, text
+
+__all__ = ["REDACTED", "event", "params", "text"]
+
+_MAX_DEPTH = 20  # more than normalize leaves
+
+# What is looked at: values, of which a secret is known by its name too, and names, which may have a
+# secret in them. A path stays, as it has to be opened.
+_VALUES: dict[type[Any], tuple[str, ...]] = {
+    events.RunStarted: ("name", "project", "group", "job_type", "tags", "notes", "task", "params"),
+    events.ParamsUpdated: ("params",),
+    events.ImageLogged: ("caption",),
+    events.TextLogged: ("text",),
+    events.TableLogged: ("rows",),
+    events.CheckpointSaved: ("metadata",),
+    events.ArtifactLogged: ("metadata",),
+    events.AlertRaised: ("title", "text"),
+    events.RunEnded: ("reason", "error", "best"),
+    events.Failure: ("message", "traceback"),
+}
+_NAMES: dict[type[Any], tuple[str, ...]] = {
+    events.RunStarted: ("goals",),
+    events.ModelDescribed: ("speed_ms", "classes", "extra"),
+    events.MetricsLogged: ("values", "phase"),
+    events.ImageLogged: ("key",),
+    events.CurveLogged: ("key", "title", "x_label", "y_label", "classes"),
+    events.ConfusionMatrixLogged: ("key", "classes"),
+    events.TableLogged: ("key", "columns"),
+    events.HistogramLogged: ("key",),
+    events.TextLogged: ("key",),
+    events.CheckpointSaved: ("metrics",),
+    events.ArtifactLogged: ("name", "kind", "aliases"),
+    events.Best: ("metric",),
+}
+_COMMANDS = {"curl", "docker", "login", "mysql", "sshpass"}  # whose secrets have no name
+_FLAG = re.compile(r"--?([A-Za-z][\w./-]*)(=|\Z)")
+
+
+def params(values: Any, keys: frozenset[str] = frozenset()) -> Any:
+    """Return plain nested data with secrets replaced; the same object if there are none.
+
+    What stands under a name of `keys`, however it is written, is replaced whatever it is.
+    """
+    return _walk(values, frozenset(map(squash, keys)), NONE, 0)
+
+
+def event(value: Any, keys: frozenset[str] = frozenset()) -> Any:
+    """Return the event with secrets replaced in its params, texts and names; the same if none."""
+    kind = type(value)
+    if kind is events.MetricsLogged and not _has_secret((value.phase, *value.values)):
+        return value
+    names = frozenset(map(squash, keys))
+    changed: dict[str, Any] = {}
+    for field in (*_VALUES.get(kind, ()), *_NAMES.get(kind, ())):
+        old = getattr(value, field)
+        try:
+            if field in ("error", "best"):
+                new = event(old, keys)
+            elif field in _NAMES.get(kind, ()):
+                new = _in_names(old)
+            else:
+                new = _field(value, field, old, names)
+        except Exception:  # not normalised, and not to be trusted
+            new = REDACTED
+        if new is not old:
+            changed[field] = new
+    return msgspec.structs.replace(value, **changed) if changed else value
+
+
+@lru_cache(maxsize=256)
+def _has_secret(names: tuple[str, ...]) -> bool:
+    """Return whether there is a secret in the names of metrics, which are the same for long."""
+    return any(text(name) is not name for name in names)
+
+
+def _in_names(old: Any) -> Any:
+    """Return a name, names in a list, or those of a dict, with the secrets in them replaced."""
+    if isinstance(old, str):
+        return text(old)
+    if isinstance(old, list):
+        new = [text(name) for name in old]
+        return old if all(a is b for a, b in zip(new, old, strict=True)) else new
+    if isinstance(old, dict):
+        found: dict[Any, Any] = {}
+        for name, item in old.items():
+            found[_free(text(name), name, found)] = item
+        return old if all(a is b for a, b in zip(found, old, strict=True)) else found
+    return old
+
+
+def _free(clean: Any, name: Any, taken: dict[Any, Any]) -> Any:
+    """Return a name that a secret was taken out of, as one that no other has become."""
+    while clean is not name and clean in taken:
+        clean += "*"
+    return clean
+
+
+def _field(value: Any, field: str, old: Any, keys: frozenset[str]) -> Any:
+    if field == "rows":  # in which a secret is known by its column, or by the cell before it
+        return _rows(old, [named(column, keys) for column in value.columns], keys)
+    kind = named(value.key, keys) if type(value) is events.TextLogged else NONE
+    if not kind and not _may_hide(old, keys):
+        return old
+    return _walk(old, keys, kind, 0)
+
+
+def _rows(old: list[Any], kinds: list[int], keys: frozenset[str]) -> list[Any]:
+    """Return the rows of a table with secrets replaced, in those that may have any."""
+    doubtful: set[str] | None = None
+    if not any(kinds) and (texts := _cells(old)) is not None:
+        if not _may_hide(list(texts), keys):
+            return old
+        doubtful = {cell for cell in texts if _may_hide(cell, keys) or named(cell, keys)}
+    new = [
+        row
+        if doubtful is not None and doubtful.isdisjoint(row)
+        else _list(row, keys, NONE, 0, "", kinds)
+        for row in old
+    ]
+    return old if all(a is b for a, b in zip(old, new, strict=True)) else new
+
+
+def _cells(rows: list[Any]) -> set[str] | None:
+    """Return the texts in the cells of a table, each once; None if a cell has more in it."""
+    kinds = set(map(type, chain.from_iterable(rows)))
+    if not kinds <= {str, float, int, bool, type(None)}:
+        return None
+    return {cell for row in rows for cell in row if type(cell) is str} if str in kinds else set()
+
+
+def _may_hide(value: Any, keys: frozenset[str]) -> bool:
+    """Return whether a value needs a closer look; it is looked at in one scan."""
+    texts: list[str] = []
+    _gather(value, texts, 0)
+    whole = "\n".join(texts)
+    if keys:
+        squashed = squash(whole)
+        if any(key in squashed for key in keys):
+            return True
+    return bool(whole) and may_hide(whole)
+
+
+def _gather(value: Any, texts: list[str], depth: int) -> None:
+    if isinstance(value, str):
+        texts.append(value)
+    elif isinstance(value, dict | list | tuple):
+        if depth > _MAX_DEPTH:
+            raise ValueError("nested too deep to look at")
+        for item in value:
+            _gather(item, texts, depth + 1)
+        if isinstance(value, dict):
+            for item in value.values():
+                _gather(item, texts, depth + 1)
+
+
+def _walk(value: Any, keys: frozenset[str], kind: int, depth: int, name: Any = "") -> Any:
+    """Return a value that stands under a name, of which `kind` is said, with secrets replaced."""
+    try:
+        if kind == ANY:
+            return REDACTED
+        if isinstance(value, str):
+            new = REDACTED if hides(kind, value) else text(value)
+            return REDACTED if new is not value and hides(kind, new) else new
+        if isinstance(value, dict | list | tuple):
+            if depth > _MAX_DEPTH:
+                return REDACTED
+            if isinstance(value, dict):
+                return _dict(value, keys, kind, depth + 1, name)
+            return _list(value, keys, kind, depth + 1, name, [])
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return REDACTED if number and kind == PASSWORD else value
+    except Exception:  # not plain, and not to be trusted
+        return REDACTED
+
+
+def _dict(value: dict[Any, Any], keys: frozenset[str], kind: int, depth: int, name: Any) -> Any:
+    new: dict[Any, Any] = {}
+    same = True
+    login = not {"user", "username", "login"}.isdisjoint(value)
+    for key, old in value.items():
+        clean = text(key) if isinstance(key, str) else key
+        here = max(kind, named(key, keys), named(clean, keys))
+        if key in ("pass", "key"):  # of {"username": …, "key": …} or {"wandb": {"key": …}}
+            here = max(here, kind_of(f"login_{key}" if login else f"{name}_{key}"[-80:]))
+        elif key == "value":  # of {"name": "WANDB_API_KEY", "value": …}
+            here = max(here, named(value.get("name", value.get("key")), keys))
+        clean = _free(clean, key, new)
+        new[clean] = _walk(old, keys, here, depth, key)
+        same = same and clean is key and new[clean] is old
+    return value if same else new
+
+
+def _list(
+    value: Any, keys: frozenset[str], kind: int, depth: int, name: Any, columns: list[int]
+) -> Any:
+    new: list[Any] = []
+    before = NONE  # what the item before says of this one, being a flag or the name in a pair
+    login = False
+    value, given = _command(value), value
+    for index, old in enumerate(value):
+        here = max(kind, columns[index] if index < len(columns) else NONE)
+        flag = _FLAG.match(old) if isinstance(old, str) else None
+        if flag:
+            said = named(flag[1], keys)
+            mine = said == ANY and flag[2]
+            new.append(flag[0] + REDACTED if mine else _walk(old, keys, here, depth, name))
+            before = NONE if flag[2] else said
+        elif login and isinstance(old, str) and len(old) >= 20 and is_odd(TOKEN, old):
+            new.append(REDACTED)  # of `["login", KEY]`
+            login = False
+        else:
+            new.append(_walk(old, keys, max(here, before), depth, name))
+            login = old == "login" if isinstance(old, str) else False
+            before = NONE
+            if index == 0 and len(value) == 2:
+                said = named(old, keys)
+                before = said if said == ANY or is_odd(said, str(value[1])) else NONE
+    return given if all(a is b for a, b in zip(new, given, strict=True)) else new
+
+
+def _command(items: Any) -> Any:
+    """Return the arguments of a command with the secrets replaced that its name alone tells."""
+    if not all(isinstance(item, str) for item in items) or _COMMANDS.isdisjoint(items):
+        return items
+    pieces = [item.replace(" ", "\0") for item in items]
+    clean = text(" ".join(pieces)).split(" ")
+    if len(clean) != len(pieces):
+        return items
+    pairs = zip(items, pieces, clean, strict=True)
+    return [item if a == b else b.replace("\0", " ") for item, a, b in pairs]
