@@ -40,18 +40,18 @@ class Checkpoints:
                 if os.path.exists(path):
                     step = int(saver.num_timesteps)
                     yield CheckpointSaved(path=path, kind="periodic", step=step, final=True)
-        for judge, best in self._scores.items():
-            score = float(judge.best_mean_reward)
+        for classify, best in self._scores.items():
+            score = float(classify.best_mean_reward)
             if score == best:
                 continue
-            self._scores[judge] = score
+            self._scores[classify] = score
             if self.best is None or score > self.best.value:
                 self.best = Best(metric=SCORE, value=score)
-            if judge.best_model_save_path is None:
+            if classify.best_model_save_path is None:
                 continue
-            path = os.path.abspath(os.path.join(judge.best_model_save_path, "best_model.zip"))
+            path = os.path.abspath(os.path.join(classify.best_model_save_path, "best_model.zip"))
             if os.path.exists(path):
-                step = int(judge.num_timesteps)
+                step = int(classify.num_timesteps)
                 saved = CheckpointSaved(path=path, kind="best", step=step, metrics={SCORE: score})
                 self._bests[path] = saved
                 yield saved

@@ -33,13 +33,13 @@ from ._accelerate_values import counter, phases, pictures, table, texts
 
 logger = logging.getLogger("trainbus")
 
-TESTED = "1.15.0"
+TESTED_VERSIONS = "1.15.0"
 
 _CALLS = ("backward", "save_state", "load_state", "init_trackers", "log", "end_training")
 _FACTS = ("is_main_process", "process_index", "num_processes", "project_dir")
 _TRACKING = ("start", "store_init_configuration", "log", "finish")
 
-NEEDS: tuple[str, ...] = (
+REQUIRED_NAMES: tuple[str, ...] = (
     *(f"accelerate.accelerator:Accelerator.{name}" for name in (*_CALLS, *_FACTS)),
     *(f"accelerate.tracking:GeneralTracker.{name}" for name in _TRACKING),
     "accelerate.state:PartialState",

@@ -22,9 +22,9 @@ from ._ignite_checkpoints import Checkpoints
 from ._ignite_engines import Engines
 from ._ignite_hooks import BEFORE, Hooks, outermost
 
-TESTED = "0.5.5"
+TESTED_VERSIONS = "0.5.5"
 _EVENTS = (*BEFORE, "EPOCH_COMPLETED", "INTERRUPT", "EXCEPTION_RAISED")
-NEEDS = (
+REQUIRED_NAMES = (
     *(f"ignite.engine:Engine.{name}" for name in ("run", "_fire_event")),
     *(f"ignite.engine:Events.{name}" for name in _EVENTS),
     *(f"ignite.handlers:{name}" for name in ("Checkpoint.SAVED_CHECKPOINT", "EarlyStopping")),

@@ -22,9 +22,9 @@ from ._keras_call import Call, flat
 from ._keras_facts import Facts
 from ._keras_training import Training
 
-TESTED = "3.15.1"
+TESTED_VERSIONS = "3.15.1"
 _TRAIN_HOOKS = ("train_begin", "epoch_begin", "train_batch_end", "epoch_end", "train_end")
-NEEDS = (
+REQUIRED_NAMES = (
     *(f"keras:Model.{name}" for name in ("fit", "save", "save_weights", "count_params")),
     *(f"keras:callbacks.Callback.on_{name}" for name in _TRAIN_HOOKS),
     *(f"keras:callbacks.{kind}.set_model" for kind in ("Callback", "CallbackList")),

@@ -22,8 +22,8 @@ from trainbus.toolkit.adapters import Reporter, guarded, patch, version, wrap
 
 from ._lightgbm_facts import Training, callbacks_of_train, machines
 
-TESTED = "4.7.0"
-NEEDS = (
+TESTED_VERSIONS = "4.7.0"
+REQUIRED_NAMES = (
     *(f"lightgbm:LGBM{kind}.fit" for kind in ("Model", "Classifier", "Regressor", "Ranker")),
     *(f"lightgbm{module}:train" for module in ("", ".engine", ".sklearn")),
     *(f"lightgbm.callback:{name}" for name in ("CallbackEnv", "EarlyStopException")),

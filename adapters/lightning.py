@@ -25,8 +25,8 @@ from ._lightning_checkpoints import Checkpoints
 from ._lightning_packages import PACKAGES, callback_base, package_of
 from ._lightning_rates import Rates
 
-TESTED = "2.6.6"
-_NEEDS = """
+TESTED_VERSIONS = "2.6.6"
+_REQUIRED_NAMES = """
     callbacks:Callback.setup callbacks:Callback.teardown callbacks:Callback.on_exception
     callbacks:Callback.on_train_start callbacks:Callback.on_train_batch_start
     callbacks:Callback.on_train_epoch_start callbacks:Callback.on_train_epoch_end
@@ -38,7 +38,9 @@ _NEEDS = """
     trainer.connectors.logger_connector.logger_connector:_LoggerConnector.should_update_logs
     strategies.launchers.multiprocessing:_MultiProcessingLauncher
 """
-NEEDS: tuple[str, ...] = tuple(f"{p}.{need}" for p in PACKAGES for need in _NEEDS.split())
+REQUIRED_NAMES: tuple[str, ...] = tuple(
+    f"{p}.{need}" for p in PACKAGES for need in _REQUIRED_NAMES.split()
+)
 
 
 def attach(target: Any, emit: Emit) -> Detach:

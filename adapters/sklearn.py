@@ -21,8 +21,8 @@ from trainbus.toolkit.adapters import Reporter, guarded, when_gone, wrap
 
 from ._sklearn_fit import Fit
 
-TESTED = "1.9.1"
-NEEDS = (
+TESTED_VERSIONS = "1.9.1"
+REQUIRED_NAMES = (
     "sklearn.base:BaseEstimator.get_params",
     "sklearn.base:BaseEstimator.__getstate__",
     "sklearn.callback:CallbackSupportMixin.set_callbacks",

@@ -21,8 +21,8 @@ from . import _skorch_facts as facts
 from . import _skorch_history as history
 from ._skorch_checkpoints import Checkpoints, best
 
-TESTED = "1.4.0"
-NEEDS = (
+TESTED_VERSIONS = "1.4.0"
+REQUIRED_NAMES = (
     "skorch.callbacks:Callback",
     "skorch.callbacks:Checkpoint._format_target",
     "skorch.callbacks:EarlyStopping.on_epoch_end",

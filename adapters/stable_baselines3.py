@@ -22,14 +22,14 @@ from ._stable_baselines3_facts import callbacks_of, started, stop_reason
 from ._stable_baselines3_outputs import Outputs
 from ._stable_baselines3_values import Values
 
-TESTED = "2.9.2"
+TESTED_VERSIONS = "2.9.2"
 
 _WRAPPED = ("learn", "_setup_learn", "_excluded_save_params")
 _ALGORITHM = ("__init__", "logger", *_WRAPPED)
 _CALLED = ("training_start", "rollout_start", "step", "rollout_end", "training_end")
 _STOPS = ("MaxEpisodes", "NoModelImprovement", "RewardThreshold")
 
-NEEDS: tuple[str, ...] = (
+REQUIRED_NAMES: tuple[str, ...] = (
     *(f"stable_baselines3.common.base_class:BaseAlgorithm.{name}" for name in _ALGORITHM),
     *(f"stable_baselines3.common.callbacks:BaseCallback._on_{name}" for name in _CALLED),
     *(f"stable_baselines3.common.callbacks:StopTrainingOn{name}" for name in _STOPS),

@@ -23,7 +23,7 @@ from . import _transformers_facts as facts
 from . import _transformers_report_to as report_to
 from ._transformers_log import Log
 
-TESTED = "5.23.0"
+TESTED_VERSIONS = "5.23.0"
 _ARGUMENTS = (
     *("to_dict", "output_dir", "run_name", "world_size", "process_index", "n_gpu", "max_steps"),
     *("metric_for_best_model", "greater_is_better", "auto_find_batch_size"),
@@ -34,7 +34,7 @@ _STATE = (
     *("log_history", "best_metric", "best_model_checkpoint", "stateful_callbacks"),
 )
 _EVENTS = ("train_begin", "epoch_begin", "log", "evaluate", "predict", "save", "train_end")
-NEEDS: tuple[str, ...] = (
+REQUIRED_NAMES: tuple[str, ...] = (
     *(f"transformers.trainer:Trainer.{name}" for name in ("train", "_get_output_dir")),
     "transformers.integrations.integration_utils:INTEGRATION_TO_CALLBACK",
     "transformers.trainer_callback:TrainerControl.should_training_stop",

@@ -22,9 +22,9 @@ from . import _ultralytics_trainer as facts
 from ._ultralytics_checkpoints import Checkpoints
 from ._ultralytics_evaluation import evaluation
 
-TESTED = "8.3.0, 8.3.200, 8.4.90, 8.4.190"
+TESTED_VERSIONS = "8.3.0, 8.3.200, 8.4.90, 8.4.190"
 _TRAINER = ("run_callbacks", "train", "label_loss_items", "add_callback")
-NEEDS = (
+REQUIRED_NAMES = (
     *(f"ultralytics.engine.model:Model.{name}" for name in ("add_callback", "train")),
     *(f"ultralytics.engine.trainer:BaseTrainer.{name}" for name in _TRAINER),
     "ultralytics.utils.metrics:ConfusionMatrix",

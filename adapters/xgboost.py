@@ -22,8 +22,8 @@ from trainbus.toolkit.adapters import Reporter, guarded, late_class, patch, vers
 
 from ._xgboost_facts import Training, config, variables_of_train
 
-TESTED = "3.2.0"
-NEEDS = (
+TESTED_VERSIONS = "3.2.0"
+REQUIRED_NAMES = (
     *(f"xgboost.callback:TrainingCallback.before_{name}" for name in ("training", "iteration")),
     *(f"xgboost.callback:TrainingCallback.after_{name}" for name in ("training", "iteration")),
     *(f"xgboost.callback:{name}" for name in ("CallbackContainer", "EarlyStopping")),

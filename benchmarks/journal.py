@@ -22,7 +22,7 @@ import msgspec
 
 from trainbus import Bus, JournalSpec
 from trainbus.delivery.replay import replay
-from trainbus.delivery.spec import Route
+from trainbus.delivery.spec import SinkSpec
 from trainbus.events import MetricsLogged, RunStarted
 from trainbus.journal.directory import RunFolder
 from trainbus.testing import MemorySink
@@ -101,7 +101,7 @@ def main() -> None:
 
         (run,) = [path for path in os.scandir(journals) if path.is_dir()]
         sink = MemorySink()
-        route = Route(name="memory", make=lambda: sink, kind="memory", sink=sink)
+        route = SinkSpec(name="memory", make=lambda: sink, kind="memory", sink=sink)
         begun = time.perf_counter()
         receipt, _ = replay(RunFolder(run.path), [route])
         rate = receipt.sinks[0].taken / (time.perf_counter() - begun)

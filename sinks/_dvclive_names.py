@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from trainbus.toolkit.sinks import Names, axis
+from trainbus.toolkit.sinks import Names, x_position
 
 _OWN = ("", ".", "..", "step", "timestamp")
 """Parts of names that mean something else to DVCLive."""
@@ -42,7 +42,7 @@ class FileNames:
     def slide(self, event: Any) -> str:
         """Return the path of an event's file: what is logged repeatedly gets a slider in DVC."""
         name = self.file(event.key)
-        return name if event.step is None and event.epoch is None else f"{name}/{axis(event)}"
+        return name if event.step is None and event.epoch is None else f"{name}/{x_position(event)}"
 
 
 def _clean(name: str) -> str:

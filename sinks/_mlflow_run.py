@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainbus.events import Record
-from trainbus.toolkit.sinks import Names, Taken, Timeline, flat
+from trainbus.toolkit.sinks import Names, SeenRecords, Timeline, flat
 
 from ._mlflow_text import clean_name, clean_text
 
@@ -47,7 +47,7 @@ class TrackedRun:
         self._params: dict[str, str] = dict(found.data.params) if found else {}
         self.tags: dict[str, str] = dict(found.data.tags) if found else {}
         *last, at = _position(self.tags.get(_POSITION))
-        self.taken, self.timeline = Taken(last=(last[0], last[1])), Timeline(at)
+        self.taken, self.timeline = SeenRecords(last=(last[0], last[1])), Timeline(at)
         self._sent = self.taken.last
         self._new_metrics: list[Any] = []
         self._new_params: list[Any] = []

@@ -44,7 +44,7 @@ class Server:
             target=self._server.serve_forever, args=(0.1,), name=_THREAD, daemon=True
         ).start()
         host = f"[{address}]" if ":" in address else address
-        self.where = f"http://{host}:{self._server.server_port}/metrics"
+        self.location = f"http://{host}:{self._server.server_port}/metrics"
 
     def _handler(self, registry: Any, values: Values) -> Any:
         from prometheus_client import MetricsHandler
@@ -155,7 +155,7 @@ class Gateway:
     """A group of metrics in a Pushgateway."""
 
     def __init__(self, url: str, job: str, run: str) -> None:
-        self.where = f"{url.rstrip('/')}/metrics/job/{job}"
+        self.location = f"{url.rstrip('/')}/metrics/job/{job}"
         self._url = url
         self._group: dict[str, Any] = {"job": job, "grouping_key": {"run": run}, "timeout": 10}
 

@@ -15,7 +15,7 @@ from trainbus.toolkit.sinks import Names
 logger = logging.getLogger("trainbus.sinks.swanlab")
 
 
-class Files:
+class FileResolver:
     """Copies files into the folder of a run and has SwanLab keep them from there.
 
     Args:

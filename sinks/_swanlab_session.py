@@ -76,7 +76,7 @@ def finish(run: Any, status: str, error: str | None) -> None:
             observer.stop()
 
 
-def where(run: Any, folder: Path | None) -> str | None:
+def location(run: Any, folder: Path | None) -> str | None:
     """Return the address of a run, or the command that uploads or shows it."""
     match run.mode:
         case "online":

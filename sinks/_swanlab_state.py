@@ -65,6 +65,6 @@ def _before(folder: Path, run: RunInfo) -> list[State]:
         with suppress(OSError, ValueError):  # one that can't be read tells nothing
             if closed.exists():
                 found.append(msgspec.json.decode(closed.read_bytes(), type=State))
-            elif run.again and mark.exists() and mark.read_text("utf-8") == run.id:
+            elif run.reopened and mark.exists() and mark.read_text("utf-8") == run.id:
                 other.rename(other.with_name(f"incomplete-{other.name}"))
     return [state for state in found if state.run == run.id]  # names of files tell less

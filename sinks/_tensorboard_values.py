@@ -40,7 +40,7 @@ from trainbus.events import (
     TextLogged,
 )
 from trainbus.toolkit.plots import drawn, png
-from trainbus.toolkit.sinks import Names, Timeline, axis, flat, metric_name
+from trainbus.toolkit.sinks import Names, Timeline, flat, metric_name, x_position
 
 from ._tensorboard_hparams import session_end, session_start
 from ._tensorboard_text import listed, table, utf8
@@ -201,7 +201,7 @@ class Values:
 
 
 def _step(event: Any) -> int | None:
-    return None if event.epoch is None and event.step is None else axis(event)
+    return None if event.epoch is None and event.step is None else x_position(event)
 
 
 def _value(tag: str, metadata: Any, **content: Any) -> Any:

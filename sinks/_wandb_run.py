@@ -128,7 +128,7 @@ def _started(info: RunInfo, options: WandbOptions, stop: Callable[[], None]) -> 
         notes=options.notes or started.notes,
         config=started.params,
         id=f"{wanted}-{taken + 1}" if taken else wanted,
-        resume=options.resume or ("allow" if info.resumed or info.again else None),
+        resume=options.resume or ("allow" if info.resumed or info.reopened else None),
         dir=folder,
         mode=options.mode,
         # The framework's own logger would take a run that is open as `wandb.run` for its own.
@@ -147,7 +147,7 @@ def _set_aside(run: WandbRun, info: RunInfo) -> None:
     """
     folder = Path(run.dir).parent
     (folder / _ATTEMPT).write_text(f"{info.attempt}\n", encoding="utf-8")
-    if not info.again or info.after:
+    if not info.reopened or info.resume_after:
         return
     for other in folder.parent.glob(f"offline-run-*-{run.id}"):
         note = other / _ATTEMPT
@@ -155,7 +155,7 @@ def _set_aside(run: WandbRun, info: RunInfo) -> None:
             other.rename(other.with_name(f"incomplete-{other.name}"))
 
 
-def where(run: WandbRun) -> str | None:
+def location(run: WandbRun) -> str | None:
     """Return the address of a run, or the command that uploads it."""
     if run.settings.mode == "offline":
         return f"wandb sync {shlex.quote(os.path.abspath(Path(run.dir).parent))}"

@@ -34,11 +34,10 @@ from trainbus.events import (
 )
 from trainbus.interfaces import RunInfo, Sink
 from trainbus.toolkit.sinks import (
+    LatestCheckpoints,
     Names,
-    Overwritten,
-    Taken,
+    SeenRecords,
     Timeline,
-    axis,
     check_folder,
     flat,
     folder_of,
@@ -46,6 +45,7 @@ from trainbus.toolkit.sinks import (
     metric_name,
     model_values,
     side_by_side,
+    x_position,
 )
 
 from . import _clearml_session as session
@@ -55,8 +55,8 @@ from ._clearml_options import ClearmlOptions
 
 logger = logging.getLogger("trainbus.sinks.clearml")
 
-TESTED = "2.1.12"
-NEEDS = (
+TESTED_VERSIONS = "2.1.12"
+REQUIRED_NAMES = (
     "clearml:Task._create",
     "clearml:Task.current_task",
     "clearml:Task.is_offline",
@@ -81,14 +81,14 @@ class ClearmlSink(Sink):
 
     Options = ClearmlOptions
     service = "clearml"
-    volatile = True
+    durable_only_after_close = True
     options: ClearmlOptions
 
     def __init__(self, options: ClearmlOptions | None = None) -> None:
         super().__init__(options)
         self._task: Any = None
         self._folder = Path()
-        self._where: str | None = None
+        self._location: str | None = None
 
     def check(self) -> str:
         """Make sure that the package is there and the folder can be written.
@@ -111,12 +111,12 @@ class ClearmlSink(Sink):
         options, started = self.options, run.started
         self.lost = 0
         self._names, self._files = Names(clean), Names(file_name)
-        self._overwritten = Overwritten(options.save_checkpoints)
+        self._overwritten = LatestCheckpoints(options.save_checkpoints)
         self._timeline, self._waiting = Timeline(), 0
-        self._taken = Taken()
+        self._taken = SeenRecords()
         self._tags = list(dict.fromkeys([*options.tags, *started.tags, f"run:{run.id}"]))
-        # A sink is volatile or told what need not come again: then this is another part.
-        part = f"-{run.after}" if run.after else ""
+        # A sink that lost what it held, or need not be told all again, begins another part.
+        part = f"-{run.resume_after}" if run.resume_after else ""
         name = f"{Names(file_name, 80)(run.id)}-{run.attempt}{part}"
         self._folder = folder_of(options.dir, run.id) / name
         self._task = session.begin(
@@ -127,7 +127,9 @@ class ClearmlSink(Sink):
             about={"trainbus/run": run.id, "trainbus/attempt": run.attempt},
         )
         self._logger = self._task.get_logger()
-        self._where = f"clearml-task --import-offline-session {shlex.quote(f'{self._folder}.zip')}"
+        self._location = (
+            f"clearml-task --import-offline-session {shlex.quote(f'{self._folder}.zip')}"
+        )
 
     def write(self, records: Sequence[Record]) -> None:
         """Report the records that are new.
@@ -154,14 +156,14 @@ class ClearmlSink(Sink):
         if task is not None:
             session.end(task, self._folder)
 
-    def keeps(self, event: CheckpointSaved | ArtifactLogged) -> bool:
+    def wants_files(self, event: CheckpointSaved | ArtifactLogged) -> bool:
         """Return whether the files of an event are sent."""
         return is_wanted(self.options.save_checkpoints, event)
 
     @property
-    def where(self) -> str | None:
+    def location(self) -> str | None:
         """The command that uploads the session."""
-        return self._where
+        return self._location
 
     def _take(self, event: object) -> None:
         match event:
@@ -193,7 +195,7 @@ class ClearmlSink(Sink):
                 self._say(f"{event.title}: {event.text}", _LEVELS[event.level])
             case CheckpointSaved():
                 if not self._overwritten.put_off(event):
-                    self._log_checkpoint(event, f"periodic-{axis(event)}")
+                    self._log_checkpoint(event, f"periodic-{x_position(event)}")
             case ArtifactLogged():
                 about = {"kind": event.kind, **event.metadata}
                 for path, name in side_by_side(event.paths).items():

@@ -31,11 +31,10 @@ from trainbus.events import (
 )
 from trainbus.interfaces import RunInfo, Sink
 from trainbus.toolkit.sinks import (
+    LatestCheckpoints,
     Names,
-    Overwritten,
-    Taken,
+    SeenRecords,
     Timeline,
-    axis,
     check_folder,
     flat,
     folder_of,
@@ -43,6 +42,7 @@ from trainbus.toolkit.sinks import (
     metric_name,
     model_values,
     side_by_side,
+    x_position,
 )
 
 from ._comet_charts import show
@@ -51,8 +51,8 @@ from ._comet_options import CometOptions, clean
 
 logger = logging.getLogger("trainbus.sinks.comet")
 
-TESTED = "3.58.8"
-NEEDS = (
+TESTED_VERSIONS = "3.58.8"
+REQUIRED_NAMES = (
     "comet_ml:start",
     "comet_ml:ExperimentConfig",
     "comet_ml:OfflineExperiment._report_experiment_error",
@@ -76,13 +76,13 @@ class CometSink(Sink):
 
     Options = CometOptions
     service = "comet_ml"
-    volatile = True
+    durable_only_after_close = True
     options: CometOptions
 
     def __init__(self, options: CometOptions | None = None) -> None:
         super().__init__(options)
         self._experiment: Any = None
-        self._where: str | None = None
+        self._location: str | None = None
 
     def check(self) -> str:
         """Look for the API key, or make sure that the folder of an archive can be written.
@@ -109,14 +109,14 @@ class CometSink(Sink):
         is_online = options.mode == "online"
         self.lost = 0
         self._names = Names(clean, 100)
-        self._overwritten = Overwritten(options.save_checkpoints)
+        self._overwritten = LatestCheckpoints(options.save_checkpoints)
         self._timeline, self._waiting = Timeline(), 0
         # What was sent is known after a flush; an archive that was not closed is lost as a whole.
-        self._sent = Taken(folder / f".{key}.json") if is_online else None
-        self._taken = Taken(last=self._sent.last if self._sent else (0, 0))
+        self._sent = SeenRecords(folder / f".{key}.json") if is_online else None
+        self._taken = SeenRecords(last=self._sent.last if self._sent else (0, 0))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if run.again and not run.after:
+            if run.reopened and not run.resume_after:
                 remove_unfinished(folder, key)
         except OSError as error:
             raise SinkError(f"can't write {folder}: {error.strerror}; set another `dir`") from error
@@ -124,10 +124,10 @@ class CometSink(Sink):
             look_for_key()
         self._experiment = start(comet, key, folder, options, run.started)
         if is_online:
-            self._where = self._experiment.url
+            self._location = self._experiment.url
         else:
             name = f"{key}-{self._experiment.offline_archive_name_suffix}.zip"
-            self._where = f"comet upload {shlex.quote(str(folder / name))}"
+            self._location = f"comet upload {shlex.quote(str(folder / name))}"
 
     def write(self, records: Sequence[Record]) -> None:
         """Log the records that are new.
@@ -160,14 +160,14 @@ class CometSink(Sink):
                 self._sent.last = self._taken.last
                 self._sent.save()
 
-    def keeps(self, event: CheckpointSaved | ArtifactLogged) -> bool:
+    def wants_files(self, event: CheckpointSaved | ArtifactLogged) -> bool:
         """Return whether the files of an event are sent."""
         return is_wanted(self.options.save_checkpoints, event)
 
     @property
-    def where(self) -> str | None:
+    def location(self) -> str | None:
         """Address of the experiment, or the command that uploads it."""
-        return self._where
+        return self._location
 
     def _take(self, experiment: Any, event: object) -> None:
         match event:
@@ -190,7 +190,7 @@ class CometSink(Sink):
                 experiment.log_other(self._names(f"{event.level}: {event.title}"), event.text)
             case CheckpointSaved():
                 if not self._overwritten.put_off(event):
-                    self._log_checkpoint(experiment, event, f"periodic-{axis(event)}")
+                    self._log_checkpoint(experiment, event, f"periodic-{x_position(event)}")
             case RunEnded():
                 self._take_end(experiment, event)
             case ArtifactLogged():

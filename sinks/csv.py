@@ -31,7 +31,7 @@ from trainbus.events import (
     TableLogged,
 )
 from trainbus.interfaces import FilePath, Options, RunInfo, Sink
-from trainbus.toolkit.sinks import Names, Taken, check_folder, flat
+from trainbus.toolkit.sinks import Names, SeenRecords, check_folder, flat
 
 from ._csv_table import Table, changes_of, encoded, replace
 
@@ -109,7 +109,7 @@ class CsvSink(Sink):
         self._folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._taken = Taken(folder / ".trainbus-csv.json")
+            self._taken = SeenRecords(folder / ".trainbus-csv.json")
             began = self._table("run").get("began")
             for left in folder.glob(changes_of("*.csv")):  # by a process that was killed
                 self._table(left.name[1:].removesuffix(changes_of(".csv")[1:]))
@@ -159,7 +159,7 @@ class CsvSink(Sink):
             table.close()
 
     @property
-    def where(self) -> str | None:
+    def location(self) -> str | None:
         """Path of the folder."""
         return str(self._folder) if self._folder else None
 

@@ -35,15 +35,15 @@ from trainbus.events import (
 from trainbus.interfaces import RunInfo, Sink
 from trainbus.toolkit.plots import picture
 from trainbus.toolkit.sinks import (
+    SeenRecords,
     Superseded,
-    Taken,
-    axis,
     check_folder,
     folder_of,
     is_wanted,
     metric_name,
     model_values,
     side_by_side,
+    x_position,
 )
 
 from ._dvclive_live import open_live
@@ -54,8 +54,8 @@ from ._dvclive_plots import plot_of
 
 logger = logging.getLogger("trainbus.sinks.dvclive")
 
-TESTED = "3.49.1"
-NEEDS = (
+TESTED_VERSIONS = "3.49.1"
+REQUIRED_NAMES = (
     "dvclive:Live",
     *(f"dvclive:Live._init_{part}" for part in ("dvc", "studio", "dvc_file")),
     *(f"dvclive:Live.log_{what}" for what in ("metric", "params", "image", "plot")),
@@ -107,7 +107,7 @@ class DvcliveSink(Sink):
             self._live, self._params = open_live(folder, dvcyaml)
         except OSError as error:
             raise SinkError(f"can't write {folder}: {error.strerror}; set another `dir`") from error
-        self._taken, self._folder = Taken(folder / ".trainbus-dvclive.json"), folder
+        self._taken, self._folder = SeenRecords(folder / ".trainbus-dvclive.json"), folder
 
     def write(self, records: Sequence[Record]) -> None:
         """Write the records that are new.
@@ -133,12 +133,12 @@ class DvcliveSink(Sink):
         if live is not None and self.options.dvcyaml is not None:
             live.make_dvcyaml()
 
-    def keeps(self, event: CheckpointSaved | ArtifactLogged) -> bool:
+    def wants_files(self, event: CheckpointSaved | ArtifactLogged) -> bool:
         """Return whether the files of an event are copied into the folder."""
         return is_wanted(self.options.save_checkpoints, event)
 
     @property
-    def where(self) -> str | None:
+    def location(self) -> str | None:
         """Path of the folder."""
         return str(self._folder) if self._folder else None
 
@@ -153,7 +153,7 @@ class DvcliveSink(Sink):
                     self._log_metric(name, value, plot=False)
             case MetricsLogged():
                 if not event.final and (event.step is not None or event.epoch is not None):
-                    self._live.step = axis(event)
+                    self._live.step = x_position(event)
                 for name, value in event.values.items():
                     name = metric_name(name, final=event.final)
                     self._log_metric(name, value, plot=not event.final)
@@ -203,7 +203,7 @@ class DvcliveSink(Sink):
     def _take_checkpoint(self, event: CheckpointSaved) -> None:
         is_for_best = self.options.save_checkpoints == "best"
         best = Path(self._folder or "", _CHECKPOINTS, "best")
-        if not self.keeps(event):
+        if not self.wants_files(event):
             return
         # The last one stands in as long as the training names none its best.
         if is_for_best and event.kind == "last" and best.exists():
@@ -212,7 +212,7 @@ class DvcliveSink(Sink):
             self._superseded.missed(event)
             return
         self._superseded.stored(event.kind)
-        place = str(axis(event)) if event.kind == "periodic" else event.kind
+        place = str(x_position(event)) if event.kind == "periodic" else event.kind
         name, is_anew = Path(event.path).name, event.kind != "periodic"
         self._copy(event.path, f"{_CHECKPOINTS}/{place}", name, anew=is_anew)
         if is_for_best and event.kind == "best":

@@ -31,7 +31,7 @@ from trainbus.events import (
 )
 from trainbus.interfaces import FilePath, Options, RunInfo, Sink
 from trainbus.toolkit.plots import png
-from trainbus.toolkit.sinks import Taken, check_folder
+from trainbus.toolkit.sinks import SeenRecords, check_folder
 
 from ._html_data import Data, Picture
 from ._html_gatherer import Gatherer
@@ -39,8 +39,8 @@ from ._html_page import page
 
 logger = logging.getLogger("trainbus.sinks.html")
 
-TESTED = "7.1.0"
-NEEDS = ("plotly:offline.get_plotlyjs",)
+TESTED_VERSIONS = "7.1.0"
+REQUIRED_NAMES = ("plotly:offline.get_plotlyjs",)
 """What the sink relies on in plotly."""
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".avif")
@@ -80,7 +80,7 @@ class HtmlSink(Sink):
 
     Options = HtmlOptions
     packages = ("plotly",)
-    volatile = True
+    durable_only_after_close = True
     options: HtmlOptions
 
     def __init__(self, options: HtmlOptions | None = None) -> None:
@@ -120,7 +120,7 @@ class HtmlSink(Sink):
         self._gatherer = Gatherer(
             data, points=self.options.points, curve_points=self.options.curve_points
         )
-        self._taken = Taken(last=data.position)
+        self._taken = SeenRecords(last=data.position)
         self._stale: list[Path] = []
         self._is_new = self._is_turn = False
         self._written, self._cost = 0.0, 0.0
@@ -172,7 +172,7 @@ class HtmlSink(Sink):
             self._is_open = False
 
     @property
-    def where(self) -> str | None:
+    def location(self) -> str | None:
         """Path of the page."""
         return str(self._folder / "index.html") if self._folder else None
 

@@ -95,7 +95,7 @@ class JsonlSink(Sink):
             self._fd = None
 
     @property
-    def where(self) -> str | None:
+    def location(self) -> str | None:
         """Path of the file."""
         return str(self._path) if self._path else None
 

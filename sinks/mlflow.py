@@ -43,8 +43,8 @@ from ._mlflow_text import clean_text, fields
 
 logger = logging.getLogger("trainbus.sinks.mlflow")
 
-TESTED = "3.17.2"
-NEEDS = (
+TESTED_VERSIONS = "3.17.2"
+REQUIRED_NAMES = (
     "mlflow:Image",
     *(f"mlflow:MlflowClient.log_{what}" for what in ("artifact", "artifacts", "batch")),
     *(f"mlflow:MlflowClient.{name}" for name in ("delete_tag", "search_runs", "set_terminated")),
@@ -71,7 +71,7 @@ class MlflowSink(Sink):
     def __init__(self, options: MlflowOptions | None = None) -> None:
         super().__init__(options)
         self._client: Any = None
-        self._where: str | None = None
+        self._location: str | None = None
 
     def check(self) -> str:
         """Ask the server, or make sure that the database can be written.
@@ -91,7 +91,7 @@ class MlflowSink(Sink):
             PermissionError: the server refuses.
             SinkError: the server is down, or the experiment can't be used.
         """
-        self._client, self._where = None, None
+        self._client, self._location = None, None
         self._superseded = Superseded()
         self.lost, self._info, options = 0, run, self.options
         self._name = options.run_name or clean_text(run.started.name or "") or run.id
@@ -120,7 +120,7 @@ class MlflowSink(Sink):
         )
         self._is_stale = False
         if self._run.id is not None:
-            self._where = self._store.address(self._experiment, self._run.id)
+            self._location = self._store.address(self._experiment, self._run.id)
 
     def write(self, records: Sequence[Record]) -> None:
         """Log the records that are new.
@@ -137,14 +137,14 @@ class MlflowSink(Sink):
             self._is_stale = True  # until all of it is there
             for record in self._run.taken.new(records):
                 run_id = self._run.begin(self._name, record.time)
-                self._where = self._store.address(self._experiment, run_id)
+                self._location = self._store.address(self._experiment, run_id)
                 self._take(record)
                 if self._run.is_full:
                     self._run.send()
             self._run.send()
             self._is_stale = False
 
-    def keeps(self, event: CheckpointSaved | ArtifactLogged) -> bool:
+    def wants_files(self, event: CheckpointSaved | ArtifactLogged) -> bool:
         """Return whether the files of an event become artifacts."""
         return is_wanted(self.options.save_checkpoints, event)
 
@@ -155,9 +155,9 @@ class MlflowSink(Sink):
         self._client = None
 
     @property
-    def where(self) -> str | None:
+    def location(self) -> str | None:
         """Address of the run, or the command that shows it."""
-        return self._where
+        return self._location
 
     def _take(self, record: Record) -> None:
         run, files, event = self._run, self._files, record.event

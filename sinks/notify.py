@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from trainbus.errors import SinkError
 from trainbus.events import Record
 from trainbus.interfaces import RunInfo, Sink
-from trainbus.toolkit.sinks import Taken, check_folder, folder_of
+from trainbus.toolkit.sinks import SeenRecords, check_folder, folder_of
 
 from ._notify_options import NotifyOptions
 from ._notify_services import Message, Service, load, not_sent, send
@@ -22,8 +22,8 @@ from ._notify_story import Story
 
 logger = logging.getLogger("trainbus.sinks.notify")
 
-TESTED = "2.2.0"
-NEEDS = (
+TESTED_VERSIONS = "2.2.0"
+REQUIRED_NAMES = (
     "apprise:Apprise",
     "apprise:AppriseAsset",
     "apprise:NotifyFormat",
@@ -37,14 +37,16 @@ class NotifySink(Sink):
 
     Options = NotifyOptions
     service = "apprise"
-    volatile = True  # what came before a crash is needed to tell of what comes after it
+    durable_only_after_close = (
+        True  # what came before a crash is needed to tell of what comes after it
+    )
     reads_files = False
     options: NotifyOptions
 
     def __init__(self, options: NotifyOptions | None = None) -> None:
         super().__init__(options)
         self._services: list[Service] = []
-        self._where: str | None = None
+        self._location: str | None = None
 
     def check(self) -> str:
         """Have Apprise read the addresses; nothing is sent.
@@ -72,8 +74,8 @@ class NotifySink(Sink):
         except OSError as error:
             text = f"can't write {folder}: {error.strerror}; set another `state`"
             raise SinkError(text) from error
-        self._sent = Taken(folder / f"{run.id}-{key}.json")
-        self._where = ", ".join(service.label for service in self._services)
+        self._sent = SeenRecords(folder / f"{run.id}-{key}.json")
+        self._location = ", ".join(service.label for service in self._services)
         self._seen = (0, 0)
         self._message: Message | None = None
         self._unsent: list[Service] = []
@@ -107,9 +109,9 @@ class NotifySink(Sink):
         self._services = []
 
     @property
-    def where(self) -> str | None:
+    def location(self) -> str | None:
         """Names of the services."""
-        return self._where
+        return self._location
 
     def _send(self, message: Message) -> None:
         """Send a message to those that do not have it."""

@@ -22,8 +22,8 @@ from ._prometheus_options import PrometheusOptions
 from ._prometheus_places import Gateway, Server, Textfile, check_port
 from ._prometheus_values import Values
 
-TESTED = "0.26.0"
-NEEDS = (
+TESTED_VERSIONS = "0.26.0"
+REQUIRED_NAMES = (
     "prometheus_client:CollectorRegistry",
     "prometheus_client:MetricsHandler.factory",
     "prometheus_client:push_to_gateway",
@@ -41,14 +41,14 @@ class PrometheusSink(Sink):
 
     Options = PrometheusOptions
     service = "prometheus_client"
-    volatile = True
+    durable_only_after_close = True
     reads_files = False
     options: PrometheusOptions
 
     def __init__(self, options: PrometheusOptions | None = None) -> None:
         super().__init__(options)
         self._is_open = False
-        self._where: str | None = None
+        self._location: str | None = None
         self._server: Server | None = None
 
     def check(self) -> str:
@@ -99,14 +99,14 @@ class PrometheusSink(Sink):
         if options.pushgateway is not None:
             gateway = Gateway(options.pushgateway, options.job, run.id)
             self._ways.append(gateway)
-            places.append(gateway.where)
+            places.append(gateway.location)
         if self._is_scraped:
             registry = CollectorRegistry()
             registry.register(self._values.collector())
             place = options.address, options.port, options.next_ports
             self._server = Server(registry, self._values, *place)
-            places.insert(0, self._server.where)
-        self._where, self._is_open = ", ".join(places), True
+            places.insert(0, self._server.location)
+        self._location, self._is_open = ", ".join(places), True
         if self._ways:
             threading.Thread(target=self._catch_up, name="trainbus prometheus", daemon=True).start()
 
@@ -154,9 +154,9 @@ class PrometheusSink(Sink):
                 server.close(self.options.linger_secs if self._values.is_over else 0)
 
     @property
-    def where(self) -> str | None:
+    def location(self) -> str | None:
         """Address that is scraped, path of the file, and address of the pushed group."""
-        return self._where
+        return self._location
 
     def _catch_up(self) -> None:
         """Publish what came too soon after the last time, if nothing follows it."""

@@ -36,9 +36,9 @@ from trainbus.events import (
 )
 from trainbus.interfaces import RunInfo, Sink
 from trainbus.toolkit.sinks import (
+    LatestCheckpoints,
     Names,
-    Overwritten,
-    Taken,
+    SeenRecords,
     Timeline,
     check_folder,
     flat,
@@ -48,20 +48,20 @@ from trainbus.toolkit.sinks import (
 
 from . import _swanlab_session as session
 from . import _swanlab_state as state
-from ._swanlab_files import Files
+from ._swanlab_files import FileResolver
 from ._swanlab_media import media
 from ._swanlab_options import SwanlabOptions
 from ._swanlab_values import counted, plain, valid_key, valid_text
 
 logger = logging.getLogger("trainbus.sinks.swanlab")
 
-TESTED = "0.10.3"
-_NEEDS = (
+TESTED_VERSIONS = "0.10.3"
+_REQUIRED_NAMES = (
     "init has_run Settings.Probe Settings.Terminal Image Text ECharts "
     "Run.log Run.save Run.finish Run._handle_atexit "
     "echarts.Bar echarts.HeatMap echarts.Line echarts.Table echarts.options"
 )
-NEEDS = tuple(f"swanlab:{name}" for name in _NEEDS.split())
+REQUIRED_NAMES = tuple(f"swanlab:{name}" for name in _REQUIRED_NAMES.split())
 """What the sink relies on; `trainbus doctor` looks whether it is there."""
 
 
@@ -70,7 +70,7 @@ class SwanlabSink(Sink):
 
     Options = SwanlabOptions
     service = "swanlab"
-    volatile = True
+    durable_only_after_close = True
     shares_process = False
     options: SwanlabOptions
 
@@ -78,8 +78,8 @@ class SwanlabSink(Sink):
         super().__init__(options)
         self._run: Any = None
         self._folder: Path | None = None
-        self._taken = Taken()
-        self._where: str | None = None
+        self._taken = SeenRecords()
+        self._location: str | None = None
 
     def check(self) -> str:
         """Make sure that the package is there and the folder can be written.
@@ -106,7 +106,7 @@ class SwanlabSink(Sink):
         self._swanlab, self.lost = swanlab, 0
         self._names = Names(valid_key, longest=512)
         self._repeated: set[str] = set()
-        self._checkpoints = Overwritten(self.options.save_checkpoints)
+        self._checkpoints = LatestCheckpoints(self.options.save_checkpoints)
         self._run = session.begin(self.options, run)
         atexit.unregister(self._run._handle_atexit)  # the sink finishes the run
         session.bound(self._run)
@@ -114,11 +114,11 @@ class SwanlabSink(Sink):
         self._state = state.begin(folder, run)
         self._timeline = Timeline(self._state.at)
         self._folder = folder
-        self._files = None if folder is None else Files(self._run, folder)
-        self._taken = Taken(None, self._state.taken)
+        self._files = None if folder is None else FileResolver(self._run, folder)
+        self._taken = SeenRecords(None, self._state.taken)
         is_new = self._taken.last[0] < run.attempt
         self._configure(run.started.params if is_new else {})
-        self._where = session.where(self._run, folder)
+        self._location = session.location(self._run, folder)
 
     def write(self, records: Sequence[Record]) -> None:
         """Hand the records that are new to SwanLab.
@@ -135,14 +135,14 @@ class SwanlabSink(Sink):
         """Finish the run, as crashed unless its end was written."""
         self._finish("failed", "its end was not written")
 
-    def keeps(self, event: CheckpointSaved | ArtifactLogged) -> bool:
+    def wants_files(self, event: CheckpointSaved | ArtifactLogged) -> bool:
         """Return whether the files of an event are kept with the run."""
         return is_wanted(self.options.save_checkpoints, event)
 
     @property
-    def where(self) -> str | None:
+    def location(self) -> str | None:
         """Address of the run, or the command that uploads or shows it."""
-        return self._where
+        return self._location
 
     def _take(self, event: object) -> None:
         match event:

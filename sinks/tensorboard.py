@@ -23,10 +23,10 @@ from msgspec import Meta
 from trainbus.errors import MissingPackageError, SinkError
 from trainbus.events import Record
 from trainbus.interfaces import FilePath, Options, RunInfo, Sink
-from trainbus.toolkit.sinks import Taken, check_folder
+from trainbus.toolkit.sinks import SeenRecords, check_folder
 
-TESTED = "2.21.0"
-NEEDS = (
+TESTED_VERSIONS = "2.21.0"
+REQUIRED_NAMES = (
     "tensorboard.compat.proto.event_pb2:Event",
     "tensorboard.compat.proto.summary_pb2:Summary",
     "tensorboard.summary.writer.record_writer:RecordWriter",
@@ -70,7 +70,7 @@ class TensorboardSink(Sink):
     def __init__(self, options: TensorboardOptions | None = None) -> None:
         super().__init__(options)
         self._fd: int | None = None
-        self._where: str | None = None
+        self._location: str | None = None
 
     def check(self) -> str:
         """Make sure that the package is there and the folder can be written.
@@ -117,7 +117,7 @@ class TensorboardSink(Sink):
         self._path, self._fd, self._size = path, fd, end
         parts = Path(self.options.logdir).parts
         depth = len(parts) - next(i for i, part in enumerate(parts) if "{run}" in part)
-        self._where = f"tensorboard --logdir {shlex.quote(str(folder.parents[depth - 1]))}"
+        self._location = f"tensorboard --logdir {shlex.quote(str(folder.parents[depth - 1]))}"
 
     def write(self, records: Sequence[Record]) -> None:
         """Append what the new records show; all of it or, on a full disk, nothing.
@@ -132,7 +132,7 @@ class TensorboardSink(Sink):
             raise SinkError("write came before open; call open(run) first")
         file = io.BytesIO()
         writer = RecordWriter(file)
-        taken = Taken(last=self._last)
+        taken = SeenRecords(last=self._last)
         for record in taken.new(records):
             if not self._size and not file.tell():
                 writer.write(_event(record, file_version="brain.Event:2"))
@@ -155,9 +155,9 @@ class TensorboardSink(Sink):
             self._fd = None
 
     @property
-    def where(self) -> str | None:
+    def location(self) -> str | None:
         """Command that shows the run, beside those in the folders next to it."""
-        return self._where
+        return self._location
 
     def _learn(self, path: Path, *, is_over: bool = False) -> tuple[int, int]:
         """Take over position and tags of a file; if it is over, those of a half record as well.

@@ -35,8 +35,8 @@ from trainbus.interfaces import RunInfo, Sink
 from trainbus.toolkit.plots import picture
 from trainbus.toolkit.sinks import (
     Names,
+    SeenRecords,
     Superseded,
-    Taken,
     check_folder,
     flat,
     is_wanted,
@@ -50,8 +50,8 @@ from ._trackio_values import iso, plain, valid_text
 
 logger = logging.getLogger("trainbus.sinks.trackio")
 
-TESTED = "0.43.0"
-_NEEDS = (
+TESTED_VERSIONS = "0.43.0"
+_REQUIRED_NAMES = (
     ":Image.TYPE :Table._to_dict :Histogram._to_dict :Markdown._to_dict :Artifact._build_manifest "
     ".fragments:FragmentWriter.write_local .fragments:import_records "
     ".media:get_project_media_path "
@@ -61,7 +61,7 @@ _NEEDS = (
     ".sqlite_storage:SQLiteStorage.validate_project_name "
     ".utils:MEDIA_DIR .utils:RESERVED_KEYS .utils:get_storage_mode"
 )
-NEEDS = tuple(f"trackio{name}" for name in _NEEDS.split())
+REQUIRED_NAMES = tuple(f"trackio{name}" for name in _REQUIRED_NAMES.split())
 """What the sink relies on; `trainbus doctor` looks whether it is there."""
 
 
@@ -75,7 +75,7 @@ class TrackioSink(Sink):
 
     def __init__(self, options: TrackioOptions | None = None) -> None:
         super().__init__(options)
-        self._where: str | None = None
+        self._location: str | None = None
         self._database: Database | None = None
         self._is_open = False
 
@@ -101,7 +101,7 @@ class TrackioSink(Sink):
         self._trackio = imported(self.options.dir)
         from trackio import utils
 
-        self._taken, self._database, self.lost = Taken(), None, 0
+        self._taken, self._database, self.lost = SeenRecords(), None, 0
         self._names = Names(_valid_name)
         self._has_best, self._superseded = False, Superseded()
         self._database = Database(self.options, run)
@@ -109,7 +109,7 @@ class TrackioSink(Sink):
         self._is_open = True
         command = f"trackio show --project {shlex.quote(self._database.project)}"
         prefix = f"TRACKIO_DIR={shlex.quote(str(utils.TRACKIO_DIR))} " if self.options.dir else ""
-        self._where = prefix + command
+        self._location = prefix + command
 
     def write(self, records: Sequence[Record]) -> None:
         """Store the records that are new.
@@ -139,14 +139,14 @@ class TrackioSink(Sink):
                 self._count_lost()
             self._is_open = False
 
-    def keeps(self, event: CheckpointSaved | ArtifactLogged) -> bool:
+    def wants_files(self, event: CheckpointSaved | ArtifactLogged) -> bool:
         """Return whether the files of an event become an artifact."""
         return is_wanted(self.options.save_checkpoints, event)
 
     @property
-    def where(self) -> str | None:
+    def location(self) -> str | None:
         """Command that shows the run."""
-        return self._where
+        return self._location
 
     def _take(self, database: Database, record: Record) -> None:
         trackio, event = self._trackio, record.event

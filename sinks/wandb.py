@@ -34,7 +34,7 @@ from trainbus.events import (
     TextLogged,
 )
 from trainbus.interfaces import RunInfo, Sink
-from trainbus.toolkit.sinks import Overwritten, interrupt_training, is_wanted, model_values
+from trainbus.toolkit.sinks import LatestCheckpoints, interrupt_training, is_wanted, model_values
 
 from . import _wandb_run as runs
 from ._wandb_artifacts import Curves, log_files
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("trainbus.sinks.wandb")
 
-TESTED = "0.31.0"
-NEEDS = (
+TESTED_VERSIONS = "0.31.0"
+REQUIRED_NAMES = (
     *(f"wandb:{name}" for name in ("init", "Settings", "Artifact", "Api", "Error")),
     *(f"wandb:{name}" for name in ("Image", "Table", "Histogram", "Html", "plot.line")),
     "wandb:plot_table",
@@ -62,13 +62,13 @@ class WandbSink(Sink):
 
     Options = WandbOptions
     service = "wandb"
-    volatile = True
+    durable_only_after_close = True
     options: WandbOptions
 
     def __init__(self, options: WandbOptions | None = None) -> None:
         super().__init__(options)
         self._run: WandbRun | None = None
-        self._where: str | None = None
+        self._location: str | None = None
 
     def check(self) -> str:
         """Log in, or make sure that the folder of an offline run can be written.
@@ -93,20 +93,20 @@ class WandbSink(Sink):
         self._last = self._last_upload = self._sent = self._position = (0, 0)
         self.lost = 0
         self._stop = Event()
-        self._checkpoints = Overwritten(self.options.save_checkpoints)
+        self._checkpoints = LatestCheckpoints(self.options.save_checkpoints)
         self._owned = is_fed or not runs.is_users(active)
         if not self._owned:
             self._run = runs.use(active, run, self.options)
         else:
             self._run = runs.start(run, self.options, _interrupter(run, self._stop))
-            if run.again:
+            if run.reopened:
                 self._last = runs.stored(self._run)
-        is_new = self._owned and not run.again and not run.resumed
+        is_new = self._owned and not run.reopened and not run.resumed
         is_shared = not self._owned or self._run.settings.mode == "shared"
         goal_of = run.started.goal_of
         self._rows = Rows(self._run, goal_of, is_shared=is_shared, is_new=is_new)
         self._curves = Curves(self._run)
-        self._where = runs.where(self._run)
+        self._location = runs.location(self._run)
 
     def write(self, records: Sequence[Record]) -> None:
         """Log the records that are new.
@@ -141,7 +141,7 @@ class WandbSink(Sink):
             raise SinkError("no run is open; call open(run) first")
         return self._run
 
-    def keeps(self, event: CheckpointSaved | ArtifactLogged) -> bool:
+    def wants_files(self, event: CheckpointSaved | ArtifactLogged) -> bool:
         """Return whether the files of an event become an artifact."""
         return is_wanted(self.options.save_checkpoints, event)
 
@@ -159,9 +159,9 @@ class WandbSink(Sink):
             self._finish("failed")
 
     @property
-    def where(self) -> str | None:
+    def location(self) -> str | None:
         """Address of the run, or the command that uploads it."""
-        return self._where
+        return self._location
 
     def _take_safely(self, run: WandbRun, event: object) -> None:
         try:

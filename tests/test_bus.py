@@ -39,12 +39,12 @@ from trainbus import (
     NoAdapterError,
     Receipt,
     Record,
-    Route,
     RunDefaults,
     RunInfo,
     Sink,
     SinkError,
     SinkReport,
+    SinkSpec,
     SubscribeError,
     config,
     registry,
@@ -66,7 +66,7 @@ from trainbus.events import (
     encode,
     event_name,
 )
-from trainbus.recording.emitter import Emitter, MutedEmitter
+from trainbus.recording.emitter import Emitter, NullEmitter
 from trainbus.recording.run_id import MARKER
 from trainbus.testing import MemorySink, check_grammar
 from trainbus.testing.samples import png, sample_events
@@ -622,8 +622,8 @@ class Failing(Sink):
         self._call("close")
 
     @property
-    def where(self) -> str | None:
-        self._call("where")
+    def location(self) -> str | None:
+        self._call("location")
         return "somewhere"
 
 
@@ -633,7 +633,7 @@ def numbers(report: SinkReport) -> tuple[int, int, int, int]:
 
 
 def deliver(
-    *routes: Route, isolation: Isolation = "inline", metrics: int = 10
+    *routes: SinkSpec, isolation: Isolation = "inline", metrics: int = 10
 ) -> tuple[Receipt, list[Record]]:
     """Return the receipt of a run, and the records that a healthy sink beside the others got."""
     memory = MemorySink()
@@ -653,8 +653,8 @@ def deliver(
     return receipt, memory.records
 
 
-def route(sink: Sink, **options: Any) -> Route:
-    return Route(name="tested", make=lambda: sink, kind="failing", **options)
+def route(sink: Sink, **options: Any) -> SinkSpec:
+    return SinkSpec(name="tested", make=lambda: sink, kind="failing", **options)
 
 
 def wherever(test: Any) -> Any:
@@ -668,12 +668,12 @@ def test_a_receipt_counts_what_was_taken(isolation: Isolation) -> None:
     sink = Failing()
     receipt, records = deliver(route(sink), isolation=isolation)
     report = receipt.sinks[0]
-    assert ((12, 0, 0, 0), "somewhere", None) == (numbers(report), report.where, report.error)
+    assert ((12, 0, 0, 0), "somewhere", None) == (numbers(report), report.location, report.error)
     assert records == sink.records
     batches = sink.calls.count("write")
     assert 1 <= batches <= 12
     assert isolation == "thread" or batches == 12
-    assert ["open", *["write"] * batches, "flush", "close", "where"] == sink.calls
+    assert ["open", *["write"] * batches, "flush", "close", "location"] == sink.calls
     assert ("finished", 12) == (receipt.status, receipt.emitted)
 
 
@@ -730,7 +730,7 @@ def test_a_sink_that_always_fails_is_left_alone(
     isolation: Isolation, caplog: pytest.LogCaptureFixture
 ) -> None:
     """After five refused records in a row the rest waits, and delays neither training nor end."""
-    sink = Failing("write", "flush", "close", "where")
+    sink = Failing("write", "flush", "close", "location")
     receipt, _ = deliver(route(sink), isolation=isolation)
     assert (0, 0, 5, 7) == numbers(receipt.sinks[0])
     assert 5 * 3 < sink.calls.count("write") < 5 * 3 + 10
@@ -789,7 +789,7 @@ def test_a_sink_that_can_not_be_made_is_left_out(isolation: Isolation) -> None:
     def make() -> Sink:
         raise ValueError("no such option")
 
-    failing = Route(name="tested", make=make, kind="failing")
+    failing = SinkSpec(name="tested", make=make, kind="failing")
     report = deliver(failing, isolation=isolation)[0].sinks[0]
     assert ((0, 0, 0, 12), "ValueError: no such option") == (numbers(report), report.error)
 
@@ -813,7 +813,7 @@ def test_on_error_raise_stops_the_training(error: Exception, isolation: Isolatio
     assert isinstance(ended, RunEnded)
     assert ("failed", f"SinkError: {said}") == (ended.status, ended.reason)
     assert listener.records == memory.records
-    assert ["open", "flush", "close", "where"] == [c for c in memory.calls if c != "write"]
+    assert ["open", "flush", "close", "location"] == [c for c in memory.calls if c != "write"]
     (receipt,) = listener.bus.receipts
     assert "failed" == receipt.status
     assert [(2, 0, 0, 0), (0, 0, 0, 2)] == [numbers(report) for report in receipt.sinks]
@@ -973,7 +973,7 @@ def test_a_sink_gets_the_same_wherever_it_runs(
     assert [encode(record) for record in wanted] == stored
     (receipt,) = bus.receipts
     assert (len(wanted), len(heard) - len(wanted), 0, 0) == numbers(receipt.sinks[0])
-    assert str(tmp_path / "out.jsonl") == receipt.sinks[0].where
+    assert str(tmp_path / "out.jsonl") == receipt.sinks[0].location
     # A busy machine may have said before that it waits.
     said = re.sub(r"trainbus: waiting for the sinks.*\n", "", capsys.readouterr().err)
     assert f"{receipt}\n" == said
@@ -1470,7 +1470,7 @@ def test_a_pickled_handle_without_a_configuration_is_silent(
     """What can't be made again in another process says so in one line, and takes every call."""
     handle = handle_of(Listener(rebuild=rebuild).bus)
     revived = pickle.loads(pickle.dumps(handle))
-    assert isinstance(revived.emit, MutedEmitter)
+    assert isinstance(revived.emit, NullEmitter)
     revived.emit(METRICS)
     assert revived.emit.every("train") is None
     assert frozenset() == revived.emit.services

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from trainbus import Bus, JournalSpec, Record, Route, RunInfo, Sink
+from trainbus import Bus, JournalSpec, Record, RunInfo, Sink, SinkSpec
 from trainbus.delivery.replay import replay
 from trainbus.delivery.transforms import TransformSpec
 from trainbus.delivery.worker import SinkWorker
@@ -35,7 +35,7 @@ from trainbus.events import (
     TextLogged,
 )
 from trainbus.journal.directory import RunFolder
-from trainbus.journal.file_access import Files
+from trainbus.journal.file_access import FileResolver
 
 Position = tuple[int, int]
 
@@ -99,7 +99,7 @@ class Delivered:
         self.worker = SinkWorker(
             machine.route,
             self.folder,
-            Files(self.folder, None),
+            FileResolver(self.folder, None),
             attempt=self.folder.attempts()[-1],
             is_replay=True,
             in_background=False,
@@ -141,7 +141,7 @@ class Deliveries(RuleBasedStateMachine):
         self.root = Path(tempfile.mkdtemp(prefix="trainbus-test-"))
         self.now = 0.0
         self.tracker = Tracker()
-        self.route = Route(
+        self.route = SinkSpec(
             name="tracker",
             kind="TrackerSink",
             make=lambda: TrackerSink(self.tracker),
@@ -316,7 +316,7 @@ def test_what_a_sink_missed_of_an_earlier_attempt_can_be_replayed(tmp_path: Path
     tracker = Tracker()
     heard: list[Position] = []
     folders = set()
-    route = Route(name="tracker", kind="TrackerSink", make=lambda: TrackerSink(tracker))
+    route = SinkSpec(name="tracker", kind="TrackerSink", make=lambda: TrackerSink(tracker))
     for mood in ("locked out", "well"):
         tracker.mood = mood
         bus = Bus(

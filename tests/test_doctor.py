@@ -18,8 +18,8 @@ from trainbus.cli.app import app
 from trainbus.cli.doctor import Finding, examine
 
 PLUGIN = """
-TESTED = "1.0, 1.1"
-NEEDS = ({needs})
+TESTED_VERSIONS = "1.0, 1.1"
+REQUIRED_NAMES = ({needs})
 
 def attach(target, emit):
     return lambda: None
@@ -85,7 +85,7 @@ def test_a_module_that_is_gone_is_missing(tmp_path: Path, monkeypatch: pytest.Mo
 def test_what_is_not_installed_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """A framework that nobody installed is listed, with what the adapter was tested with."""
     home = ModuleType("home")
-    home.TESTED = "1.0"  # type: ignore[attr-defined]
+    home.TESTED_VERSIONS = "1.0"  # type: ignore[attr-defined]
     home.attach = lambda target, emit: None  # type: ignore[attr-defined]
     home.attach.__module__ = "home"
     monkeypatch.setitem(sys.modules, "home", home)

@@ -21,7 +21,7 @@ from trainbus import Bus, JournalSpec, Record, Sink
 from trainbus.cli import app
 from trainbus.delivery import replay as replays
 from trainbus.delivery.receipt import SinkReport
-from trainbus.delivery.spec import Route
+from trainbus.delivery.spec import SinkSpec
 from trainbus.events import (
     ArtifactLogged,
     CheckpointSaved,
@@ -32,9 +32,9 @@ from trainbus.events import (
     RunStarted,
 )
 from trainbus.journal.directory import RunFolder
-from trainbus.journal.file_access import Files
+from trainbus.journal.file_access import FileResolver
 from trainbus.journal.reader import Entry
-from trainbus.journal.writer import Journal
+from trainbus.journal.writer import JournalWriter
 
 
 class Kept(Sink):
@@ -44,7 +44,7 @@ class Kept(Sink):
         super().__init__()
         self.found: list[tuple[str, str | None]] = []
 
-    def keeps(self, event: CheckpointSaved | ArtifactLogged) -> bool:
+    def wants_files(self, event: CheckpointSaved | ArtifactLogged) -> bool:
         return True
 
     def write(self, records: Sequence[Record]) -> None:
@@ -71,9 +71,9 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def log(root: Path, *steps: Event | Callable[[], object], keeps: bool = False) -> RunFolder:
+def log(root: Path, *steps: Event | Callable[[], object], wants_files: bool = False) -> RunFolder:
     """Log a run of these events, and do in between what is to be done."""
-    sinks = {"keeper": Kept()} if keeps else {}
+    sinks = {"keeper": Kept()} if wants_files else {}
     with Bus(sinks, journal=JournalSpec(dir=str(root / "runs"))) as bus:
         for step in (RunStarted(), *steps, RunEnded(status="finished")):
             if callable(step):
@@ -88,10 +88,10 @@ def forget(folder: RunFolder) -> None:
     shutil.rmtree(folder.path / "cursors")
 
 
-def replayed(folder: RunFolder, *trusted: Path) -> tuple[Kept, SinkReport, Files]:
+def replayed(folder: RunFolder, *trusted: Path) -> tuple[Kept, SinkReport, FileResolver]:
     """Return what a sink got of a run, what the receipt says of it, and of the files."""
     sink = Kept()
-    routes = [Route(name="kept", kind="kept", make=lambda: sink, sink=sink)]
+    routes = [SinkSpec(name="kept", kind="kept", make=lambda: sink, sink=sink)]
     receipt, files = replays.replay(folder, routes, trusted=[str(each) for each in trusted])
     return sink, receipt.sinks[0], files
 
@@ -142,7 +142,7 @@ def test_a_line_says_what_the_files_were(work: Path, tmp_path: Path) -> None:
         CheckpointSaved(path="last.pt", kind="last"),
         CheckpointSaved(path="best.pt", kind="best", final=True),
         CheckpointSaved(path="gone.pt", kind="last"),
-        keeps=True,
+        wants_files=True,
     )
     last, best, gone = map(json.loads, folder.records(1).read_bytes().splitlines()[1:-1])
     stat = (work / "last.pt").stat()
@@ -191,12 +191,12 @@ def test_another_picture_is_refused_while_a_training_runs(
     """Where the journal has no room for a copy, a picture that was drawn anew is not sent."""
     (work / "p.png").write_text("old")
     folder = folder_in(tmp_path)
-    journal = Journal(folder, max_bytes=1)
+    journal = JournalWriter(folder, max_bytes=1)
     journal.append(ImageLogged(key="k", path=f"{work}/p.png"), 1.0)
     journal.close()
     (work / "p.png").write_text("new one")
     (entry,) = read_file(folder)[0]
-    files = Files(folder, None)
+    files = FileResolver(folder, None)
     found: Any = [files.resolve(entry).event for _ in range(3)]
     assert [None] * 3 == [content(event.path) for event in found]
     assert files.changed == [record.getMessage() for record in caplog.records]
@@ -230,7 +230,7 @@ def test_an_artifact_of_many_files_is_still_one_line(work: Path, tmp_path: Path)
 def test_a_journal_of_before_is_read(work: Path, tmp_path: Path) -> None:
     """Where nothing was noted of a file it is sent, if its path is absolute and trusted."""
     (work / "m.pt").write_text("of this run")
-    files = Files(folder_in(tmp_path), [work])
+    files = FileResolver(folder_in(tmp_path), [work])
     for path, expected in ((f"{work}/m.pt", "of this run"), ("m.pt", None)):
         event = CheckpointSaved(path=path, kind="best", final=True)
         entry = Entry(Record(seq=1, run="run", time=1.0, event=event), ())
@@ -272,7 +272,7 @@ def test_a_checkpoint_that_another_training_overwrote_is_told(work: Path, tmp_pa
 def test_sinks_that_send_no_checkpoint_see_each(work: Path, tmp_path: Path) -> None:
     """While a training runs, a sink that only shows checkpoints has all, with their true paths."""
     folder = log(tmp_path, *save(work, 1), *save(work, 2))
-    files = Files(folder, None)
+    files = FileResolver(folder, None)
     entries = read_file(folder)[0][1:-1]
     found: list[Any] = [files.take(entry) for entry in entries]
     assert [(f"{work}/last.pt", False)] * 2 == [

@@ -12,7 +12,7 @@ from support import golden
 from support.exact import exact
 from trainbus.events import EVENT_TYPES, ArtifactLogged, CheckpointSaved, ImageLogged, Record
 from trainbus.journal.directory import RunFolder
-from trainbus.journal.file_access import Files
+from trainbus.journal.file_access import FileResolver
 from trainbus.journal.reader import Entry, RunReader
 
 KEPT = RunFolder(Path(__file__).parent / "data" / "journal-1")
@@ -30,7 +30,7 @@ def entries_of(folder: RunFolder) -> tuple[list[Entry], tuple[int, int]]:
 def copies_of(folder: RunFolder) -> dict[str, bytes | None]:
     """Return the files that records name and what sinks find in them, None where nothing is."""
     found = {}
-    files = Files(folder, [])
+    files = FileResolver(folder, [])
     for entry in entries_of(folder)[0]:
         given, here = entry.record.event, files.resolve(entry).event
         if isinstance(given, ImageLogged | CheckpointSaved) and given.path is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.journals import SAMPLE, folder_in, read_file, read_run, write_journal, write_lines
-from trainbus import Bus, JournalSpec, Record, Route
+from trainbus import Bus, JournalSpec, Record, SinkSpec
 from trainbus.delivery.receipt import Receipt, SinkReport
 from trainbus.delivery.worker import SinkWorker
 from trainbus.events import (
@@ -24,7 +24,7 @@ from trainbus.events import (
 )
 from trainbus.journal.blobs import Blob
 from trainbus.journal.directory import RunFolder
-from trainbus.journal.file_access import Files
+from trainbus.journal.file_access import FileResolver
 from trainbus.journal.reader import Entry, RunReader
 from trainbus.recording.run_id import MARKER
 from trainbus.testing import MemorySink
@@ -56,13 +56,13 @@ class Replay:
     def __init__(self, folder: RunFolder, sink: MemorySink) -> None:
         self.sink = sink
         self.now = 0.0
-        route = Route(name="memory", kind="MemorySink", make=lambda: sink)
+        route = SinkSpec(name="memory", kind="MemorySink", make=lambda: sink)
         self.cursor = folder.cursor(route.key)
         self.dead = folder.dead(route.key)
         self.worker = SinkWorker(
             route,
             folder,
-            Files(folder, []),
+            FileResolver(folder, []),
             attempt=1,
             is_replay=True,
             in_background=False,
@@ -85,7 +85,7 @@ def picture(path: str, *blobs: Blob) -> Entry:
     return Entry(Record(seq=1, run="run", time=1.0, event=event), blobs)
 
 
-def path_given(files: Files, entry: Entry) -> str:
+def path_given(files: FileResolver, entry: Entry) -> str:
     """Return the path that a sink is given for a picture."""
     event = files.resolve(entry).event
     assert isinstance(event, ImageLogged)
@@ -108,7 +108,7 @@ def test_what_stands_for_a_refused_file_opens_nothing(
         (nowhere / "secret").symlink_to(tmp_path / "secret")
     else:
         nowhere.symlink_to(tmp_path)
-    files = Files(folder, [tmp_path / "outside"] if trusts else [])
+    files = FileResolver(folder, [tmp_path / "outside"] if trusts else [])
     assert not os.path.exists(path_given(files, picture("/elsewhere/secret")))
 
 
@@ -128,7 +128,7 @@ def test_a_blob_folder_that_is_a_link_to_itself_is_damage(folder: RunFolder) -> 
 def test_a_copy_in_a_folder_that_is_a_link_to_itself_is_damage(folder: RunFolder) -> None:
     """The copy of a file is not found where links lead round in a circle, and nothing raises."""
     folder.blobs.symlink_to(folder.blobs)
-    files = Files(folder, [])
+    files = FileResolver(folder, [])
     entry = picture("/x", Blob(path="/x", sha256="0" * 64, name="x", size=1))
     assert not os.path.exists(path_given(files, entry))
     assert 1 == len(files.damaged)

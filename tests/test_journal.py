@@ -35,10 +35,10 @@ from trainbus.journal import writer as journals_module
 from trainbus.journal.blobs import Blob
 from trainbus.journal.directory import RunFolder
 from trainbus.journal.encoding import unseal
-from trainbus.journal.file_access import Files
+from trainbus.journal.file_access import FileResolver
 from trainbus.journal.reader import Entry, RunReader
 from trainbus.journal.recovery import write_end
-from trainbus.journal.writer import Journal
+from trainbus.journal.writer import JournalWriter
 
 
 @pytest.fixture
@@ -48,9 +48,9 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 @pytest.fixture
-def journal(folder: RunFolder) -> Iterator[Journal]:
+def journal(folder: RunFolder) -> Iterator[JournalWriter]:
     """A journal that copies every file that it may copy."""
-    opened = Journal(folder, keeps=lambda event: True)
+    opened = JournalWriter(folder, wants_files=lambda event: True)
     yield opened
     opened.close()
 
@@ -98,10 +98,12 @@ def blob_of(folder: RunFolder, number: int = 0) -> list[Blob]:
 
 def resolved(folder: RunFolder, number: int = 0, trusted: list[str] | None = None) -> Any:
     """Return an event as sinks get it."""
-    return Files(folder, trusted or []).resolve(read_file(folder)[0][number]).event
+    return FileResolver(folder, trusted or []).resolve(read_file(folder)[0][number]).event
 
 
-def test_line_is_json_with_a_checksum_of_its_rest(folder: RunFolder, journal: Journal) -> None:
+def test_line_is_json_with_a_checksum_of_its_rest(
+    folder: RunFolder, journal: JournalWriter
+) -> None:
     """A line is JSON whose first field is the CRC-32 of all bytes from the next quote on."""
     records = [journal.append(event, 1.5) for event in SAMPLE]
     lines = folder.records(1).read_bytes().split(b"\n")
@@ -117,7 +119,7 @@ def test_line_is_json_with_a_checksum_of_its_rest(folder: RunFolder, journal: Jo
     assert list(map(as_json, records)) == list(map(as_json, read_records(folder)))
 
 
-def test_record_is_one_write(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_record_is_one_write(journal: JournalWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every record reaches the system in one call, large and small ones alike."""
     disk = Disk(journal._fd, lambda call: None)
     monkeypatch.setattr(os, "write", disk)
@@ -127,7 +129,9 @@ def test_record_is_one_write(journal: Journal, monkeypatch: pytest.MonkeyPatch) 
     assert len(SAMPLE) + 1 == disk.calls
 
 
-def test_only_the_owner_may_read_a_run(folder: RunFolder, journal: Journal, tmp_path: Path) -> None:
+def test_only_the_owner_may_read_a_run(
+    folder: RunFolder, journal: JournalWriter, tmp_path: Path
+) -> None:
     """Directories of a run are 0700 and files 0600, also those that a later process writes."""
     picture = tmp_path / "a.png"
     picture.write_bytes(b"png")
@@ -148,7 +152,7 @@ def test_only_the_owner_may_read_a_run(folder: RunFolder, journal: Journal, tmp_
 
 def test_second_journal_gets_the_next_attempt(folder: RunFolder) -> None:
     """No two journals share a file: each gets the first attempt that is free."""
-    first, second, later, after = (Journal(folder, attempt) for attempt in (1, 1, 7, 1))
+    first, second, later, after = (JournalWriter(folder, attempt) for attempt in (1, 1, 7, 1))
     assert [1, 2, 7, 8] == [j.attempt for j in (first, second, later, after)]
     for opened in (first, second, later, after):
         record = opened.append(SAMPLE[1], 1.0)
@@ -159,7 +163,7 @@ def test_second_journal_gets_the_next_attempt(folder: RunFolder) -> None:
 
 def test_ranks_have_files_of_their_own(folder: RunFolder) -> None:
     """Another rank counts its attempts by itself."""
-    first, second = Journal(folder), Journal(folder, rank=1)
+    first, second = JournalWriter(folder), JournalWriter(folder, rank=1)
     assert (1, 1) == (first.attempt, second.attempt)
     assert 1 == second.append(SAMPLE[1], 1.0).rank
     first.close()
@@ -171,10 +175,10 @@ def test_journal_that_cannot_be_created_says_why(tmp_path: Path) -> None:
     """A run's directory that is gone is a JournalError with the path and the cause."""
     folder = RunFolder(tmp_path / "gone")
     with pytest.raises(JournalError, match=r"gone/r0-a1\.jsonl can't be created: No such file"):
-        Journal(folder)
+        JournalWriter(folder)
 
 
-def test_closing_twice_is_nothing(journal: Journal) -> None:
+def test_closing_twice_is_nothing(journal: JournalWriter) -> None:
     """A journal that is closed can be closed again."""
     journal.close()
     journal.close()
@@ -183,7 +187,7 @@ def test_closing_twice_is_nothing(journal: Journal) -> None:
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32", "float64", "int64", "bool"])
 def test_large_array_is_kept_beside_the_journal(
-    folder: RunFolder, journal: Journal, dtype: str
+    folder: RunFolder, journal: JournalWriter, dtype: str
 ) -> None:
     """An array over 32 KiB is a blob, and what is done to it after the append does no harm."""
     array = np.arange(300 * 200).reshape(300, 200).astype(dtype)
@@ -196,7 +200,7 @@ def test_large_array_is_kept_beside_the_journal(
     np.testing.assert_array_equal(before, event.array)
 
 
-def test_small_array_stays_in_its_line(folder: RunFolder, journal: Journal) -> None:
+def test_small_array_stays_in_its_line(folder: RunFolder, journal: JournalWriter) -> None:
     """An array below 32 KiB makes no blob."""
     journal.append(ev.ImageLogged(key="k", array=np.zeros(32 * 2**10 - 1, np.uint8)), 1.0)
     assert [] == blob_files(folder)
@@ -204,7 +208,7 @@ def test_small_array_stays_in_its_line(folder: RunFolder, journal: Journal) -> N
     assert (32 * 2**10 - 1,) == event.array.shape
 
 
-def test_odd_arrays_come_back(folder: RunFolder, journal: Journal) -> None:
+def test_odd_arrays_come_back(folder: RunFolder, journal: JournalWriter) -> None:
     """Transposed, strided and non-finite arrays are read back equal."""
     base = np.random.default_rng(0).normal(size=(200, 400))
     base[0, :3] = [np.nan, np.inf, -np.inf]
@@ -219,7 +223,7 @@ def test_odd_arrays_come_back(folder: RunFolder, journal: Journal) -> None:
 
 @pytest.mark.parametrize("fate", ["overwritten", "deleted", "truncated", "replaced"])
 def test_picture_is_kept_as_it_was(
-    folder: RunFolder, journal: Journal, tmp_path: Path, fate: str
+    folder: RunFolder, journal: JournalWriter, tmp_path: Path, fate: str
 ) -> None:
     """Whatever happens to a picture's file after the append, its bytes are those at the append."""
     picture = tmp_path / "a b.png"
@@ -243,7 +247,7 @@ def test_picture_is_kept_as_it_was(
 
 
 def test_missing_picture_is_a_record_all_the_same(
-    folder: RunFolder, journal: Journal, tmp_path: Path
+    folder: RunFolder, journal: JournalWriter, tmp_path: Path
 ) -> None:
     """A file that is not there, or no file at all, costs nothing but its copy."""
     os.mkfifo(tmp_path / "pipe")
@@ -256,7 +260,9 @@ def test_missing_picture_is_a_record_all_the_same(
     assert ([], 0) == ([blob for entry in entries for blob in entry.blobs], file.damaged)
 
 
-def test_same_content_is_stored_once(folder: RunFolder, journal: Journal, tmp_path: Path) -> None:
+def test_same_content_is_stored_once(
+    folder: RunFolder, journal: JournalWriter, tmp_path: Path
+) -> None:
     """A picture that is logged again and again takes its room once."""
     for n in range(3):
         picture = tmp_path / str(n) / "a.png"
@@ -273,7 +279,7 @@ def test_same_content_is_stored_once(folder: RunFolder, journal: Journal, tmp_pa
 @pytest.mark.parametrize("keeps", [True, False])
 @pytest.mark.parametrize("final", [True, False])
 def test_only_a_final_checkpoint_that_is_wanted_is_copied(
-    folder: RunFolder, tmp_path: Path, final: bool, keeps: bool
+    folder: RunFolder, tmp_path: Path, final: bool, wants_files: bool
 ) -> None:
     """A checkpoint is copied if it is written no more, and if a sink wants it."""
     weights = tmp_path / "best.pt"
@@ -283,18 +289,18 @@ def test_only_a_final_checkpoint_that_is_wanted_is_copied(
     def keeper(event: ev.CheckpointSaved | ev.ArtifactLogged) -> bool:
         """Remember what was asked for."""
         asked.append(event)
-        return keeps
+        return wants_files
 
-    journal = Journal(folder, keeps=keeper)
+    journal = JournalWriter(folder, wants_files=keeper)
     event = ev.CheckpointSaved(path=str(weights), kind="best", final=final)
     journal.append(event, 1.0)
     journal.close()
     assert [event] == asked
-    assert int(final and keeps) == len(blob_of(folder)) == len(blob_files(folder))
+    assert int(final and wants_files) == len(blob_of(folder)) == len(blob_files(folder))
 
 
 def test_files_of_an_artifact_are_copied(
-    folder: RunFolder, journal: Journal, tmp_path: Path
+    folder: RunFolder, journal: JournalWriter, tmp_path: Path
 ) -> None:
     """All files of an artifact that is wanted are kept, under the paths that it names."""
     paths = [tmp_path / name for name in ("a.txt", "b.txt", "none.txt")]
@@ -316,7 +322,7 @@ def big_table(rows: int = 100_000) -> ev.TableLogged:
     )
 
 
-def test_long_event_is_kept_beside_the_journal(folder: RunFolder, journal: Journal) -> None:
+def test_long_event_is_kept_beside_the_journal(folder: RunFolder, journal: JournalWriter) -> None:
     """A table of 100,000 rows leaves a short line and comes back equal."""
     table = big_table()
     journal.append(table, 1.0)
@@ -333,7 +339,7 @@ def test_long_event_is_kept_beside_the_journal(folder: RunFolder, journal: Journ
 @pytest.mark.parametrize(("rows", "is_kept"), [(10_000, True), (20_000, False)])
 def test_long_event_without_room_as_a_blob(rows: int, is_kept: bool, folder: RunFolder) -> None:
     """It stays in its line, as far as lines of that length are read; else it is told of."""
-    journal = Journal(folder, max_bytes=1_000)
+    journal = JournalWriter(folder, max_bytes=1_000)
     table = ev.TableLogged(key="t", columns=["s"], rows=[["x" * 1_000]] * rows)
     journal.append(table, 1.0)
     journal.append(SAMPLE[1], 1.0)
@@ -350,7 +356,7 @@ def test_long_event_without_room_as_a_blob(rows: int, is_kept: bool, folder: Run
 def test_budget_leaves_out_step_metrics_alone(folder: RunFolder) -> None:
     """A journal that is full keeps all but step metrics, and says how many it left out."""
     clock = Clock()
-    journal = Journal(folder, max_bytes=5_000, clock=clock)
+    journal = JournalWriter(folder, max_bytes=5_000, clock=clock)
     journal.append(SAMPLE[0], 1.0)
     for n in range(200):
         journal.append(step(n), 1.0)
@@ -379,7 +385,7 @@ def test_budget_makes_no_copies_that_do_not_fit(folder: RunFolder, tmp_path: Pat
     large, small = tmp_path / "large.png", tmp_path / "small.png"
     large.write_bytes(b"x" * 6_000)
     small.write_bytes(b"x" * 1_000)
-    journal = Journal(folder, max_bytes=5_000)
+    journal = JournalWriter(folder, max_bytes=5_000)
     for path in (large, small):
         journal.append(ev.ImageLogged(key="k", path=str(path)), 1.0)
     journal.close()
@@ -409,7 +415,7 @@ def test_disk_that_recovers_gets_all_records_in_order(
 ) -> None:
     """While the disk takes nothing records wait, and come in order as soon as it does again."""
     clock = Clock()
-    journal = Journal(folder, clock=clock)
+    journal = JournalWriter(folder, clock=clock)
     disk = Disk(journal._fd, lambda call: None)
     monkeypatch.setattr(os, "write", disk)
     written = [journal.append(event, 1.0) for event in SAMPLE[:3]]
@@ -435,7 +441,7 @@ def test_end_does_not_wait_for_another_try(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run's end tries at once to write what waits, before itself."""
-    journal = Journal(folder, clock=Clock())
+    journal = JournalWriter(folder, clock=Clock())
     disk = Disk(journal._fd, lambda call: OSError(errno.ENOSPC, "full") if call == 0 else None)
     monkeypatch.setattr(os, "write", disk)
     journal.append(SAMPLE[0], 1.0)
@@ -451,7 +457,7 @@ def test_disk_that_stays_full_leaves_the_records_to_the_reader(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Records that never got to the disk can be handed to a reader, which returns all."""
-    journal = Journal(folder)
+    journal = JournalWriter(folder)
     disk = Disk(journal._fd, lambda call: None if call < 4 else 11)
     monkeypatch.setattr(os, "write", disk)
     written = [journal.append(event, 1.0) for event in SAMPLE]
@@ -471,7 +477,7 @@ def test_random_faults_of_the_disk_lose_nothing(
     """With a third of all writes failing in any way, every record is there once, in order."""
     chance = np.random.default_rng(7)
     clock = Clock()
-    journal = Journal(folder, clock=clock)
+    journal = JournalWriter(folder, clock=clock)
 
     def plan(call: int) -> int | BaseException | None:
         """Fail one call in three."""
@@ -494,7 +500,7 @@ def test_torn_line_that_cannot_be_cut_off_harms_no_other(
 ) -> None:
     """If a short write can't be undone at once, no later record is lost by it, nor by Ctrl-C."""
     clock = Clock()
-    journal = Journal(folder, clock=clock)
+    journal = JournalWriter(folder, clock=clock)
     disk = Disk(journal._fd, lambda call: 40 if call == 1 else None)
     real = os.ftruncate
     failed: list[int] = []
@@ -528,7 +534,7 @@ def test_memory_limit_drops_step_metrics_first(
     """Where too much waits, the oldest step metrics go, and an alert says how many."""
     monkeypatch.setattr(journals_module, "_MAX_HELD", 4_000)
     clock = Clock()
-    journal = Journal(folder, clock=clock)
+    journal = JournalWriter(folder, clock=clock)
     disk = Disk(journal._fd, lambda call: OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(os, "write", disk)
     journal.append(SAMPLE[0], 1.0)
@@ -561,7 +567,7 @@ def test_memory_limit_keeps_the_last_record(
 ) -> None:
     """Where no step metrics are left to drop, the oldest records go, and the end stays."""
     monkeypatch.setattr(journals_module, "_MAX_HELD", 1_000)
-    journal = Journal(folder, clock=Clock())
+    journal = JournalWriter(folder, clock=Clock())
     disk = Disk(journal._fd, lambda call: OSError(errno.ENOSPC, "full"))
     monkeypatch.setattr(os, "write", disk)
     for n in range(50):
@@ -573,7 +579,7 @@ def test_memory_limit_keeps_the_last_record(
     assert 51 - len(lines) == journal.dropped["metrics.logged"]
 
 
-def interrupt(at: int, journal: Journal, event: ev.Event, returned: list[ev.Record]) -> bool:
+def interrupt(at: int, journal: JournalWriter, event: ev.Event, returned: list[ev.Record]) -> bool:
     """Append with Ctrl-C at the k-th line that is run; return whether it came before the end."""
     left = at
     interrupted = []
@@ -621,7 +627,7 @@ def test_ctrl_c_at_any_line_of_an_append_does_no_harm(tmp_path: Path, scene: str
     faults = []
     for at in itertools.count(1):
         folder = folder_in(tmp_path, f"run{at}")
-        journal = Journal(folder)
+        journal = JournalWriter(folder)
         returned = [journal.append(epoch(n), 1.0) for n in range(2)]
         interrupted = interrupt(at, journal, SCENES[scene], returned)
         returned += [journal.append(epoch(n), 1.0) for n in range(2, 4)]
@@ -653,7 +659,7 @@ def test_ctrl_c_while_waiting_records_are_written_does_no_harm(
     faults = []
     for at in itertools.count(1):
         folder, clock = folder_in(tmp_path, f"run{at}"), Clock()
-        journal = Journal(folder, clock=clock)
+        journal = JournalWriter(folder, clock=clock)
         disk = Disk(journal._fd, lambda call: OSError(errno.ENOSPC, "full"))
         with monkeypatch.context() as patch:
             patch.setattr(os, "write", disk)
@@ -678,7 +684,7 @@ def test_ctrl_c_while_the_disk_is_full_does_no_harm(
     faults = []
     for at in itertools.count(1):
         folder, clock = folder_in(tmp_path, f"run{at}"), Clock()
-        journal = Journal(folder, clock=clock)
+        journal = JournalWriter(folder, clock=clock)
         with monkeypatch.context() as patch:
             disk = Disk(journal._fd, lambda call: None)
             patch.setattr(os, "write", disk)
@@ -701,7 +707,7 @@ def test_ctrl_c_at_the_budget_repeats_no_seq(tmp_path: Path) -> None:
     faults = []
     for at in itertools.count(1):
         folder = folder_in(tmp_path, f"run{at}")
-        journal = Journal(folder, max_bytes=300, clock=Clock())
+        journal = JournalWriter(folder, max_bytes=300, clock=Clock())
         kept = [journal.append(epoch(n), 1.0) for n in range(3)]
         interrupted = interrupt(at, journal, step(1), [])
         kept += [journal.append(epoch(n), 1.0) for n in range(3, 5)]
@@ -713,7 +719,7 @@ def test_ctrl_c_at_the_budget_repeats_no_seq(tmp_path: Path) -> None:
     assert [] == faults
 
 
-def interrupted_write(journal: Journal, part: int | None) -> Callable[[int, bytes], int]:
+def interrupted_write(journal: JournalWriter, part: int | None) -> Callable[[int, bytes], int]:
     """Return an `os.write` that is interrupted after some bytes of a line, or after all."""
     real = os.write
 
@@ -733,7 +739,7 @@ def test_ctrl_c_around_the_write_does_no_harm(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch, part: int | None
 ) -> None:
     """Whether Ctrl-C comes before, in or after the write, a line is there whole or not at all."""
-    journal = Journal(folder)
+    journal = JournalWriter(folder)
     returned = [journal.append(epoch(0), 1.0)]
     for n in range(1, 4):
         with monkeypatch.context() as patch:
@@ -754,7 +760,7 @@ def test_second_ctrl_c_does_no_harm(
     faults = []
     for at in itertools.count(1):
         folder = folder_in(tmp_path, f"run{at}")
-        journal = Journal(folder)
+        journal = JournalWriter(folder)
         returned = [journal.append(epoch(0), 1.0)]
         with monkeypatch.context() as patch:
             patch.setattr(os, "write", interrupted_write(journal, part))
@@ -774,7 +780,7 @@ def test_end_that_was_interrupted_is_known(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After Ctrl-C in the write of a run's end, the journal knows whether the end is there."""
-    journal = Journal(folder)
+    journal = JournalWriter(folder)
     journal.append(SAMPLE[0], 1.0)
     for part, expected in ((0, False), (40, False), (None, True)):
         with monkeypatch.context() as patch:
@@ -820,7 +826,7 @@ def test_blob_that_cannot_be_written_costs_no_record(folder: RunFolder, tmp_path
     folder.blobs.write_text("in the way")
     picture = tmp_path / "a.png"
     picture.write_bytes(b"png")
-    journal = Journal(folder)
+    journal = JournalWriter(folder)
     array = np.arange(2**14, dtype=np.int32)
     journal.append(ev.ImageLogged(key="k", array=array), 1.0)
     journal.append(ev.ImageLogged(key="k", path=str(picture)), 1.0)

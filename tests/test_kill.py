@@ -20,12 +20,12 @@ from support import nursery, train
 from support.plugins import make_plugin
 from support.trained import UNDRAWN, train_once
 from support.wandb_file import find_runs, read_finished
-from trainbus.delivery.spec import Route
+from trainbus.delivery.spec import SinkSpec
 from trainbus.delivery.worker import SinkWorker, ThreadedWorker
 from trainbus.events import EpochEnded, RunEnded, RunStarted
 from trainbus.journal.directory import RunFolder
-from trainbus.journal.file_access import Files
-from trainbus.journal.writer import Journal
+from trainbus.journal.file_access import FileResolver
+from trainbus.journal.writer import JournalWriter
 from trainbus.testing import MemorySink, check_grammar
 
 _DEADLINE_S = 60.0
@@ -249,13 +249,13 @@ def test_a_worker_that_finds_nothing_left_is_finished(tmp_path: Path) -> None:
     """A process that died between the last record and its report leaves nothing to wait for."""
     sink = MemorySink()
     folder = RunFolder.create([tmp_path], "run")
-    journal = Journal(folder)
+    journal = JournalWriter(folder)
     journal.append(RunStarted(), 1.0)
     journal.append(RunEnded(status="finished"), 2.0)
     journal.close()
-    route = Route(name="memory", make=lambda: sink, kind="memory", sink=sink)
+    route = SinkSpec(name="memory", make=lambda: sink, kind="memory", sink=sink)
     for _ in range(2):
-        worker = ThreadedWorker(SinkWorker(route, folder, Files(folder, None), attempt=1))
+        worker = ThreadedWorker(SinkWorker(route, folder, FileResolver(folder, None), attempt=1))
         worker.start()
         worker.finish()
         wait_for(worker.is_finished)

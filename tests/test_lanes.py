@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trainbus.delivery.retry import Item, Lane, judge, line
+from trainbus.delivery.retry import Item, RetryQueue, classify, line
 from trainbus.errors import SinkError
 from trainbus.events import EpochStarted, Record
 
@@ -40,7 +40,9 @@ class Rig:
         self.dead: list[int] = []
         self.reasons: list[str] = []
         self.said: list[str] = []
-        self.lane = Lane(self._taken, self._bury, self.said.append, clock=self.clock, jitter=jitter)
+        self.lane = RetryQueue(
+            self._taken, self._bury, self.said.append, clock=self.clock, jitter=jitter
+        )
         for seq in range(1, count + 1):
             self.lane.todo.append(item(seq))
 
@@ -278,7 +280,7 @@ def test_the_cause_of_an_error_is_judged() -> None:
     """A library's own error is judged by what it was raised from."""
     error = ValueError("wrapped")
     error.__cause__ = HttpError(503)
-    assert "retry" == judge(error)
+    assert "retry" == classify(error)
 
 
 def test_an_attempt_backs_off_or_stops() -> None:

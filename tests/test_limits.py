@@ -24,7 +24,7 @@ from trainbus.events import (
 from trainbus.journal import writer as journals
 from trainbus.journal.directory import RunFolder
 from trainbus.journal.encoding import seal
-from trainbus.journal.writer import Journal
+from trainbus.journal.writer import JournalWriter
 
 MIB = 2**20
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -60,7 +60,7 @@ def test_a_disk_that_takes_a_record_now_and_then_costs_none(
     """Records that were written take no more room among those that wait, so none is dropped."""
     monkeypatch.setattr(journals, "_MAX_HELD", 2_000)
     now = 0.0
-    journal = Journal(folder, clock=lambda: now)
+    journal = JournalWriter(folder, clock=lambda: now)
     # Three records wait; from then on each try gets one of them to the disk.
     disk = Disk(journal._fd, lambda call: FULL if call < 3 or call % 2 == 0 else None)
     monkeypatch.setattr(os, "write", disk)
@@ -83,7 +83,7 @@ def test_what_waits_in_memory_is_bounded_whatever_the_disk_does(
     """With records of all sizes and a disk that comes and goes, each is written or counted."""
     monkeypatch.setattr(journals, "_MAX_HELD", 5_000)
     now = 0.0
-    journal = Journal(folder, clock=lambda: now)
+    journal = JournalWriter(folder, clock=lambda: now)
     disk = Disk(journal._fd, lambda call: None if call % 7 == 0 else FULL)
     monkeypatch.setattr(os, "write", disk)
     written: list[Record] = []

@@ -19,7 +19,7 @@ import pytest
 from trainbus import Bus, JournalSpec, RunDefaults
 from trainbus.delivery.receipt import Receipt
 from trainbus.events import Event, MetricsLogged, RunEnded, RunStarted, decode
-from trainbus.journal.writer import Journal
+from trainbus.journal.writer import JournalWriter
 from trainbus.recording import peers
 from trainbus.testing import MemorySink
 
@@ -158,7 +158,7 @@ def test_another_rank_trusts_no_spare_folder_of_somebody_else(
 
     folder = RunFolder.create([spare], "run")
     peers.announce(folder, 1)
-    journal = Journal(folder)
+    journal = JournalWriter(folder)
     bus = Bus(journal=JournalSpec(dir=str(tmp_path / "none")))
     spare.chmod(0o777)
     bus._emitter().failed_on(1, ValueError("no"))
@@ -229,10 +229,10 @@ def _no(*args: object, **named: object) -> Any:
     [
         "trainbus.recording.emitter.identify",
         "trainbus.recording.emitter.mark",
-        "trainbus.recording.emitter.exits.watch",
-        "trainbus.recording.emitter.exits.unwatch",
-        "trainbus.recording.emitter.ranks.announce",
-        "trainbus.recording.emitter.ranks.withdraw",
+        "trainbus.recording.emitter.process_hooks.watch",
+        "trainbus.recording.emitter.process_hooks.unwatch",
+        "trainbus.recording.emitter.peers.announce",
+        "trainbus.recording.emitter.peers.withdraw",
         "trainbus.recording.emitter.true_end",
         "trainbus.recording.emitter.normalize.event",
         "trainbus.bus.Delivery",
@@ -262,7 +262,7 @@ def test_what_goes_wrong_is_counted(
     bus = Bus({"memory": memory})
     with bus, bus.run() as run:
         with monkeypatch.context() as patched:
-            patched.setattr(Journal, "append", _no)
+            patched.setattr(JournalWriter, "append", _no)
             run.log({"loss": 1.0}, step=1)
             run.log({"loss": 2.0}, step=2)
         run.log({"loss": 3.0}, step=3)
@@ -326,9 +326,9 @@ def test_an_error_of_the_users_signal_handler_passes(
         "object": Handler(),
     }
     before = signal.signal(signal.SIGALRM, handlers[call])
-    real = Journal.append
+    real = JournalWriter.append
 
-    def interrupted(self: Journal, *args: Any) -> Any:
+    def interrupted(self: JournalWriter, *args: Any) -> Any:
         record = real(self, *args)
         signal.raise_signal(signal.SIGALRM)
         return record
@@ -336,10 +336,10 @@ def test_an_error_of_the_users_signal_handler_passes(
     try:
         bus = Bus()
         with bus, bus.run() as run:
-            monkeypatch.setattr(Journal, "append", interrupted)
+            monkeypatch.setattr(JournalWriter, "append", interrupted)
             with pytest.raises(OverdueError):
                 run.log({"loss": 1.0})
-            monkeypatch.setattr(Journal, "append", real)
+            monkeypatch.setattr(JournalWriter, "append", real)
             run.log({"loss": 2.0})
     finally:
         signal.signal(signal.SIGALRM, before)

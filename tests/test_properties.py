@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from trainbus import Bus, JournalSpec, Record, Route, RunInfo, Sink
+from trainbus import Bus, JournalSpec, Record, RunInfo, Sink, SinkSpec
 from trainbus.delivery.receipt import SinkReport
 from trainbus.delivery.worker import SinkWorker
 from trainbus.events import (
@@ -30,8 +30,8 @@ from trainbus.events import (
     encode,
 )
 from trainbus.journal.directory import RunFolder
-from trainbus.journal.file_access import Files
-from trainbus.journal.writer import Journal
+from trainbus.journal.file_access import FileResolver
+from trainbus.journal.writer import JournalWriter
 from trainbus.testing.memory import MemorySink
 
 
@@ -188,8 +188,8 @@ class Deliveries(RuleBasedStateMachine):
         self.root = tempfile.mkdtemp(prefix="trainbus-test-")
         self.folder = RunFolder.create([self.root], "run")
         self.store, self.now, self.ended = Store(), 0.0, False
-        self.route = Route(name="store", kind="StoreSink", make=lambda: StoreSink(self.store))
-        self.journal = Journal(self.folder)
+        self.route = SinkSpec(name="store", kind="StoreSink", make=lambda: StoreSink(self.store))
+        self.journal = JournalWriter(self.folder)
         self.journal.append(RunStarted(), 0.0)
         self.worker = self.new_worker()
 
@@ -198,7 +198,7 @@ class Deliveries(RuleBasedStateMachine):
         return SinkWorker(
             self.route,
             self.folder,
-            Files(self.folder, None),
+            FileResolver(self.folder, None),
             attempt=1,
             in_background=False,
             clock=lambda: self.now,

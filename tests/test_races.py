@@ -20,7 +20,7 @@ from trainbus.journal.directory import RunFolder
 from trainbus.journal.locks import is_being_written
 from trainbus.journal.reader import RunReader
 from trainbus.journal.recovery import last_record, recover, write_end
-from trainbus.journal.writer import Journal
+from trainbus.journal.writer import JournalWriter
 
 TESTS = str(Path(__file__).parent)
 DEADLINE_S = 60.0
@@ -141,7 +141,7 @@ def test_processes_that_begin_together_get_files_of_their_own(folder: RunFolder)
 
 def test_threads_that_begin_together_get_files_of_their_own(folder: RunFolder) -> None:
     """Journals that threads of one process open at the same moment are different attempts."""
-    journals = in_threads(lambda: Journal(folder))
+    journals = in_threads(lambda: JournalWriter(folder))
     for journal in journals:
         journal.close()
     assert list(range(1, 9)) == sorted(journal.attempt for journal in journals)
@@ -225,7 +225,7 @@ class Meanwhile:
             self._busy = False
 
 
-def ends_itself(folder: RunFolder, journal: Journal) -> list[tuple[int, int]]:
+def ends_itself(folder: RunFolder, journal: JournalWriter) -> list[tuple[int, int]]:
     """Let a training log two more records and end."""
     for event in (*SAMPLE[1:3], SAMPLE[-1]):
         journal.append(event, 1.0)
@@ -233,7 +233,7 @@ def ends_itself(folder: RunFolder, journal: Journal) -> list[tuple[int, int]]:
     return [(1, n) for n in range(1, 7)]
 
 
-def is_killed(folder: RunFolder, journal: Journal) -> list[tuple[int, int]]:
+def is_killed(folder: RunFolder, journal: JournalWriter) -> list[tuple[int, int]]:
     """Let a training log two more records and die, and give it its end."""
     for event in SAMPLE[1:3]:
         journal.append(event, 1.0)
@@ -242,7 +242,7 @@ def is_killed(folder: RunFolder, journal: Journal) -> list[tuple[int, int]]:
     return [(1, n) for n in range(1, 7)]
 
 
-def is_resumed(folder: RunFolder, journal: Journal) -> list[tuple[int, int]]:
+def is_resumed(folder: RunFolder, journal: JournalWriter) -> list[tuple[int, int]]:
     """Let a training end, and a resumed one log all there is."""
     found = ends_itself(folder, journal)
     write_journal(folder, *SAMPLE[:3])
@@ -255,13 +255,13 @@ def test_reader_skips_nothing_that_comes_between_two_looks(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     limit: int,
-    story: Callable[[RunFolder, Journal], list[tuple[int, int]]],
+    story: Callable[[RunFolder, JournalWriter], list[tuple[int, int]]],
 ) -> None:
     """Whatever the training does between any two system calls of a reader, every record comes."""
     faults = []
     for at in itertools.count(1):
         folder = folder_in(tmp_path, f"run{at}")
-        journal = Journal(folder)
+        journal = JournalWriter(folder)
         for event in SAMPLE[:3]:
             journal.append(event, 1.0)
         expected: list[tuple[int, int]] = []

@@ -15,7 +15,7 @@ import pytest
 from trainbus import Bus
 from trainbus.events import MetricsLogged, RunEnded, RunStarted, decode
 from trainbus.journal.directory import RunFolder
-from trainbus.journal.writer import Journal
+from trainbus.journal.writer import JournalWriter
 from trainbus.recording import peers
 from trainbus.testing import check_grammar
 
@@ -225,7 +225,7 @@ def test_a_note_of_a_job_that_is_gone_is_not_believed(
     """A rank that fails before its job has a run finds none, whatever an earlier job left."""
     monkeypatch.setenv("MASTER_PORT", "29500")
     folder = RunFolder.create([tmp_path], "earlier")
-    journal = Journal(folder)
+    journal = JournalWriter(folder)
     journal.append(RunStarted(), time.time())
     peers.announce(folder, 1)
     error = ValueError("boom")

@@ -24,7 +24,7 @@ from trainbus.journal.encoding import seal
 from trainbus.journal.locks import is_being_written
 from trainbus.journal.reader import RecordFile, RunReader, first_entry
 from trainbus.journal.recovery import REASON_LOST, last_record, recover
-from trainbus.journal.writer import Journal
+from trainbus.journal.writer import JournalWriter
 
 
 @pytest.fixture
@@ -284,7 +284,7 @@ def test_reader_follows_a_run_into_its_next_attempt(folder: RunFolder) -> None:
     assert [] == reader.read()
     found = []
     for attempt in (1, 2):
-        journal = Journal(folder)
+        journal = JournalWriter(folder)
         for event in SAMPLE:
             journal.append(event, 1.0)
             found += [record.position for record in read_run(reader)]
@@ -348,7 +348,7 @@ def test_recover_leaves_an_attempt_with_an_end_alone(folder: RunFolder) -> None:
 
 def test_recover_leaves_a_live_attempt_alone(folder: RunFolder) -> None:
     """A file that a journal has open is not ended, until it is closed."""
-    journal = Journal(folder)
+    journal = JournalWriter(folder)
     journal.append(SAMPLE[0], 1.0)
     assert is_being_written(folder.records(1))
     assert 0 == recover(folder, now=9.0)

@@ -95,7 +95,7 @@ TRAINING = """
     print(json.dumps({
         "emitted": receipt.emitted, "pids": len(pids()), "epochs": epochs,
         "journal": receipt.journal, "text": str(receipt),
-        "sinks": {s.name: [s.pending, s.where] for s in receipt.sinks},
+        "sinks": {s.name: [s.pending, s.location] for s in receipt.sinks},
     }))
 """
 
@@ -171,7 +171,7 @@ def test_a_bus_in_code_stays_where_it_was_made(
     assert [] == inside(folders / "one")
     assert start / "runs" == Path(receipt.journal or "").parent
     expected = [f"{start}/object.jsonl", f"{start}/{receipt.run}/made.jsonl"]
-    assert expected == [sink.where for sink in receipt.sinks]
+    assert expected == [sink.location for sink in receipt.sinks]
     assert [True, True] == [Path(path).exists() for path in expected]
 
 
@@ -190,7 +190,7 @@ def test_another_process_uses_the_same_place(
     again.end()
     (receipt,) = again._bus.receipts
     assert str(folders / "conf" / "runs") == os.path.dirname(receipt.journal or "")
-    assert [str(folders / "conf" / "a.jsonl")] == [sink.where for sink in receipt.sinks]
+    assert [str(folders / "conf" / "a.jsonl")] == [sink.location for sink in receipt.sinks]
     assert str(folders / "conf" / "bus.yaml") == receipt.config
     assert [] == inside(folders / "one")
 
@@ -225,7 +225,7 @@ def test_wandb_is_where_the_configuration_is(
     with trainbus.load("../conf/bus.yaml") as bus, bus.run(name="r"):
         monkeypatch.chdir(folders / "one")
     (sink,) = bus.receipts[0].sinks
-    command = shlex.split(sink.where or "")
+    command = shlex.split(sink.location or "")
     assert ["wandb", "sync"] == command[:2]
     assert folders / "conf" / "wandb" == Path(command[2]).parent
     assert Path(command[2]).is_dir()

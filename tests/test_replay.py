@@ -39,7 +39,7 @@ from trainbus.events import (
     decode,
 )
 from trainbus.journal.directory import RunFolder
-from trainbus.journal.writer import Journal
+from trainbus.journal.writer import JournalWriter
 from trainbus.testing.samples import sample_events
 
 _DEADLINE_S = 60.0
@@ -350,7 +350,7 @@ def test_a_killed_run_gets_its_end(tmp_path: Path) -> None:
 def test_a_live_journal_is_refused(tmp_path: Path) -> None:
     """While a training writes the journal a replay says so, and sends nothing."""
     config, kept = jsonl_config(tmp_path)
-    journal = Journal(folder_in(tmp_path / "runs"))
+    journal = JournalWriter(folder_in(tmp_path / "runs"))
     journal.append(RunStarted(), 1.0)
     code, out, err = run("replay", journal.folder.path, "-c", config)
     journal.close()
@@ -434,7 +434,7 @@ def test_verify_names_a_blob_that_is_not_whole(how: str, tmp_path: Path) -> None
     """A blob that is gone or altered is named, with exit code 1."""
     (tmp_path / "data.bin").write_bytes(b"content")
     folder = folder_in(tmp_path / "runs")
-    journal = Journal(folder, keeps=lambda event: True)
+    journal = JournalWriter(folder, wants_files=lambda event: True)
     paths = [str(tmp_path / "data.bin")]
     for event in (RunStarted(), ArtifactLogged(name="a", paths=paths), RunEnded(status="finished")):
         journal.append(event, 1.0)
@@ -517,7 +517,7 @@ def test_show_prints_no_control_characters(tmp_path: Path) -> None:
 
 def test_show_follows_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`show -f` waits while the run goes on, and ends with it."""
-    journal = Journal(folder_in(tmp_path))
+    journal = JournalWriter(folder_in(tmp_path))
     journal.append(RunStarted(name="followed"), 1.0)
     waits, goes_on = threading.Event(), shows._goes_on
 

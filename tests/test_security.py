@@ -25,7 +25,7 @@ from trainbus.errors import JournalError
 from trainbus.journal.blobs import Blob, Blobs, blob_name
 from trainbus.journal.directory import RunFolder, is_run_id, open_within, run_id
 from trainbus.journal.encoding import seal
-from trainbus.journal.file_access import Files
+from trainbus.journal.file_access import FileResolver
 from trainbus.journal.reader import Entry, RecordFile, RunReader
 from trainbus.journal.recovery import recover
 
@@ -178,7 +178,7 @@ def test_digest_that_leads_elsewhere_is_damage(folder: RunFolder, name: str) -> 
     event = {"type": "text.logged", "blob": name}
     assert_refused(folder, {"seq": 2, "event": event})
     assert_refused(folder, image({"dtype": "uint8", "shape": [4], "blob": name}) | {"seq": 2})
-    files = Files(folder, [])
+    files = FileResolver(folder, [])
     found = files.resolve(picture("/x/a.png", sha256=name, name="a.png"))
     assert (str(folder.path / "not-available" / "a.png"), 1) == (path_of(found), len(files.damaged))
 
@@ -191,7 +191,7 @@ def test_name_that_leads_elsewhere_is_refused(folder: RunFolder, name: str) -> N
     _OPENED.paths.clear()
     with pytest.raises(JournalError, match="refused a blob named"):
         Blobs(folder).find(Blob(path="p", sha256=DIGEST, name=name, size=len(SECRET)))
-    files = Files(folder, [])
+    files = FileResolver(folder, [])
     found = files.resolve(picture("/x/a.png", sha256=DIGEST, name=name))
     assert (str(folder.path / "not-available" / "a.png"), 1) == (path_of(found), len(files.damaged))
 
@@ -551,7 +551,7 @@ def test_paths_of_the_host_reach_no_sink(folder: RunFolder, tmp_path: Path) -> N
         ev.CheckpointSaved(path=secret, kind="best"),
         ev.ArtifactLogged(name="a", paths=[secret, "/etc/passwd", "../outside/secret"]),
     ]
-    files = Files(folder, [])
+    files = FileResolver(folder, [])
     records = [ev.Record(seq=n, run="run", time=1.0, event=e) for n, e in enumerate(named)]
     started, shown, saved, kept = (files.resolve(Entry(r, [])).event for r in records)
     assert isinstance(shown, ev.ImageLogged)
@@ -573,7 +573,7 @@ def test_paths_of_the_host_reach_no_sink(folder: RunFolder, tmp_path: Path) -> N
 def test_odd_path_is_refused(folder: RunFolder, path: str) -> None:
     """A path that is no file's is refused without an error, and what is given can't be opened."""
     for trusted in ([], [folder.path]):
-        found = path_of(Files(folder, trusted).resolve(picture(path)))
+        found = path_of(FileResolver(folder, trusted).resolve(picture(path)))
         assert found.startswith(str(folder.path / "not-available"))
         assert not os.path.isfile(found.replace("\0", ""))
 
@@ -597,7 +597,7 @@ def test_trusted_folder_opens_itself_alone(folder: RunFolder, tmp_path: Path) ->
         tmp_path / "trusted-not" / "c.png",
         trusted / "deep" / ".." / ".." / "outside" / "secret",
     ]
-    files = Files(folder, [trusted])
+    files = FileResolver(folder, [trusted])
     for path in (*good, trusted / "within.png"):
         assert str(path) == path_of(files.resolve(picture(str(path))))
     assert [] == files.refused
@@ -619,7 +619,7 @@ def test_save_dir_has_to_be_trusted(
     path = str(tmp_path / given)
     event = ev.RunStarted(save_dir=path)
     record = ev.Record(seq=1, run="run", time=1.0, event=event)
-    found = Files(folder, [str(tmp_path / "trusted")]).resolve(Entry(record, [])).event
+    found = FileResolver(folder, [str(tmp_path / "trusted")]).resolve(Entry(record, [])).event
     assert isinstance(found, ev.RunStarted)
     assert (path if kept else None) == found.save_dir
 
@@ -628,7 +628,7 @@ def test_damaged_copy_is_not_replaced_by_the_original(folder: RunFolder, tmp_pat
     """Where a copy is damaged, the path it was made from is not used in its place."""
     path = str(tmp_path / "outside" / "secret")
     for trusted in ([], [tmp_path]):
-        files = Files(folder, trusted)
+        files = FileResolver(folder, trusted)
         found = files.resolve(picture(path, sha256=DIGEST, name="secret"))
         assert str(folder.path / "not-available" / "secret") == path_of(found)
         assert 1 == len(files.damaged)

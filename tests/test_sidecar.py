@@ -22,13 +22,13 @@ import pytest
 from support.journals import folder_in, write_journal
 from support.plugins import make_plugin
 from support.wandb_file import find_runs, read_finished
-from trainbus import Bus, JournalSpec, Receipt, Record, Route, RunInfo, Sink, SinkReport, config
+from trainbus import Bus, JournalSpec, Receipt, Record, RunInfo, Sink, SinkReport, SinkSpec, config
 from trainbus.delivery.receipt import split_unsaved
 from trainbus.delivery.sidecar import Sidecar
 from trainbus.delivery.sidecar_protocol import FinishRun, Mailbox, StopRun
 from trainbus.delivery.worker import SinkWorker
 from trainbus.events import CheckpointSaved
-from trainbus.journal.file_access import Files
+from trainbus.journal.file_access import FileResolver
 from trainbus.testing import MemorySink
 
 _DEADLINE_S = 120.0
@@ -639,8 +639,8 @@ def test_a_tracker_that_is_opening_is_not_blocked(tmp_path: Path) -> None:
 
     folder = folder_in(tmp_path)
     write_journal(folder)
-    route = Route(name="slow", make=Slow, kind="Slow")
-    worker = SinkWorker(route, folder, Files(folder, None), attempt=1, clock=lambda: now)
+    route = SinkSpec(name="slow", make=Slow, kind="Slow")
+    worker = SinkWorker(route, folder, FileResolver(folder, None), attempt=1, clock=lambda: now)
     worker.step()
     assert [None, "is still opening after 31 s", None, "has been blocked for 31 s"] == said
     worker.close()

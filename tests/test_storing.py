@@ -22,13 +22,12 @@ from trainbus.events import (
 )
 from trainbus.interfaces import RunInfo
 from trainbus.toolkit.sinks import (
+    LatestCheckpoints,
     Names,
-    Overwritten,
+    SeenRecords,
     Superseded,
-    Taken,
     Timeline,
     Wanted,
-    axis,
     flat,
     folder_of,
     interrupt_training,
@@ -36,6 +35,7 @@ from trainbus.toolkit.sinks import (
     metric_name,
     model_values,
     side_by_side,
+    x_position,
 )
 
 
@@ -53,11 +53,11 @@ def test_only_the_parent_is_interrupted(pid: int | None) -> None:
 def test_what_comes_again_is_left_out(tmp_path: Path) -> None:
     """Within a batch, in a later one, and after the store was opened anew."""
     path = tmp_path / "position.json"
-    taken = Taken(path)
+    taken = SeenRecords(path)
     batch = [record(1, 1), record(1, 2), record(1, 2), record(1, 1)]
     assert [(1, 1), (1, 2)] == [r.position for r in taken.new(batch)]
     taken.save()
-    again = Taken(path)
+    again = SeenRecords(path)
     assert (1, 2) == again.last
     assert [(1, 3), (2, 1)] == [
         r.position for r in again.new([record(1, 2), record(1, 3), record(2, 1)])
@@ -66,7 +66,7 @@ def test_what_comes_again_is_left_out(tmp_path: Path) -> None:
 
 def test_what_could_not_be_stored_comes_again() -> None:
     """A record whose storing raised is given out anew, and those before it are not."""
-    taken, batch = Taken(), [record(1, 1), record(1, 2)]
+    taken, batch = SeenRecords(), [record(1, 1), record(1, 2)]
 
     def store() -> None:
         for each in taken.new(batch):
@@ -81,9 +81,9 @@ def test_what_could_not_be_stored_comes_again() -> None:
 def test_what_was_not_saved_comes_again(tmp_path: Path) -> None:
     """A position is kept only once the store has what it stands for."""
     path = tmp_path / "position.json"
-    list(Taken(path).new([record(1, 1)]))
-    assert (0, 0) == Taken(path).last
-    assert (1, 7) == Taken(path, (1, 7)).last
+    list(SeenRecords(path).new([record(1, 1)]))
+    assert (0, 0) == SeenRecords(path).last
+    assert (1, 7) == SeenRecords(path, (1, 7)).last
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[1]", "5", "[1e400, 1]", '["a", 1]', "[" * 100_000])
@@ -91,7 +91,7 @@ def test_a_position_that_is_nonsense_is_none(tmp_path: Path, text: str) -> None:
     """Whatever stands in the file, the store begins, at worst with everything anew."""
     path = tmp_path / "position.json"
     path.write_text(text)
-    assert (0, 0) == Taken(path).last
+    assert (0, 0) == SeenRecords(path).last
 
 
 @given(st.lists(st.text(max_size=40), unique=True))
@@ -116,7 +116,7 @@ def test_names_stay_apart(names: list[str]) -> None:
 )
 def test_an_event_has_a_place_on_the_axis(expected: int, fields: dict[str, Any]) -> None:
     """The step where there is one, else the epochs that are done."""
-    assert expected == axis(MetricsLogged(values={}, phase="train", **fields))
+    assert expected == x_position(MetricsLogged(values={}, phase="train", **fields))
 
 
 def test_the_final_evaluation_is_set_apart() -> None:
@@ -163,7 +163,7 @@ def test_what_a_trainer_overwrites_is_stored_at_the_end(
     wanted: Wanted, at_once: list[str], at_end: list[str]
 ) -> None:
     """Periodic checkpoints are stored as they come, of the others the newest when all is over."""
-    overwritten = Overwritten(wanted)
+    overwritten = LatestCheckpoints(wanted)
     events = saved("periodic", "last", "best", "periodic", "best", "last")
     assert at_once == [event.path for event in events if not overwritten.put_off(event)]
     assert at_end == [event.path for event in overwritten.at_end()]
@@ -171,7 +171,7 @@ def test_what_a_trainer_overwrites_is_stored_at_the_end(
 
 def test_the_last_checkpoint_stands_in_for_the_best() -> None:
     """Where a training names none its best, there is still one to go on with."""
-    overwritten = Overwritten("best")
+    overwritten = LatestCheckpoints("best")
     (last,) = saved("last")
     assert overwritten.put_off(last)
     assert [last] == overwritten.at_end()

@@ -130,7 +130,7 @@ class TestHealthySink(FileSuite):
     kind = WaveSink
     extra = "wave"
     secrets = ("hunter2",)
-    keeps = (MetricsLogged, CurveLogged, TableLogged)
+    stores = (MetricsLogged, CurveLogged, TableLogged)
 
     def make(self, folder: Path) -> Sink:
         return WaveSink(SecretiveOptions(path=str(folder / "out.jsonl"), token="hunter2"))

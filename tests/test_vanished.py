@@ -16,7 +16,7 @@ import pytest
 from trainbus import Bus, Receipt, config
 from trainbus.events import decode
 from trainbus.journal.directory import RunFolder
-from trainbus.journal.writer import Journal
+from trainbus.journal.writer import JournalWriter
 from trainbus.run import Run
 
 SAID = "was deleted, moved or unmounted while it was being written"
@@ -133,7 +133,7 @@ def test_a_journal_that_is_there_is_not_said_to_be_gone(
 ) -> None:
     """A disk that can't be asked, or that is back again, has what is on it."""
     folder = RunFolder.create([tmp_path], "run")
-    journal = Journal(folder)
+    journal = JournalWriter(folder)
     real = os.stat
 
     def refused(path: str, **options: bool) -> os.stat_result:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from trainbus.bus import Bus, RunDefaults
 from trainbus.delivery.receipt import Receipt, SinkReport
-from trainbus.delivery.spec import Route
+from trainbus.delivery.spec import SinkSpec
 from trainbus.errors import (
     AttachError,
     ConfigError,
@@ -47,13 +47,13 @@ __all__ = [
     "PluginError",
     "Receipt",
     "Record",
-    "Route",
     "Run",
     "RunDefaults",
     "RunInfo",
     "Sink",
     "SinkError",
     "SinkReport",
+    "SinkSpec",
     "SubscribeError",
     "TrainbusError",
     "UnknownPluginError",

@@ -22,10 +22,10 @@ from blinker import Namespace
 from msgspec import Meta
 
 from trainbus import normalize, registry
-from trainbus.delivery.dispatcher import Delivery
+from trainbus.delivery.dispatcher import RunDispatcher
 from trainbus.delivery.receipt import Receipt
 from trainbus.delivery.sidecar import Sidecar
-from trainbus.delivery.spec import Isolation, Route
+from trainbus.delivery.spec import Isolation, SinkSpec
 from trainbus.errors import JournalError, SubscribeError
 from trainbus.events import (
     ArtifactLogged,
@@ -38,7 +38,7 @@ from trainbus.events import (
 )
 from trainbus.interfaces import Detach, RunInfo, Sink
 from trainbus.journal.directory import RunFolder, existing_spare_folder, spare_folder
-from trainbus.journal.writer import Journal, JournalSpec, NoJournal
+from trainbus.journal.writer import JournalSpec, JournalWriter, NullJournal
 from trainbus.paths import resolve_options, resolved, working_directory
 from trainbus.recording import process_hooks
 from trainbus.recording.emitter import Emitter, print_receipt
@@ -47,7 +47,7 @@ from trainbus.toolkit.patching import weakly, when_gone
 
 logger = logging.getLogger("trainbus")
 
-SinkSource: TypeAlias = Route | Sink | Callable[[], Sink]
+SinkSource: TypeAlias = SinkSpec | Sink | Callable[[], Sink]
 
 _FAILURES_TO_MUTE = 5
 _ABANDONED = "what reported this run was deleted before the run had ended"
@@ -260,25 +260,27 @@ class Bus:
         with suppress(ValueError):
             self._emitters.remove(emitter)
 
-    def open_journal(self, run: str, attempt: int) -> Journal | NoJournal:
+    def open_journal(self, run: str, attempt: int) -> JournalWriter | NullJournal:
         """Create the journal of an attempt, where one can be written; called by emitters."""
         try:
             folder = self._create_folder(run)
-            return Journal(folder, attempt, max_bytes=self.journal.max_bytes, keeps=self._keeper())
+            return JournalWriter(
+                folder, attempt, max_bytes=self.journal.max_bytes, wants_files=self._keeper()
+            )
         except Exception as error:
             if process_hooks.comes_from_handler(error):
                 raise
             logger.warning("training goes on, but this run is not logged: %s", error)
-            return NoJournal(run, attempt)
+            return NullJournal(run, attempt)
 
     def journal_folders(self) -> list[Path]:
         """Return where journals of this bus may be; called by emitters."""
         spare = existing_spare_folder()
         return [Path(self._journals), *([] if spare is None else [spare])]
 
-    def open_delivery(self, run: RunInfo, journal: Journal | NoJournal) -> Delivery:
+    def open_delivery(self, run: RunInfo, journal: JournalWriter | NullJournal) -> RunDispatcher:
         """Start what takes a run's records to the sinks; called by emitters."""
-        return Delivery(
+        return RunDispatcher(
             self.routes,
             run,
             journal,
@@ -288,7 +290,7 @@ class Bus:
             config=self._config,
         )
 
-    def close_run(self, delivery: Delivery, status: str) -> None:
+    def close_run(self, delivery: RunDispatcher, status: str) -> None:
         """Close the sinks of a run that has ended; called by emitters."""
         receipt = delivery.close(status)
         self.receipts.append(receipt)
@@ -337,13 +339,13 @@ class Bus:
         """Return what says whether a sink sends the files of an event."""
         samples = [route.sample() for route in self.routes]
 
-        def keeps(event: CheckpointSaved | ArtifactLogged) -> bool:
+        def wants_files(event: CheckpointSaved | ArtifactLogged) -> bool:
             try:
-                return any(sample is None or sample.keeps(event) for sample in samples)
+                return any(sample is None or sample.wants_files(event) for sample in samples)
             except Exception:
                 return True
 
-        return keeps
+        return wants_files
 
     def _emitter(self) -> Emitter:
         emitter = self._new_emitter()
@@ -443,13 +445,13 @@ def _resolve_paths(sink: Sink, base: Path | None) -> None:
         sink.options = options
 
 
-def _route(name: str, source: SinkSource, base: Path | None) -> Route:
+def _route(name: str, source: SinkSource, base: Path | None) -> SinkSpec:
     place = None if base is None else str(base)
-    if isinstance(source, Route):
+    if isinstance(source, SinkSpec):
         return msgspec.structs.replace(source, name=name, base=source.base or place)
     if isinstance(source, Sink):
         _resolve_paths(source, base)
-        return Route(
+        return SinkSpec(
             name=name,
             make=lambda: source,
             kind=type(source).__name__,
@@ -465,4 +467,4 @@ def _route(name: str, source: SinkSource, base: Path | None) -> Route:
 
     kind = getattr(source, "__name__", type(source).__name__)
     service = getattr(source, "service", None)
-    return Route(name=name, make=make, kind=kind, service=service, base=place)
+    return SinkSpec(name=name, make=make, kind=kind, service=service, base=place)

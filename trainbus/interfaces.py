@@ -41,9 +41,9 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     started: RunStarted
     attempt: int = 1
-    again: bool = False
+    reopened: bool = False
     """Whether an earlier process delivered records of this attempt."""
-    after: int = 0
+    resume_after: int = 0
     """Seq of the last record that need not come again."""
     pid: int | None = None
     """The training process, None where it is the sink's own."""
@@ -76,7 +76,7 @@ class Sink(ABC):
     packages: ClassVar[tuple[str, ...]] = ()
     """Import names of further packages that it can't do without, besides `service`."""
 
-    volatile: ClassVar[bool] = False
+    durable_only_after_close: ClassVar[bool] = False
     """Whether what was taken is safe only after `close`: after a crash the whole attempt comes
     again, to a new sink, which must leave out what is stored already."""
 
@@ -126,7 +126,7 @@ class Sink(ABC):
         """
         raise NotImplementedError
 
-    def keeps(self, event: CheckpointSaved | ArtifactLogged) -> bool:
+    def wants_files(self, event: CheckpointSaved | ArtifactLogged) -> bool:
         """Return whether the files of an event are sent: a copy of them is kept until then.
 
         A checkpoint of these that the trainer has overwritten before it is sent does not come.
@@ -139,7 +139,7 @@ class Sink(ABC):
         return False
 
     @property
-    def where(self) -> str | None:
+    def location(self) -> str | None:
         """Where a person finds what arrived: a path, an address, or a command."""
         return None
 

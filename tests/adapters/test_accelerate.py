@@ -36,7 +36,7 @@ from trainbus.events import (
     decode,
     event_name,
 )
-from trainbus.recording.emitter import MutedEmitter
+from trainbus.recording.emitter import NullEmitter
 from trainbus.testing import AdapterConformance, MemorySink, Training, check_grammar
 
 # torch and accelerate warn of their own deprecations.
@@ -534,7 +534,7 @@ def test_a_tracker_can_be_copied_and_pickled(tmp_path: Path, bus: Bus) -> None:
     copied, revived = copy.deepcopy(used), pickle.loads(pickle.dumps(used))
     assert type(used) is type(copied) is type(revived)
     assert used.report.emit is copied.report.emit
-    assert isinstance(revived.report.emit, MutedEmitter)
+    assert isinstance(revived.report.emit, NullEmitter)
     assert not copied.report.is_open
     assert not revived.report.is_open
     bus.close()

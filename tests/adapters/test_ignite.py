@@ -25,7 +25,7 @@ from trainbus.adapters.ignite import BusLogger
 import trainbus
 from support.feeding import feeding
 from support.heard import Heard as Listener
-from trainbus import Record, Route
+from trainbus import Record, SinkSpec
 from trainbus.delivery.transforms import TransformSpec
 from trainbus.events import (
     Best,
@@ -279,7 +279,7 @@ def test_step_values_come_when_they_are_asked_for(setup: Setup) -> None:
     """`every: {train: 3}` gives the output and the rate that each third iteration used."""
     sink = MemorySink()
     spec = TransformSpec(every={"train": 3})
-    route = Route(name="m", make=lambda: sink, kind="memory", sink=sink, transforms=spec)
+    route = SinkSpec(name="m", make=lambda: sink, kind="memory", sink=sink, transforms=spec)
     heard = Heard(trainbus.Bus({"m": route}))
     scheduler = torch.optim.lr_scheduler.StepLR(setup.optimizer, 1, gamma=0.5)
     setup.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: scheduler.step())

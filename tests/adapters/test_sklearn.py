@@ -138,7 +138,7 @@ def test_the_start_tells_the_configuration(heard: Heard) -> None:
     model = attached(heard, LogisticRegression(C=0.5, max_iter=7))
     assert model is model.fit(X=X, y=Y)
     (started,) = heard.of(RunStarted)
-    assert ("sklearn", adapter.TESTED) == (started.framework, started.framework_version)
+    assert ("sklearn", adapter.TESTED_VERSIONS) == (started.framework, started.framework_version)
     assert {"C": 0.5, "max_iter": 7, "n_samples": 60, "n_features": 4}.items() <= (
         started.params.items()
     )

@@ -165,7 +165,7 @@ def test_the_start_tells_the_configuration(heard: Heard) -> None:
     net.fit(X, Y)
     (started,) = heard.of(RunStarted)
     assert "skorch" == started.framework
-    assert adapter.TESTED == started.framework_version
+    assert adapter.TESTED_VERSIONS == started.framework_version
     assert 0.5 == started.params["optimizer__momentum"]
     assert "SGD" == started.params["optimizer"]
     assert " at 0x" not in repr(started.params)

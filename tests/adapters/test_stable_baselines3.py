@@ -232,10 +232,10 @@ def test_the_loggers_interval_is_kept(heard: Heard) -> None:
 
 def test_evaluations_are_of_phase_validation(heard: Heard) -> None:
     """What `EvalCallback` measures comes at its timestep, and is what the run is ranked by."""
-    judge = evaluation()
+    classify = evaluation()
     model = ppo()
     heard.bus.attach(model)
-    model.learn(2 * ROLLOUT, callback=judge)
+    model.learn(2 * ROLLOUT, callback=classify)
     validated = [(step, names) for step, phase, names in heard.metrics if phase == "validation"]
     names = {"eval/mean_reward", "eval/mean_ep_length"}
     assert [(8, names), (16, names), (24, names), (32, names)] == validated
@@ -243,7 +243,7 @@ def test_evaluations_are_of_phase_validation(heard: Heard) -> None:
     assert {"eval/mean_reward": "max"} == started.goals
     best = max(value for _, value in heard.value("eval/mean_reward"))
     assert Best(metric="eval/mean_reward", value=best) == heard.of(RunEnded)[0].best
-    assert judge.best_mean_reward == best
+    assert classify.best_mean_reward == best
 
 
 def test_what_the_user_records_arrives(heard: Heard) -> None:
@@ -446,8 +446,8 @@ def test_checkpoints_are_told_once_they_exist(heard: Heard, tmp_path: Path) -> N
     heard.bus.subscribe(look, CheckpointSaved)
     model = ppo()
     heard.bus.attach(model)
-    judge = evaluation(best_model_save_path=str(tmp_path / "best"))
-    model.learn(48, callback=[checkpoints(tmp_path / "all"), judge])
+    classify = evaluation(best_model_save_path=str(tmp_path / "best"))
+    model.learn(48, callback=[checkpoints(tmp_path / "all"), classify])
     assert there
     assert all(there)
     told = heard.of(CheckpointSaved)

@@ -65,7 +65,7 @@ class TestClearml(SinkConformance):
     extra = "clearml"
     heavy = ("matplotlib", "PIL")
     # Without run.started there is no run; epochs are nothing that ClearML shows.
-    keeps = CONTENT
+    stores = CONTENT
 
     def make(self, folder: Path) -> ClearmlSink:
         return ClearmlSink(ClearmlOptions(dir=str(folder), save_checkpoints="all"))
@@ -372,7 +372,7 @@ def test_what_a_killed_process_took_is_there_once(tmp_path: Path) -> None:
     assert 9 == subprocess.run(command, timeout=60, check=False).returncode
     assert ["r-1"] == [path.name for path in (tmp_path / "out").iterdir()]
     sink = ClearmlSink(ClearmlOptions(dir=str(tmp_path / "out")))
-    sink.open(RunInfo(id="r", started=RunStarted(), again=True))
+    sink.open(RunInfo(id="r", started=RunStarted(), reopened=True))
     sink.write(records(RunStarted(), *(metrics(float(i), epoch=i) for i in range(4))))
     sink.close()
     (found,) = (tmp_path / "out").iterdir()
@@ -383,7 +383,7 @@ def test_what_need_not_come_again_stays(tmp_path: Path) -> None:
     """Where only the rest of an attempt comes, it is an archive beside the first."""
     log(tmp_path, metrics(1.0, epoch=0))
     sink = ClearmlSink(ClearmlOptions(dir=str(tmp_path)))
-    sink.open(RunInfo(id="r", started=RunStarted(), again=True, after=2))
+    sink.open(RunInfo(id="r", started=RunStarted(), reopened=True, resume_after=2))
     sink.write([Record(seq=3, run="r", time=0.0, event=metrics(2.0, epoch=1))])
     sink.close()
     values = [s[1] for path in sorted(tmp_path.glob("*.zip")) for s in Archive(path).scalars]
@@ -520,7 +520,7 @@ def test_every_run_has_an_archive(tmp_path: Path, run: str) -> None:
     sink.close()
     (path,) = (tmp_path / "out").iterdir()
     command = "clearml-task --import-offline-session"
-    assert f"{command} {shlex.quote(str(path))}" == sink.where
+    assert f"{command} {shlex.quote(str(path))}" == sink.location
 
 
 def test_options_are_checked() -> None:
@@ -535,7 +535,7 @@ def test_a_configured_bus_writes_an_archive(tmp_path: Path) -> None:
     with config.loads(text) as bus, bus.run(name="n") as run:
         for i in run.epochs(2):
             run.log({"loss": i})
-    where = bus.receipts[0].sinks[0].where
+    where = bus.receipts[0].sinks[0].location
     assert where is not None
     *_, path = shlex.split(where)
     found = [m for m in Archive(Path(path)).scalars if m[0] == "train:loss"]

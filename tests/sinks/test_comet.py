@@ -71,7 +71,7 @@ class TestComet(SinkConformance):
     extra = "comet"
     heavy = ("matplotlib", "PIL")
     # Without run.started there is no run; epochs are nothing that Comet shows.
-    keeps = CONTENT
+    stores = CONTENT
     reopens = False  # an archive can't be asked, or gone on in: what is taken anew is a second one
 
     def make(self, folder: Path) -> CometSink:
@@ -320,7 +320,7 @@ def test_what_an_abandoned_sink_took_is_there_once(tmp_path: Path) -> None:
     first.open(RunInfo(id="r", started=RunStarted()))
     first.write(events[:3])
     second = CometSink(CometOptions(mode="offline", dir=str(tmp_path)))
-    second.open(RunInfo(id="r", started=RunStarted(), again=True))
+    second.open(RunInfo(id="r", started=RunStarted(), reopened=True))
     second.write(events)
     second.close()
     (found,) = archives(tmp_path)
@@ -463,7 +463,7 @@ def test_a_configured_bus_writes_an_archive(tmp_path: Path) -> None:
     with config.loads(text) as bus, bus.run(name="n") as run:
         for i in run.epochs(2):
             run.log({"loss": i})
-    where = bus.receipts[0].sinks[0].where
+    where = bus.receipts[0].sinks[0].location
     assert where is not None
     command, upload, path = shlex.split(where)
     assert ("comet", "upload") == (command, upload)

@@ -40,7 +40,7 @@ class TestCsvSink(SinkConformance):
     """The sink passes the suite."""
 
     heavy = ("pandas", "matplotlib", "PIL", "yaml", "rich")
-    keeps = (
+    stores = (
         ParamsUpdated,
         ModelDescribed,
         MetricsLogged,
@@ -74,9 +74,9 @@ def records(*events: Event, attempt: int = 1, begin: float = 100.0) -> list[Reco
     ]
 
 
-def sink_for(folder: Path, *, attempt: int = 1, again: bool = False) -> CsvSink:
+def sink_for(folder: Path, *, attempt: int = 1, reopened: bool = False) -> CsvSink:
     sink = CsvSink(CsvOptions(dir=str(folder / "{run}")))
-    sink.open(RunInfo(id="run", started=RunStarted(), attempt=attempt, again=again))
+    sink.open(RunInfo(id="run", started=RunStarted(), attempt=attempt, reopened=reopened))
     return sink
 
 
@@ -434,7 +434,7 @@ def test_what_a_killed_process_took_is_there_once(tmp_path: Path, cut: int) -> N
         RunEnded(status="finished"),
     )
     sink_for(tmp_path / "killed").write(made[:cut])
-    again = sink_for(tmp_path / "killed", again=True)
+    again = sink_for(tmp_path / "killed", reopened=True)
     again.write(made[max(cut - 3, 0) :])
     again.close()
     whole = sink_for(tmp_path / "whole")
@@ -451,7 +451,7 @@ def test_a_batch_whose_position_was_not_kept_changes_nothing_twice(tmp_path: Pat
     sink_for(tmp_path).write(made)
     before = TestCsvSink().read(tmp_path)
     (tmp_path / "run" / ".trainbus-csv.json").unlink()
-    sink_for(tmp_path, again=True).write(made)
+    sink_for(tmp_path, reopened=True).write(made)
     assert before == TestCsvSink().read(tmp_path)
 
 
@@ -543,7 +543,7 @@ def test_a_configured_bus_feeds_it(tmp_path: Path) -> None:
     (report,) = bus.receipts[0].sinks
     assert (0, 0, None) == (report.dead, report.pending, report.error)
     (folder,) = tmp_path.glob("*-csv")
-    assert str(folder) == report.where
+    assert str(folder) == report.location
     assert [("1", "0.0"), ("2", "1.0")] == [(r[0], r[2]) for r in lines(folder / "train.csv")[1:]]
     assert {"lr": "0.1"} == pairs(folder / "params.csv")
 

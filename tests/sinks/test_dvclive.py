@@ -56,7 +56,7 @@ class TestDvclive(SinkConformance):
     extra = "dvclive"
     heavy = ("dvc", "PIL", "matplotlib", "ruamel.yaml")
     # Without run.started there is no run; the others are nothing that DVC shows.
-    keeps = tuple(set(EVENT_TYPES) - {RunStarted, EpochStarted, EpochEnded, AlertRaised})
+    stores = tuple(set(EVENT_TYPES) - {RunStarted, EpochStarted, EpochEnded, AlertRaised})
 
     def make(self, folder: Path) -> DvcliveSink:
         return DvcliveSink(
@@ -341,7 +341,7 @@ def test_what_an_abandoned_sink_wrote_is_there_once(tmp_path: Path) -> None:
     first.open(RunInfo(id="r", started=RunStarted()))
     first.write(events[:3])
     second = DvcliveSink(DvcliveOptions(dir=str(tmp_path)))
-    second.open(RunInfo(id="r", started=RunStarted(), again=True))
+    second.open(RunInfo(id="r", started=RunStarted(), reopened=True))
     second.write(events)
     second.close()
     assert [(i + 1, float(i)) for i in range(4)] == curve(tmp_path, "train/loss")
@@ -428,4 +428,4 @@ def test_a_configured_bus_fills_the_folder(tmp_path: Path) -> None:
             run.log({"loss": i})
     (folder,) = (tmp_path / "out").iterdir()
     assert [(1, 0.0), (2, 1.0)] == curve(folder, "train/loss")
-    assert str(folder) == bus.receipts[0].sinks[0].where
+    assert str(folder) == bus.receipts[0].sinks[0].location

@@ -52,7 +52,7 @@ class TestConformance(SinkConformance):
     package = "plotly"
     extra = "html"
     heavy = ("matplotlib", "PIL")
-    keeps = (
+    stores = (
         ParamsUpdated,
         ModelDescribed,
         EpochStarted,
@@ -250,7 +250,7 @@ def test_a_killed_process_loses_and_doubles_nothing(tmp_path: Path) -> None:
     for folder, batches in ((once, [whole]), (killed, [whole[:20], whole])):
         for batch in batches:
             sink = HtmlSink(HtmlOptions(dir=str(folder / "{run}")))
-            sink.open(msgspec.structs.replace(info, again=batch is not batches[0]))
+            sink.open(msgspec.structs.replace(info, reopened=batch is not batches[0]))
             sink.write(batch)
             if batch is whole:
                 sink.close()
@@ -483,7 +483,7 @@ def test_a_configuration_makes_a_page(tmp_path: Path, isolation: str) -> None:
     (receipt,) = bus.receipts
     (report,) = receipt.sinks
     page = tmp_path / "pages" / receipt.run / "index.html"
-    assert (None, str(page)) == (report.error, report.where)
+    assert (None, str(page)) == (report.error, report.location)
     (data,) = shown_in(page)["runs"]
     assert ("finished", 2) == (data["status"], data["done"])
     assert receipt.emitted == sum(data["records"].values())

@@ -86,7 +86,7 @@ def test_puts_the_run_id_in_the_path(tmp_path: Path) -> None:
     sink = sink_for(tmp_path / "new" / "{run}.jsonl")
     sink.write([record(1)])
     sink.close()
-    assert str(tmp_path / "new" / "run.jsonl") == sink.where
+    assert str(tmp_path / "new" / "run.jsonl") == sink.location
     assert [(1, 1)] == positions(tmp_path / "new" / "run.jsonl")
 
 
@@ -220,7 +220,7 @@ def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     sink = JsonlSink(JsonlOptions(path="~/records.jsonl"))
     sink.open(RunInfo(id="r", started=RunStarted()))
     sink.close()
-    assert str(tmp_path / "records.jsonl") == sink.where
+    assert str(tmp_path / "records.jsonl") == sink.location
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from support.mlflow_server import Server, database
 from support.records import CONTENT
 from support.records import records as make_records
 from trainbus import Bus, RunInfo, SinkError, config
-from trainbus.delivery.retry import judge
+from trainbus.delivery.retry import classify
 from trainbus.events import (
     AlertRaised,
     ArtifactLogged,
@@ -65,7 +65,7 @@ class TestMlflow(SinkConformance):
     package = "mlflow"
     extra = "mlflow"
     heavy = ("sqlalchemy", "pandas", "matplotlib", "PIL")
-    keeps = CONTENT
+    stores = CONTENT
 
     def make(self, folder: Path) -> MlflowSink:
         return MlflowSink(options(folder))
@@ -347,7 +347,7 @@ def test_an_abandoned_sink_leaves_nothing_twice(tmp_path: Path, kept: int) -> No
         folder.mkdir()
         for number, part in enumerate(parts):
             sink = MlflowSink(options(folder))  # and never closed
-            sink.open(msgspec.structs.replace(info, again=number > 0))
+            sink.open(msgspec.structs.replace(info, reopened=number > 0))
             sink.write(part)
     assert content(whole) == content(cut)
 
@@ -642,7 +642,7 @@ def test_a_bus_of_a_file_feeds_mlflow(tmp_path: Path) -> None:
         run.checkpoint(tmp_path / "m.pt", kind="best")
     (report,) = bus.receipts[0].sinks
     assert (None, 0, 0, 0) == (report.error, report.dead, report.pending, report.lost)
-    assert f"mlflow ui --backend-store-uri {uri}" == report.where
+    assert f"mlflow ui --backend-store-uri {uri}" == report.location
     (found,) = content(tmp_path)
     assert ("mine", "FINISHED", {"lr": "0.1"}) == (found["name"], found["status"], found["params"])
     assert [1, 2, 3] == [step for step, *_ in found["metrics"]["train/loss"]]
@@ -659,7 +659,7 @@ def test_the_environment_names_the_database(
     sink.open(RUN)
     sink.write(records(RunStarted()))
     sink.close()
-    assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db" == sink.where
+    assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db" == sink.location
     assert ["a run"] == [run["name"] for run in content(tmp_path)]
 
 
@@ -754,7 +754,7 @@ def test_a_database_that_fails_is_tried_again(tmp_path: Path) -> None:
         other.execute("ALTER TABLE metrics RENAME TO elsewhere")
     with pytest.raises(SinkError) as raised:
         sink.write(records(epoch(0, loss=1.0), first=2))
-    assert "retry" == judge(raised.value)
+    assert "retry" == classify(raised.value)
     with sqlite3.connect(tmp_path / "mlflow.db") as other:
         other.execute("ALTER TABLE elsewhere RENAME TO metrics")
     sink.write(records(epoch(0, loss=1.0), first=2))
@@ -773,7 +773,7 @@ def test_a_server_that_is_down_is_noticed_at_once(
     with pytest.raises(SinkError, match=f"no MLflow server answers at {server.uri} ") as raised:
         MlflowSink(MlflowOptions(tracking_uri=uri)).open(RUN)
     assert [] == waits
-    assert "retry" == judge(raised.value)
+    assert "retry" == classify(raised.value)
     assert "secret" not in str(raised.value)
 
 
@@ -813,7 +813,7 @@ def test_a_server_that_is_away_for_a_while_loses_nothing(tmp_path: Path, server:
     report, other = bus.receipts[0].sinks
     assert (0, 0, 0) == (report.dead, report.pending, report.lost)
     assert (len(heard), 0) == (other.taken, other.pending)
-    assert re.fullmatch(rf"{server.uri}/#/experiments/1/runs/\w+", report.where or "")
+    assert re.fullmatch(rf"{server.uri}/#/experiments/1/runs/\w+", report.location or "")
     (found,) = content(tmp_path, server.uri)
     assert ("served", "FINISHED") == (found["name"], found["status"])
     assert {"lr": "0.1", "empty": "", "µ": "µ" * 10} == found["params"]
@@ -863,4 +863,4 @@ def test_what_is_relative_lies_beside_the_configuration(
     assert ["hello"] == [
         path.read_text() for path in conf.glob("mlruns/p/*/artifacts/text/**/*.txt")
     ]
-    assert f"sqlite:///{conf}/mlflow.db" in (report.where or "")
+    assert f"sqlite:///{conf}/mlflow.db" in (report.location or "")

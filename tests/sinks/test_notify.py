@@ -21,7 +21,7 @@ import pytest
 from trainbus.sinks.notify import NotifyOptions, NotifySink
 
 from trainbus import ConfigError, SinkError, config
-from trainbus.delivery.retry import judge
+from trainbus.delivery.retry import classify
 from trainbus.events import (
     AlertRaised,
     Best,
@@ -84,7 +84,7 @@ class TestConformance(SinkConformance):
     package = "apprise"
     extra = "notify"
     heavy = ("requests",)
-    keeps = (AlertRaised, RunEnded)
+    stores = (AlertRaised, RunEnded)
     secrets = (SECRET,)
     server: ClassVar[Server]
 
@@ -327,7 +327,7 @@ def test_a_server_that_is_down_gets_it_later(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(SinkError, match="did not reach 1 of 1 services: JSON") as e:
             sink.write(batch)
-        assert "retry" == judge(e.value)
+        assert "retry" == classify(e.value)
         assert SECRET not in str(e.value)
     server = Server(port)
     while time.time() - batch[0].time <= 0.2:  # too old for news, but it was tried in time
@@ -347,7 +347,7 @@ def test_one_service_that_fails_costs_the_others_nothing(server: Server, sinks: 
     for _ in range(3):
         with pytest.raises(SinkError, match="1 of 2 services: JSON") as e:
             sink.write(batch)
-        assert "retry" == judge(e.value)
+        assert "retry" == classify(e.value)
     server.status["/bad"] = 200
     sink.write(batch)
     assert ["shapes: a"] == titles(server, "/good") == titles(server, "/bad")
@@ -360,7 +360,7 @@ def test_a_refused_message_does_not_hold_up_the_next(server: Server, sinks: Any)
     batch = records(alert("a"), alert("b"))
     with pytest.raises(SinkError, match=r"JSON \(status 404\)") as e:
         sink.write(batch[:1])
-    assert "refused" == judge(e.value)
+    assert "refused" == classify(e.value)
     server.status[f"/{SECRET}"] = 200
     sink.write(batch[1:])
     assert ["shapes: b"] == titles(server)
@@ -388,7 +388,7 @@ def test_a_bad_url_is_refused_at_once(
         logging.getLogger("apprise").setLevel(logging.NOTSET)
     assert shown in str(e.value)
     assert SECRET not in str(e.value) + caplog.text
-    assert "refused" == judge(e.value)
+    assert "refused" == classify(e.value)
 
 
 def test_nothing_shows_an_address(
@@ -401,11 +401,11 @@ def test_nothing_shows_an_address(
     server.status[f"/{SECRET}"] = 500
     with pytest.raises(SinkError):
         sink.write(records(alert("a"), alert("b")))
-    shown = [caplog.text, str(sink.where), repr(sink), repr(sink.options), str(sink.options)]
+    shown = [caplog.text, str(sink.location), repr(sink), repr(sink.options), str(sink.options)]
     shown += [str(list(sink.options.__rich_repr__()))]
     shown += [str(list(Path(sink.options.state).iterdir()))]
     assert [] == [text for text in shown if SECRET in text]
-    assert "JSON" == sink.where
+    assert "JSON" == sink.location
     assert all([] == logging.getLogger(name).filters for name in ("apprise", "urllib3"))
     logging.getLogger("apprise").warning("heard")
     assert "heard" in caplog.text

@@ -24,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from trainbus.sinks.prometheus import PrometheusOptions, PrometheusSink
 
 from trainbus import ConfigError, SinkError, config
-from trainbus.delivery.retry import judge
+from trainbus.delivery.retry import classify
 from trainbus.events import (
     AlertRaised,
     Best,
@@ -48,7 +48,7 @@ START = RunStarted(name='µ\n"x\\', project="p", framework="f", framework_versio
 class TestConformance(SinkConformance):
     package = "prometheus_client"
     extra = "prometheus"
-    keeps = (MetricsLogged, ModelDescribed, EpochStarted, EpochEnded, CheckpointSaved, AlertRaised)
+    stores = (MetricsLogged, ModelDescribed, EpochStarted, EpochEnded, CheckpointSaved, AlertRaised)
 
     def make(self, folder: Path) -> PrometheusSink:
         return PrometheusSink(PrometheusOptions(textfile=str(folder / "{run}.prom")))
@@ -87,8 +87,8 @@ def opened(run: str = "r", attempt: int = 1, **options: Any) -> PrometheusSink:
 
 
 def scrape(sink: PrometheusSink, accept: str = "text/plain") -> str:
-    assert sink.where is not None
-    request = urllib.request.Request(sink.where, headers={"Accept": accept})
+    assert sink.location is not None
+    request = urllib.request.Request(sink.location, headers={"Accept": accept})
     with urllib.request.urlopen(request, timeout=60) as answer:
         text: str = answer.read().decode()
         return text
@@ -201,8 +201,8 @@ def test_promtool_finds_no_fault(tmp_path: Path) -> None:
     sink = opened(port=0, textfile=str(tmp_path / "t.prom"))
     sink.write(sample_records(tmp_path))
     sink.flush()
-    assert sink.where is not None
-    with urllib.request.urlopen(sink.where.split(",")[0], timeout=60) as answer:
+    assert sink.location is not None
+    with urllib.request.urlopen(sink.location.split(",")[0], timeout=60) as answer:
         scraped = answer.read()
     for text in (scraped, (tmp_path / "t.prom").read_bytes()):
         done = subprocess.run(
@@ -219,8 +219,8 @@ def test_a_real_prometheus_scrapes_it(tmp_path: Path) -> None:
         pytest.skip("prometheus is not installed")
     sink = opened(port=0)
     sink.write(records(START, logged("loss", 1.5)))
-    assert sink.where is not None
-    target = sink.where.split("/")[2]
+    assert sink.location is not None
+    target = sink.location.split("/")[2]
     jobs = [{"job_name": "t", "static_configs": [{"targets": [target]}]}]
     file = {"global": {"scrape_interval": "200ms", "scrape_timeout": "200ms"}}
     (tmp_path / "p.yml").write_text(json.dumps({**file, "scrape_configs": jobs}))
@@ -283,13 +283,13 @@ def test_a_port_in_use_is_told() -> None:
         port = other.getsockname()[1]
         with pytest.raises(SinkError, match=rf"port {port} of 127\.0\.0\.1 is in use.*`port`") as e:
             opened(port=port)
-        assert "later" == judge(e.value)
+        assert "later" == classify(e.value)
         sink = opened(port=port, next_ports=50)
-        assert sink.where != f"http://127.0.0.1:{port}/metrics"
+        assert sink.location != f"http://127.0.0.1:{port}/metrics"
         assert {"run_status"} <= {key.split("{")[0] for key in series(scrape(sink))}
         sink.close()
     again = opened(port=port)
-    assert f"http://127.0.0.1:{port}/metrics" == again.where
+    assert f"http://127.0.0.1:{port}/metrics" == again.location
     again.close()
 
 
@@ -315,7 +315,7 @@ def test_the_file_can_be_read_by_another_user(tmp_path: Path) -> None:
     sink = opened(textfile=str(tmp_path / "new" / "{run}.prom"))
     sink.write(records(START, logged("loss", 1.5)))
     path = tmp_path / "new" / "r.prom"
-    assert str(path) == sink.where
+    assert str(path) == sink.location
     assert 0o044 == path.stat().st_mode & 0o044
     found = series(path.read_text("utf-8"))
     assert 1.5 == found[metric("loss")]
@@ -342,7 +342,7 @@ def test_after_a_kill_everything_is_there_once(tmp_path: Path) -> None:
     all_of_them = records(START, logged("loss", 1.0), AlertRaised(title="t", level="info"))
     opened(textfile=str(path)).write(all_of_them)  # and is never closed
     sink = PrometheusSink(PrometheusOptions(textfile=str(path)))
-    sink.open(RunInfo(id="r", started=START, again=True))
+    sink.open(RunInfo(id="r", started=START, reopened=True))
     sink.write(all_of_them)
     sink.close()
     found = series(path.read_text("utf-8"))
@@ -453,7 +453,7 @@ def test_a_pushgateway_gets_the_group_of_the_run(gateway: Gateway) -> None:
     sink.close()
     assert ["/metrics/job/trainbus/run/r"] == list(gateway.groups)
     assert 1.5 == series(gateway.groups["/metrics/job/trainbus/run/r"])[metric("loss")]
-    assert f"{gateway.url}/metrics/job/trainbus" == sink.where
+    assert f"{gateway.url}/metrics/job/trainbus" == sink.location
 
 
 def test_nothing_is_left_where_that_is_asked_for(tmp_path: Path, gateway: Gateway) -> None:
@@ -475,7 +475,7 @@ def test_a_pushgateway_that_is_down_gets_it_later() -> None:
     batch = records(START, logged("loss", 1.5))
     with pytest.raises(SinkError, match=rf"Pushgateway at http://127\.0\.0\.1:{port} takes") as e:
         sink.write(batch)
-    assert "retry" == judge(e.value)
+    assert "retry" == classify(e.value)
     gateway = Gateway(port)
     sink.write(batch)
     assert 1.5 == series(gateway.groups["/metrics/job/trainbus/run/r"])[metric("loss")]
@@ -492,7 +492,7 @@ def test_what_a_pushgateway_answers_counts(gateway: Gateway, status: int, verdic
     sink = opened(pushgateway=gateway.url)
     with pytest.raises(SinkError, match=str(status)) as e:
         sink.write(records(START))
-    assert verdict == judge(e.value)
+    assert verdict == classify(e.value)
     gateway.status = 200
     sink.close()
 

@@ -112,7 +112,7 @@ class TestSwanlab(SinkConformance):
     package = "swanlab"
     extra = "swanlab"
     heavy = ("matplotlib", "PIL", "pyecharts")
-    keeps = CONTENT
+    stores = CONTENT
 
     def make(self, folder: Path) -> SwanlabSink:
         """Store in a folder of the suite's."""
@@ -392,7 +392,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=tmp_path, check=False)
     assert -signal.SIGKILL == done.returncode
-    again = trainbus.RunInfo(id="run", started=RUN.started, again=True)
+    again = trainbus.RunInfo(id="run", started=RUN.started, reopened=True)
     sink = opened(tmp_path, again)
     sink.write(records(RUN.started, metric(1.0, step=1), metric(2.0, step=2)))
     sink.close()
@@ -407,7 +407,9 @@ def test_what_was_closed_is_not_set_aside(tmp_path: Path) -> None:
     first = opened(tmp_path)
     first.write(events[:2])
     first.close()
-    second = opened(tmp_path, trainbus.RunInfo(id="run", started=RUN.started, again=True, after=2))
+    second = opened(
+        tmp_path, trainbus.RunInfo(id="run", started=RUN.started, reopened=True, resume_after=2)
+    )
     second.write(events)
     second.close()
     found = read(tmp_path)["run"]
@@ -514,7 +516,7 @@ def test_a_disabled_run_is_nowhere(tmp_path: Path) -> None:
     saved = CheckpointSaved(path=str(tmp_path / "m.pt"), kind="best")
     sink.write(records(RUN.started, metric(1.0, step=1), saved, RunEnded(status="finished")))
     sink.close()
-    assert sink.where is None
+    assert sink.location is None
     assert not (tmp_path / "log").exists()
 
 
@@ -551,4 +553,4 @@ def test_through_a_configuration(tmp_path: Path) -> None:
     )
     (stored,) = found["folders"]
     assert f"log of {run_id}" == stored.parent.name
-    assert ["swanlab", "sync", "--id", run_id, str(stored)] == shlex.split(report.where or "")
+    assert ["swanlab", "sync", "--id", run_id, str(stored)] == shlex.split(report.location or "")

@@ -81,7 +81,7 @@ class TestTensorboardSink(SinkConformance):
     package = "tensorboard"
     extra = "tensorboard"
     heavy = ("tensorflow", "torch", "PIL", "matplotlib")
-    keeps = CONTENT
+    stores = CONTENT
 
     def make(self, folder: Path) -> TensorboardSink:
         return TensorboardSink(TensorboardOptions(logdir=str(folder / "{run}")))
@@ -98,9 +98,9 @@ def records(*events: Event, attempt: int = 1, begin: float = 100.0) -> list[Reco
     ]
 
 
-def sink_for(folder: Path, *, attempt: int = 1, again: bool = False, **options: Any) -> Any:
+def sink_for(folder: Path, *, attempt: int = 1, reopened: bool = False, **options: Any) -> Any:
     sink = TensorboardSink(TensorboardOptions(logdir=str(folder / "{run}"), **options))
-    sink.open(RunInfo(id="run", started=RunStarted(), attempt=attempt, again=again))
+    sink.open(RunInfo(id="run", started=RunStarted(), attempt=attempt, reopened=reopened))
     return sink
 
 
@@ -463,7 +463,7 @@ def test_what_a_killed_process_took_is_there_once(tmp_path: Path, cut: int) -> N
     made = everything()
     killed = sink_for(tmp_path)
     killed.write(made[:cut])
-    again = sink_for(tmp_path, again=True)
+    again = sink_for(tmp_path, reopened=True)
     again.write(made)
     again.close()
     killed.close()
@@ -486,7 +486,7 @@ def test_a_file_cut_anywhere_is_mended(tmp_path: Path) -> None:
         *range(len(whole) - 90, len(whole), 7),
     ]:
         path.write_bytes(whole[:size])
-        again = sink_for(tmp_path, again=True)
+        again = sink_for(tmp_path, reopened=True)
         again.write(made)
         again.close()
         assert whole == path.read_bytes(), size
@@ -527,11 +527,11 @@ def test_where_is_a_command_that_can_be_pasted(
     """It names the folder that holds the folders of the runs."""
     monkeypatch.chdir(tmp_path)
     sink = TensorboardSink(TensorboardOptions(logdir=logdir))
-    assert sink.where is None
+    assert sink.location is None
     sink.open(RunInfo(id="run", started=RunStarted()))
     sink.close()
     folder = f"{tmp_path}/{expected}" if "'" not in expected else f"'{tmp_path}/b c'"
-    assert f"tensorboard --logdir {folder}" == sink.where
+    assert f"tensorboard --logdir {folder}" == sink.location
 
 
 @pytest.mark.parametrize("logdir", ["runs/mine", ""])
@@ -579,7 +579,7 @@ def test_a_configured_bus_feeds_it(tmp_path: Path, caplog: pytest.LogCaptureFixt
             run.log({"loss": float(epoch)})
     (report,) = bus.receipts[0].sinks
     assert (0, 0, None) == (report.dead, report.pending, report.error)
-    assert f"tensorboard --logdir {tmp_path}/tb" == report.where
+    assert f"tensorboard --logdir {tmp_path}/tb" == report.location
     (folder,) = (tmp_path / "tb").iterdir()
     found = reader(folder)
     assert [(1, 0), (2, 1)] == [(e.step, e.value) for e in found.Scalars("train/loss")]

@@ -112,7 +112,7 @@ class TestTrackio(SinkConformance):
     package = "trackio"
     extra = "trackio"
     heavy = ("matplotlib", "PIL")
-    keeps = CONTENT
+    stores = CONTENT
 
     def make(self, folder: Path) -> TrackioSink:
         """Store in a folder of the suite's."""
@@ -419,7 +419,7 @@ def test_an_abandoned_run_is_there_once(tmp_path: Path) -> None:
     )
     abandoned = opened(tmp_path, save_checkpoints="all")
     abandoned.write(events[:-2])
-    again = trainbus.RunInfo(id="run", started=RUN.started, again=True)
+    again = trainbus.RunInfo(id="run", started=RUN.started, reopened=True)
     sink = opened(tmp_path, again, save_checkpoints="all")
     sink.write(events)
     sink.close()
@@ -504,7 +504,7 @@ def test_the_trainers_project_is_made_valid(
     sink = opened(tmp_path, trainbus.RunInfo(id="run", started=started))
     sink.write(records(started))
     sink.close()
-    assert f"trackio show --project {expected}" == sink.where
+    assert f"trackio show --project {expected}" == sink.location
     assert "run" in stored(tmp_path, expected)
 
 
@@ -552,7 +552,7 @@ def test_through_a_configuration(tmp_path: Path) -> None:
             run.log({"loss": 0.5})
     report = bus.receipts[0].sinks[0]
     assert (None, 0, 0) == (report.error, report.dead, report.pending)
-    assert f"TRACKIO_DIR={tmp_path / 'own'} trackio show --project mine" == report.where
+    assert f"TRACKIO_DIR={tmp_path / 'own'} trackio show --project mine" == report.location
     found = stored(tmp_path / "own", "mine")
     (run_id,) = found.keys() - {"artifacts"}
     rows = [(row["step"], row["train/loss"]) for row in found[run_id]["rows"]]
@@ -578,7 +578,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=tmp_path, check=False)
     assert -signal.SIGKILL == done.returncode
-    again = trainbus.RunInfo(id="run", started=RUN.started, again=True)
+    again = trainbus.RunInfo(id="run", started=RUN.started, reopened=True)
     sink = opened(tmp_path, again)
     sink.write(records(RUN.started, metric(1.0, step=1), metric(2.0, step=2)))
     sink.close()

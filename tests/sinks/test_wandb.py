@@ -535,7 +535,7 @@ def test_where_is_a_command_that_can_be_pasted(tmp_path: Path) -> None:
         sink = WandbSink(WandbOptions(mode=mode, dir=str(tmp_path / "my runs")))
         with trainbus.Bus({"w": sink}, on_receipt=lambda r: None) as bus, bus.run():
             pass
-        places.append(bus.receipts[0].sinks[0].where)
+        places.append(bus.receipts[0].sinks[0].location)
     offline, disabled = places
     assert disabled is None
     assert offline is not None

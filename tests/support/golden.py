@@ -44,7 +44,7 @@ from trainbus.events import (
 from trainbus.journal import encoding
 from trainbus.journal.directory import RunFolder
 from trainbus.journal.recovery import write_end
-from trainbus.journal.writer import Journal
+from trainbus.journal.writer import JournalWriter
 
 BEGUN = 1_700_000_000.0
 FILES = {
@@ -108,7 +108,7 @@ def _write(folder: Path) -> RunFolder:
     run = RunFolder.create([folder], "journal-1")
     told = records(math.nan)
     for attempt in (1, 2):
-        journal = Journal(run, keeps=lambda event: True)
+        journal = JournalWriter(run, wants_files=lambda event: True)
         for record in told:
             if record.attempt == attempt and (attempt, type(record.event)) != (1, RunEnded):
                 journal.append(record.event, record.time)  # type: ignore[arg-type]

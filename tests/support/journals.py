@@ -14,7 +14,7 @@ from trainbus import events as ev
 from trainbus.journal.directory import RunFolder
 from trainbus.journal.encoding import seal
 from trainbus.journal.reader import Entry, RecordFile, RunReader
-from trainbus.journal.writer import Journal
+from trainbus.journal.writer import JournalWriter
 
 SAMPLE: tuple[ev.Event, ...] = (
     ev.RunStarted(name="é ☃ J*", params={"lr": 0.1, "deep": {"a": [1, None]}}),
@@ -37,7 +37,7 @@ def folder_in(path: Path, run: str = "run") -> RunFolder:
 
 def write_journal(folder: RunFolder, *events: ev.Event, attempt: int = 1) -> list[bytes]:
     """Write a journal as a training does, and return its records as JSON."""
-    journal = Journal(folder, attempt)
+    journal = JournalWriter(folder, attempt)
     written = [as_json(journal.append(e, 1.0 + n)) for n, e in enumerate(events or SAMPLE)]
     journal.close()
     return written

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from trainbus import Bus, JournalSpec
-from trainbus.delivery.spec import Route
+from trainbus.delivery.spec import SinkSpec
 from trainbus.delivery.worker import SinkWorker
 from trainbus.events import MetricsLogged, RunStarted, TextLogged
 from trainbus.journal.directory import RunFolder
-from trainbus.journal.file_access import Files
+from trainbus.journal.file_access import FileResolver
 from trainbus.journal.reader import RunReader
 from trainbus.journal.recovery import recover
 from trainbus.testing import MemorySink
@@ -106,8 +106,8 @@ def _look(journals: Path) -> dict[str, object]:
         names += [type(entry.record.event).__name__ for entry in entries]
     reader.close()
     sink = MemorySink()
-    route = Route(name="memory", make=lambda: sink, kind="memory", sink=sink)
-    worker = SinkWorker(route, folder, Files(folder, []), attempt=1)
+    route = SinkSpec(name="memory", make=lambda: sink, kind="memory", sink=sink)
+    worker = SinkWorker(route, folder, FileResolver(folder, []), attempt=1)
     while not worker.done:
         worker.step()
     worker.close()

@@ -152,7 +152,7 @@ def write_page(folder: Path, *, seed: int = 0) -> Path:
     pace = EPOCHS * 41 / len(records)
     sink.write([msgspec.structs.replace(r, time=BEGUN + pace * r.seq) for r in records])
     sink.close()
-    return Path(str(sink.where))
+    return Path(str(sink.location))
 
 
 def compressed(picture: bytes) -> bytes:

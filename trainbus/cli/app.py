@@ -25,7 +25,7 @@ import trainbus
 from trainbus import config, events, redaction, registry
 from trainbus.cli import launch
 from trainbus.config.schema import json_schema
-from trainbus.delivery.spec import Route
+from trainbus.delivery.spec import SinkSpec
 from trainbus.errors import ConfigError, JournalError, TrainbusError
 from trainbus.journal.directory import RunFolder
 from trainbus.paths import working_directory
@@ -105,7 +105,7 @@ def validate(
         raise typer.Exit(2)
 
 
-def _missing(file: str, routes: Sequence[Route]) -> list[str]:
+def _missing(file: str, routes: Sequence[SinkSpec]) -> list[str]:
     """Return a line for each sink whose package is not installed."""
     found = []
     known = registry.plugins(registry.SINKS)
@@ -116,7 +116,7 @@ def _missing(file: str, routes: Sequence[Route]) -> list[str]:
     return found
 
 
-def _try(route: Route) -> bool:
+def _try(route: SinkSpec) -> bool:
     """Try what a sink needs, and say what was found."""
     about = f"  {route.name} ({route.kind}): "
     try:
@@ -249,13 +249,13 @@ def verify(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Directory of a run.")],
 ) -> None:
     """Check that every record and every blob of a run is there and whole."""
-    from trainbus.delivery import replay as replays
+    from trainbus.journal import verify as verification
 
     with _faults():
         run = RunFolder.existing(folder)
         total = sum(path.stat().st_size for path in run.path.glob("r*.jsonl"))
         with _progress() as tell:
-            findings = replays.verify(run, lambda done: tell("checked", done, total))
+            findings = verification.verify(run, lambda done: tell("checked", done, total))
     for finding in findings:
         counts = [f"{finding.records} records"]
         for number, word in (

@@ -18,7 +18,7 @@ from trainbus.errors import PluginError
 from trainbus.events import RunStarted
 from trainbus.interfaces import RunInfo, Sink
 from trainbus.journal.directory import RunFolder
-from trainbus.journal.file_access import Files
+from trainbus.journal.file_access import FileResolver
 from trainbus.journal.reader import RunReader
 
 _PAGE = "html"
@@ -58,7 +58,7 @@ def compare(folders: Sequence[Path], out: Path, trusted: Sequence[str] = ()) -> 
 
 def _page(cls: type[Sink], folder: RunFolder, into: Path, trusted: Sequence[str]) -> Path:
     sink = cls(msgspec.convert({"dir": f"{into}/{{run}}"}, cls.Options))
-    files, reader = Files(folder, trusted), RunReader(folder)
+    files, reader = FileResolver(folder, trusted), RunReader(folder)
     started, attempt = RunStarted(), 0
     try:
         while entries := reader.read():

@@ -69,7 +69,7 @@ def _broken_hooks() -> Iterator[Finding]:
 
 
 def _examine(point: EntryPoint, package: str, home: object, distribution: str) -> Finding:
-    tested = str(getattr(home, "TESTED", ""))
+    tested = str(getattr(home, "TESTED_VERSIONS", ""))
     try:
         installed = version(distribution)
     except PackageNotFoundError:
@@ -78,7 +78,9 @@ def _examine(point: EntryPoint, package: str, home: object, distribution: str) -
     missing: list[str] = []
     try:
         importlib.import_module(package)
-        needs = [need for need in getattr(home, "NEEDS", ()) if need.startswith(f"{package}")]
+        needs = [
+            need for need in getattr(home, "REQUIRED_NAMES", ()) if need.startswith(f"{package}")
+        ]
         missing = [need for need in needs if not _is_there(need)]
     except Exception as error:
         fault = f"{type(error).__name__}: {error}"

@@ -240,7 +240,7 @@ def _sinks(folder: RunFolder) -> Table:
             continue
         numbers = (at.attempt, at.seq, at.taken, at.skipped, at.dead)
         name = path.stem.rpartition("-")[0]
-        cells = [name, *map(str, numbers), at.where or ""]
+        cells = [name, *map(str, numbers), at.location or ""]
         table.add_row(*(Text(printable(cell), overflow="fold") for cell in cells))
     return table
 

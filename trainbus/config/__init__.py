@@ -20,7 +20,7 @@ from trainbus.bus import Bus
 from trainbus.config.schema import SINK_KEYS, File, sink_class, sink_keys
 from trainbus.config.validation import Item, Problems, check_fields, check_value
 from trainbus.config.yaml_reader import read
-from trainbus.delivery.spec import Route
+from trainbus.delivery.spec import SinkSpec
 from trainbus.delivery.transforms import TransformSpec
 from trainbus.errors import ConfigError, TrainbusError, did_you_mean
 from trainbus.interfaces import Options, Sink
@@ -90,7 +90,7 @@ def check(path: str | os.PathLike[str]) -> list[str]:
     return []
 
 
-def _route(name: str, sink: Item, base: Path | None) -> Route | None:
+def _route(name: str, sink: Item, base: Path | None) -> SinkSpec | None:
     """Return the way to one sink, or None where a fault of it was noted."""
     if not isinstance(sink.value, dict):
         return None
@@ -107,7 +107,7 @@ def _route(name: str, sink: Item, base: Path | None) -> Route | None:
     options = resolve_options(options, base)
     given = sink.plain()
     common = {key: given[key] for key in TransformSpec.__struct_fields__ if key in given}
-    return Route(
+    return SinkSpec(
         name=name,
         make=functools.partial(cls, options),
         kind=given["type"],

@@ -30,7 +30,7 @@ class Cursor(msgspec.Struct, kw_only=True):
     """Whether the sink was closed after the last record it took."""
     uploads: list[int] = []
     """Seqs up to `seq` whose upload was not over."""
-    where: str | None = None
+    location: str | None = None
 
 
 class Ledger:

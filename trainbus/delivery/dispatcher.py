@@ -14,12 +14,12 @@ from collections.abc import Sequence
 
 from trainbus.delivery.receipt import Receipt, save_receipt, split_unsaved
 from trainbus.delivery.sidecar import Sidecar, SidecarRun
-from trainbus.delivery.spec import Isolation, Route, mode_of
+from trainbus.delivery.spec import Isolation, SinkSpec, mode_of
 from trainbus.delivery.worker import POLL_S, SinkWorker, ThreadedWorker, delivering, owe
 from trainbus.errors import SinkError
 from trainbus.interfaces import RunInfo
-from trainbus.journal.file_access import Files
-from trainbus.journal.writer import Journal, NoJournal
+from trainbus.journal.file_access import FileResolver
+from trainbus.journal.writer import JournalWriter, NullJournal
 
 logger = logging.getLogger("trainbus")
 _POLL_SIDECAR_S = 1.0
@@ -31,14 +31,14 @@ _SAY_AFTER_S = 2.0
 _OPEN_DEADLINE_S = 120.0
 
 
-class Delivery:
+class RunDispatcher:
     """The way of one run's records to all its sinks."""
 
     def __init__(
         self,
-        routes: Sequence[Route],
+        routes: Sequence[SinkSpec],
         run: RunInfo,
-        journal: Journal | NoJournal,
+        journal: JournalWriter | NullJournal,
         *,
         sidecar: Sidecar,
         isolation: Isolation = "auto",
@@ -73,7 +73,7 @@ class Delivery:
         self._waiting: list[ThreadedWorker] = []
         """Those for which no thread could be started."""
         self._sidecar: SidecarRun | None = None
-        if isinstance(journal, NoJournal):
+        if isinstance(journal, NullJournal):
             return
         elsewhere = []
         for route in routes:
@@ -106,9 +106,9 @@ class Delivery:
             self._polled_at = time.monotonic()
             if self._sidecar is not None:
                 self._sidecar.poll()
-            if not self._is_synced_elsewhere() and isinstance(self._journal, Journal):
+            if not self._is_synced_elsewhere() and isinstance(self._journal, JournalWriter):
                 self._journal.sync()
-            if isinstance(self._journal, Journal):
+            if isinstance(self._journal, JournalWriter):
                 self._journal.look()
 
     def hurry(self, secs: float) -> None:
@@ -120,7 +120,7 @@ class Delivery:
         """Wait until the sinks have everything or the deadline comes; return what they got."""
         begun = time.monotonic()
         self.hurry(self._flush_secs)
-        if isinstance(self._journal, NoJournal):
+        if isinstance(self._journal, NullJournal):
             count = self._journal.seq
             return Receipt(
                 run=self._run.id,
@@ -169,7 +169,7 @@ class Delivery:
         if self._sidecar is not None:
             self._sidecar.abandon()
             self._sidecar = None
-        if isinstance(self._journal, Journal):
+        if isinstance(self._journal, JournalWriter):
             self._journal.close()
 
     def _wait(self, begun: float) -> None:
@@ -235,7 +235,7 @@ class Delivery:
             flush=True,
         )
 
-    def _receipt(self, journal: Journal, status: str, emitted: int) -> Receipt:
+    def _receipt(self, journal: JournalWriter, status: str, emitted: int) -> Receipt:
         workers = self._workers()
         found = {worker.route.name: worker.report(emitted) for worker in workers}
         if self._sidecar is not None:
@@ -267,7 +267,7 @@ class Delivery:
             SinkError: a sink with `on_error: raise` could not be opened.
         """
         wanted = {route.name: route for route in self._routes if route.on_error == "raise"}
-        if wanted and isinstance(self._journal, NoJournal):
+        if wanted and isinstance(self._journal, NullJournal):
             raise SinkError("no directory for the journal can be written, sinks get nothing")
         deadline = time.monotonic() + _OPEN_DEADLINE_S
         while wanted:
@@ -288,11 +288,15 @@ class Delivery:
             if wanted:
                 time.sleep(POLL_S / 5)
 
-    def _worker(self, route: Route, journal: Journal, *, in_background: bool = True) -> SinkWorker:
+    def _worker(
+        self, route: SinkSpec, journal: JournalWriter, *, in_background: bool = True
+    ) -> SinkWorker:
         return SinkWorker(
             route,
             journal.folder,
-            Files(journal.folder, None),  # the training process itself says which files there are
+            FileResolver(
+                journal.folder, None
+            ),  # the training process itself says which files there are
             attempt=self._run.attempt,
             in_background=in_background,
         )
@@ -301,7 +305,7 @@ class Delivery:
         threads = [*self._threads, *self._waiting]
         return [*self._inline, *(thread.worker for thread in threads)]
 
-    def _start_thread(self, route: Route, journal: Journal) -> None:
+    def _start_thread(self, route: SinkSpec, journal: JournalWriter) -> None:
         thread = ThreadedWorker(self._worker(route, journal), journal)
         self._threads.append(thread)  # first: Ctrl-C may come while it is started
         fault = thread.start()

@@ -39,7 +39,7 @@ class SinkReport(msgspec.Struct, frozen=True, kw_only=True):
     """Of what was taken: records that the tracker has no way to show, such as a broken picture."""
     superseded: int = 0
     """Of what was taken: checkpoints that the trainer had overwritten before they were sent."""
-    where: str | None = None
+    location: str | None = None
     error: str | None = None
 
 
@@ -88,7 +88,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
         width = max([*(len(s.name) for s in self.sinks), len("journal")])
         for sink in self.sinks:
             lines.append(f"  {sink.name:<{width}}  {sink.kind}: {_counts(sink)}")
-            lines += [f"  {'':<{width}}  {text}" for text in (sink.error, sink.where) if text]
+            lines += [f"  {'':<{width}}  {text}" for text in (sink.error, sink.location) if text]
         if self.journal:
             lines.append(f"  {'journal':<{width}}  {self.journal}")
         if self.pending and self.journal:

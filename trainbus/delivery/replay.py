@@ -15,12 +15,12 @@ import msgspec
 from trainbus.delivery.receipt import Receipt, SinkReport, save_receipt
 from trainbus.delivery.sidecar import Sidecar, SidecarRun
 from trainbus.delivery.sidecar_protocol import ReplayTask
-from trainbus.delivery.spec import Route, mode_of
+from trainbus.delivery.spec import SinkSpec, mode_of
 from trainbus.delivery.worker import POLL_S, SinkWorker, count
 from trainbus.errors import JournalError
 from trainbus.events import RunEnded
 from trainbus.journal.directory import RunFolder
-from trainbus.journal.file_access import Files
+from trainbus.journal.file_access import FileResolver
 from trainbus.journal.locks import is_being_written
 from trainbus.journal.recovery import last_record, recover
 
@@ -45,13 +45,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 def replay(
     folder: RunFolder,
-    routes: Sequence[Route],
+    routes: Sequence[SinkSpec],
     *,
     after: tuple[int, int] | None = None,
     trusted: Sequence[str] = (),
     flush_secs: float = 60.0,
     tell: Callable[[Progress], None] = lambda progress: None,
-) -> tuple[Receipt, Files]:
+) -> tuple[Receipt, FileResolver]:
     """Send to each sink what it has not got, and return what became of it.
 
     Args:
@@ -81,7 +81,7 @@ def replay(
     last = last_record(folder, attempts[-1])
     if last is None:
         raise JournalError(f"found no whole record in {folder.path}")
-    files = Files(folder, trusted)
+    files = FileResolver(folder, trusted)
     task = _Task(folder, attempts[-1], after, files, trusted, flush_secs, tell, last.seq)
     sidecar = Sidecar()
     try:
@@ -105,7 +105,7 @@ def replay(
 
 
 def plan(
-    folder: RunFolder, routes: Sequence[Route], *, after: tuple[int, int] | None = None
+    folder: RunFolder, routes: Sequence[SinkSpec], *, after: tuple[int, int] | None = None
 ) -> list[Plan]:
     """Return what a replay would send, without sending or writing anything."""
     found = []
@@ -113,7 +113,7 @@ def plan(
         worker = SinkWorker(
             route,
             folder,
-            Files(folder, []),
+            FileResolver(folder, []),
             attempt=folder.attempts()[-1],
             after=after,
             is_replay=True,
@@ -128,13 +128,13 @@ class _Task(NamedTuple):
     folder: RunFolder
     attempt: int
     after: tuple[int, int] | None
-    files: Files
+    files: FileResolver
     trusted: Sequence[str]
     flush_secs: float
     tell: Callable[[Progress], None]
     expected: int
 
-    def send(self, route: Route, sidecar: Sidecar) -> tuple[SinkReport, int | None]:
+    def send(self, route: SinkSpec, sidecar: Sidecar) -> tuple[SinkReport, int | None]:
         """Send to one sink; return what it got, and of how many records if that is known.
 
         A sink may end the process that it runs in, so that another one has it where that can be.
@@ -146,7 +146,7 @@ class _Task(NamedTuple):
                 return self._watch(run, route)
         return self._drain(route)
 
-    def _watch(self, run: SidecarRun, route: Route) -> tuple[SinkReport, int | None]:
+    def _watch(self, run: SidecarRun, route: SinkSpec) -> tuple[SinkReport, int | None]:
         patience, known = time.monotonic() + self.flush_secs, 0
         while not run.is_finished() and time.monotonic() < patience:
             count = run.progress.get(route.name, 0)
@@ -163,7 +163,7 @@ class _Task(NamedTuple):
         self.tell(Progress(route.name, report.taken + report.skipped + report.dead, self.expected))
         return report, emitted
 
-    def _drain(self, route: Route) -> tuple[SinkReport, int | None]:
+    def _drain(self, route: SinkSpec) -> tuple[SinkReport, int | None]:
         """Step until everything is sent, or nothing more can be."""
         worker = SinkWorker(
             route,

@@ -49,7 +49,7 @@ class Item(NamedTuple):
         return self.wanted is None and not self.is_superseded
 
 
-class Lane:
+class RetryQueue:
     """Records on their way into one method of a sink, in order."""
 
     def __init__(
@@ -98,7 +98,7 @@ class Lane:
         if error is None:
             self._wait = _FIRST_WAIT_S
             return True
-        verdict = judge(error)
+        verdict = classify(error)
         if verdict in ("retry", "later"):
             self._back_off(error, verdict)
         else:
@@ -120,7 +120,7 @@ class Lane:
                 self._dead_in_a_row, self._wait = 0, _FIRST_WAIT_S
             self._taken(items)
             return
-        verdict = judge(error)
+        verdict = classify(error)
         if verdict in ("retry", "later"):
             self._back_off(error, verdict)
         elif verdict == "stop":
@@ -184,7 +184,7 @@ class Lane:
         return None
 
 
-def judge(error: BaseException) -> Verdict:
+def classify(error: BaseException) -> Verdict:
     """Return what an error of a sink means for the records it was given."""
     for each in _causes(error):
         if isinstance(each, SinkError) and each.retry:

@@ -45,7 +45,7 @@ from trainbus.delivery.sidecar_protocol import (
     ToTraining,
     anonymous_file,
 )
-from trainbus.delivery.spec import Route
+from trainbus.delivery.spec import SinkSpec
 from trainbus.delivery.worker import POLL_S, owe, report_on_disk
 from trainbus.delivery.worker_log import Output, append
 from trainbus.journal.directory import RunFolder
@@ -97,7 +97,7 @@ class Sidecar:
         self,
         folder: RunFolder,
         attempt: int,
-        routes: Sequence[Route],
+        routes: Sequence[SinkSpec],
         flush_secs: float,
         *,
         replay: ReplayTask | None = None,
@@ -327,7 +327,7 @@ class SidecarRun:
         number: int,
         folder: RunFolder,
         attempt: int,
-        routes: Sequence[Route],
+        routes: Sequence[SinkSpec],
         flush_secs: float,
         replay: ReplayTask | None,
     ) -> None:
@@ -339,7 +339,7 @@ class SidecarRun:
         self.replay = replay
         self.opened: dict[str, str | None] = {}
         """What is known of the sinks: None for one that is open, else why it is not."""
-        self.refused: list[Route] = []
+        self.refused: list[SinkSpec] = []
         """Sinks for which no process could be started when the run was opened."""
         self.unserved: dict[str, str] = {}
         """Sinks that no process delivers to, and why."""
@@ -581,7 +581,7 @@ def _release(children: list[_Child]) -> None:
         child.let_go(kill=False)
 
 
-def _shares_process(route: Route) -> bool:
+def _shares_process(route: SinkSpec) -> bool:
     sample = route.sample()
     return sample is None or sample.shares_process
 

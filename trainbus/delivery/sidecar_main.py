@@ -35,14 +35,14 @@ from trainbus.delivery.sidecar_protocol import (
     ToSidecar,
     ToTraining,
 )
-from trainbus.delivery.spec import Route
+from trainbus.delivery.spec import SinkSpec
 from trainbus.delivery.worker import POLL_S, SinkWorker, ThreadedWorker, report_on_disk
 from trainbus.delivery.worker_log import Output
 from trainbus.errors import JournalError
 from trainbus.events import Record, RunEnded
 from trainbus.interfaces import Sink
 from trainbus.journal.directory import RunFolder
-from trainbus.journal.file_access import Files
+from trainbus.journal.file_access import FileResolver
 from trainbus.journal.recovery import last_record, recover
 
 logger = logging.getLogger("trainbus")
@@ -164,7 +164,7 @@ class _Run:
         """Whether it is waited for."""
         self._host = host
         self._order = order
-        self._files: list[Files] = []
+        self._files: list[FileResolver] = []
         """Of each worker, as each is at another record."""
         self._deadline: float | None = None
         self._emitted: int | None = None
@@ -275,7 +275,7 @@ class _Run:
 
     def _worker(self, sink: SinkTask, slot: int) -> SinkWorker:
         replay = self._order.replay
-        files = Files(self.folder, replay.trusted if replay else None)
+        files = FileResolver(self.folder, replay.trusted if replay else None)
         self._files.append(files)
         return SinkWorker(
             _route(sink),
@@ -365,8 +365,8 @@ class _Forward(logging.Handler):
         self._host.say(Said(text=record.getMessage()))
 
 
-def _route(sink: SinkTask) -> Route:
-    return Route(
+def _route(sink: SinkTask) -> SinkSpec:
+    return SinkSpec(
         name=sink.name,
         make=functools.partial(_make, sink),
         kind=sink.type,

@@ -19,7 +19,7 @@ logger = logging.getLogger("trainbus")
 Isolation: TypeAlias = Literal["auto", "process", "thread", "inline"]
 
 
-class Route(msgspec.Struct, frozen=True, kw_only=True):
+class SinkSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One sink as configured: how to make it, and what is done to records on the way to it.
 
     `options` are those of a registered sink, named by `kind`, which another process can make again;
@@ -54,7 +54,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
         return f"{blob_name(self.name)[:80]}-{hashlib.sha256(about).hexdigest()[:8]}"
 
 
-def mode_of(route: Route, isolation: Isolation) -> Isolation:
+def mode_of(route: SinkSpec, isolation: Isolation) -> Isolation:
     """Return where a sink runs: the last resort of `auto` is a thread."""
     mode = route.isolation or isolation
     if mode == "auto":

@@ -21,17 +21,17 @@ import msgspec
 
 from trainbus.delivery.cursor import Cursor, Ledger
 from trainbus.delivery.receipt import SinkReport
-from trainbus.delivery.retry import Item, Lane, line
-from trainbus.delivery.spec import Route
+from trainbus.delivery.retry import Item, RetryQueue, line
+from trainbus.delivery.spec import SinkSpec
 from trainbus.delivery.transforms import Transform
 from trainbus.errors import JournalError
 from trainbus.events import ArtifactLogged, CheckpointSaved, Record, RunEnded, RunStarted, encode
 from trainbus.interfaces import RunInfo, Sink
 from trainbus.journal.directory import RunFolder, open_private
-from trainbus.journal.file_access import Files
+from trainbus.journal.file_access import FileResolver
 from trainbus.journal.locks import open_lock, try_lock
 from trainbus.journal.reader import Entry, RecordFile, RunReader, first_entry
-from trainbus.journal.writer import Journal
+from trainbus.journal.writer import JournalWriter
 
 logger = logging.getLogger("trainbus")
 
@@ -48,9 +48,9 @@ class SinkWorker:
 
     def __init__(
         self,
-        route: Route,
+        route: SinkSpec,
         folder: RunFolder,
-        files: Files,
+        files: FileResolver,
         *,
         attempt: int,
         after: tuple[int, int] | None = None,
@@ -95,12 +95,12 @@ class SinkWorker:
         self._known_attempt = 0
         self._is_at_end = False
         self._lock_fd: int | None = None
-        self.main = Lane(
+        self.main = RetryQueue(
             self._taken, self._bury, self._say, clock=clock, mark=functools.partial(mark, 0)
         )
-        self._uploads: Lane | None = None
+        self._uploads: RetryQueue | None = None
         if in_background:
-            self._uploads = Lane(
+            self._uploads = RetryQueue(
                 self._ledger.uploaded,
                 self._bury,
                 self._say,
@@ -219,7 +219,7 @@ class SinkWorker:
         taken, skipped, dead = counts if cursor.attempt == self._attempt else (0, 0, 0)
         with suppress(Exception):
             if self._sink is not None and not self.hung_for():
-                cursor.lost, cursor.where = self._sink.lost, self._sink.where
+                cursor.lost, cursor.location = self._sink.lost, self._sink.location
         pending = max(emitted - taken - skipped - dead, 0)
         errors = [
             self.main.error if pending or dead or self.opened is False else None,
@@ -235,7 +235,7 @@ class SinkWorker:
             pending=pending,
             lost=cursor.lost,
             superseded=cursor.superseded,
-            where=cursor.where,
+            location=cursor.location,
             error=next((e for e in errors if e), None),
         )
 
@@ -264,9 +264,9 @@ class SinkWorker:
             return Cursor(attempt=attempt, seq=seq, skipped=seq)
         if found is None:
             return Cursor(attempt=0 if self._is_replay else self._attempt)
-        if not found.closed and _is_volatile(self.route):
+        if not found.closed and _is_durable_only_after_close(self.route):
             # What it took since it was opened may have died with its process.
-            return Cursor(attempt=found.attempt, where=found.where)
+            return Cursor(attempt=found.attempt, location=found.location)
         return found
 
     def _read_from(self, cursor: Cursor) -> RunReader:
@@ -335,8 +335,8 @@ class SinkWorker:
             id=record.run,
             started=event,
             attempt=record.attempt,
-            again=self._known_attempt == record.attempt,
-            after=self._ledger.cursor.seq,
+            reopened=self._known_attempt == record.attempt,
+            resume_after=self._ledger.cursor.seq,
             pid=self._pid,
             base=self.route.base,
         )
@@ -367,7 +367,7 @@ class SinkWorker:
         for call in (sink.flush, sink.close):
             self.main.attempt(call)
         with suppress(Exception):
-            self._ledger.cursor.lost, self._ledger.cursor.where = sink.lost, sink.where
+            self._ledger.cursor.lost, self._ledger.cursor.location = sink.lost, sink.location
         self._sink = None
         self._ledger.cursor.closed = True
         self._ledger.save(0.0)
@@ -403,7 +403,7 @@ class SinkWorker:
             if not self._push_upload(lane):
                 self._stop.wait(POLL_S)
 
-    def _push_upload(self, lane: Lane) -> bool:
+    def _push_upload(self, lane: RetryQueue) -> bool:
         """Make one upload; False if there is none to make now."""
         sink = self._sink
         if sink is None or lane.stopped or not lane.todo or lane.wait():
@@ -446,7 +446,7 @@ def count(folder: RunFolder, attempt: int) -> int:
 
 
 def report_on_disk(
-    route: Route, folder: RunFolder, *, attempt: int, emitted: int, error: str | None
+    route: SinkSpec, folder: RunFolder, *, attempt: int, emitted: int, error: str | None
 ) -> SinkReport:
     """Return what the cursor tells of a sink whose worker can't be asked.
 
@@ -458,8 +458,8 @@ def report_on_disk(
         error: why the worker can't be asked; left out where nothing is missing.
     """
     cursor = Ledger(folder.cursor(route.key), time.monotonic).read() or Cursor()
-    if cursor.attempt != attempt or (not cursor.closed and _is_volatile(route)):
-        cursor = Cursor(where=cursor.where)
+    if cursor.attempt != attempt or (not cursor.closed and _is_durable_only_after_close(route)):
+        cursor = Cursor(location=cursor.location)
     pending = max(emitted - cursor.taken - cursor.skipped - cursor.dead, 0)
     return SinkReport(
         name=route.name,
@@ -469,12 +469,12 @@ def report_on_disk(
         dead=cursor.dead,
         pending=pending,
         lost=cursor.lost,
-        where=cursor.where,
+        location=cursor.location,
         error=error if pending else None,
     )
 
 
-def owe(route: Route, folder: RunFolder, attempt: int) -> None:
+def owe(route: SinkSpec, folder: RunFolder, attempt: int) -> None:
     """Note that a sink which nobody delivers to has got nothing of the attempt.
 
     A later attempt that it gets would else be taken for the first one.
@@ -488,14 +488,14 @@ def owe(route: Route, folder: RunFolder, attempt: int) -> None:
 def _is_sent(sink: Sink, record: Record) -> bool:
     """Return whether a sink sends the file of a checkpoint."""
     try:
-        return isinstance(record.event, CheckpointSaved) and sink.keeps(record.event)
+        return isinstance(record.event, CheckpointSaved) and sink.wants_files(record.event)
     except Exception:  # then it is not known, and `write` will tell
         return True
 
 
-def _is_volatile(route: Route) -> bool:
+def _is_durable_only_after_close(route: SinkSpec) -> bool:
     sample = route.sample()
-    return sample is not None and sample.volatile
+    return sample is not None and sample.durable_only_after_close
 
 
 _SYNC_S = 1.0
@@ -504,7 +504,7 @@ _SYNC_S = 1.0
 class ThreadedWorker:
     """A worker in a thread of its own."""
 
-    def __init__(self, worker: SinkWorker, journal: Journal | None = None) -> None:
+    def __init__(self, worker: SinkWorker, journal: JournalWriter | None = None) -> None:
         self.worker = worker
         self._journal = journal
         self._synced_at = time.monotonic()

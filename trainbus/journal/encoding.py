@@ -53,7 +53,7 @@ def unseal(line: bytes) -> bytes | None:
     return None
 
 
-class LineMaker:
+class RecordEncoder:
     """Makes lines of records; what is too large for one is kept as a blob.
 
     Args:
@@ -69,12 +69,12 @@ class LineMaker:
         folder: RunFolder,
         size: Callable[[], int],
         max_bytes: int,
-        keeps: Callable[[CheckpointSaved | ArtifactLogged], bool],
+        wants_files: Callable[[CheckpointSaved | ArtifactLogged], bool],
         warn: Callable[[str, str], None],
     ) -> None:
         self._size = size
         self._max_bytes = max_bytes
-        self._keeps = keeps
+        self._keeps = wants_files
         self._warn = warn
         self._blobs = Blobs(folder)
         self._codec = Codec(store=array_store(self._blobs, _ARRAY_IN_LINE, self._fits))

@@ -43,7 +43,7 @@ class Resolved(NamedTuple):
     """Whether it is a checkpoint that the trainer has overwritten or removed since."""
 
 
-class Files:
+class FileResolver:
     """Resolves the paths in records.
 
     Args:

@@ -35,7 +35,7 @@ from trainbus.events import (
 )
 from trainbus.interfaces import FilePath
 from trainbus.journal.directory import RunFolder
-from trainbus.journal.encoding import LONGEST_LINE, LineMaker
+from trainbus.journal.encoding import LONGEST_LINE, RecordEncoder
 from trainbus.journal.locks import try_lock
 
 logger = logging.getLogger("trainbus")
@@ -62,7 +62,7 @@ class JournalSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ] = []
 
 
-class Journal:
+class JournalWriter:
     """The records file of one attempt, open for writing; calls must not overlap."""
 
     def __init__(
@@ -72,7 +72,7 @@ class Journal:
         *,
         rank: int = 0,
         max_bytes: int = 2**31,
-        keeps: Callable[[CheckpointSaved | ArtifactLogged], bool] = lambda event: False,
+        wants_files: Callable[[CheckpointSaved | ArtifactLogged], bool] = lambda event: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Create the records file of an attempt, or of the next one that has none.
@@ -94,7 +94,9 @@ class Journal:
         self.dropped: Counter[str] = Counter()
         """What could not be kept, by event name."""
         self._undeclared: Counter[str] = Counter()
-        self._lines = LineMaker(folder, lambda: self._state.size, max_bytes, keeps, self._warn)
+        self._lines = RecordEncoder(
+            folder, lambda: self._state.size, max_bytes, wants_files, self._warn
+        )
         self._clock = clock
         self._max_bytes = max_bytes
         self._state = _State(0, 0, False)
@@ -290,7 +292,7 @@ class Journal:
             logger.warning("%s", text)
 
 
-class NoJournal:
+class NullJournal:
     """Stands where no directory could be written: numbers records, and keeps none."""
 
     folder = None

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainbus import normalize, redaction
-from trainbus.delivery.dispatcher import Delivery
+from trainbus.delivery.dispatcher import RunDispatcher
 from trainbus.delivery.receipt import Receipt
 from trainbus.delivery.worker import delivering
 from trainbus.distributed import current_rank
@@ -33,7 +33,7 @@ from trainbus.events import (
 )
 from trainbus.interfaces import RunInfo
 from trainbus.journal.recovery import true_end
-from trainbus.journal.writer import Journal, NoJournal
+from trainbus.journal.writer import JournalWriter, NullJournal
 from trainbus.paths import located
 from trainbus.recording import launched, peers, process_hooks
 from trainbus.recording.run_id import identify, mark
@@ -60,8 +60,8 @@ class Emitter:
         self._nesting = 0
         self._busy = False
         self._run: RunInfo | None = None
-        self._journal: Journal | NoJournal | None = None
-        self._delivery: Delivery | None = None
+        self._journal: JournalWriter | NullJournal | None = None
+        self._delivery: RunDispatcher | None = None
         self._owner = 0
         self._helps: bool | None = False
         self._shares_run = False
@@ -345,12 +345,12 @@ class Emitter:
                 finally:
                     self._close(delivery, event.status)
 
-    def _opened(self) -> tuple[RunInfo, Journal | NoJournal]:
+    def _opened(self) -> tuple[RunInfo, JournalWriter | NullJournal]:
         assert self._run is not None
         assert self._journal is not None
         return self._run, self._journal
 
-    def _deliver(self, run: RunInfo, journal: Journal | NoJournal) -> Delivery | None:
+    def _deliver(self, run: RunInfo, journal: JournalWriter | NullJournal) -> RunDispatcher | None:
         """Start what takes the run's records to the sinks; None if that failed before, or fails."""
         # It is missing after a Ctrl-C too, that came while the run was started.
         what = "no sink gets anything of this run before `trainbus replay`"
@@ -358,7 +358,7 @@ class Emitter:
             self._delivery = self._try(what, self._bus.open_delivery, run, journal)
         return self._delivery
 
-    def _close(self, delivery: Delivery | None, status: str) -> None:
+    def _close(self, delivery: RunDispatcher | None, status: str) -> None:
         dropped, self._dropped = self._dropped, 0
         unrecorded, self._unrecorded = self._unrecorded, 0
         try:
@@ -366,7 +366,7 @@ class Emitter:
                 delivery.dropped += dropped
                 delivery.unrecorded += unrecorded
                 self._bus.close_run(delivery, status)
-            elif isinstance(self._journal, Journal):
+            elif isinstance(self._journal, JournalWriter):
                 self._journal.close()
         finally:
             self._run = self._journal = self._delivery = None
@@ -390,7 +390,7 @@ class Emitter:
             logger.warning("%s", text)
 
 
-class MutedEmitter:
+class NullEmitter:
     """Stands where an emitter was, in a process that has no configuration to make a bus from."""
 
     services: frozenset[str] = frozenset()
@@ -410,21 +410,21 @@ class MutedEmitter:
         """Do nothing."""
 
 
-def reopen(rebuild: Callable[[], Bus] | None) -> Emitter | MutedEmitter:
+def reopen(rebuild: Callable[[], Bus] | None) -> Emitter | NullEmitter:
     """Return an emitter for this process, of a bus made anew from the configuration."""
     if rebuild is None:
         logger.warning(
             "a callback of trainbus reached another process without its sinks: "
             "configure them in a file (`trainbus.load`) to have that process log too"
         )
-        return MutedEmitter()
+        return NullEmitter()
     try:
         emitter = Emitter(rebuild())
         emitter.may_be_helper()
         return emitter
     except Exception as error:  # a configuration fault must not end a training that runs elsewhere
         logger.warning("this process logs nothing: %s", error)
-        return MutedEmitter()
+        return NullEmitter()
 
 
 def _is_helper() -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from trainbus.events import ended_by
 from trainbus.journal.directory import RunFolder, is_run_id, write_atomically
 from trainbus.journal.locks import is_being_written
-from trainbus.journal.writer import Journal
+from trainbus.journal.writer import JournalWriter
 
 _JOBS = ".jobs"
 
@@ -64,7 +64,7 @@ def report(parents: list[Path], rank: int, error: BaseException, now: float) -> 
         if is_run_id(run) and is_being_written(folder.records(attempt)):
             if folder.records(attempt, rank).exists():
                 return True
-            journal = Journal(folder, attempt, rank=rank)
+            journal = JournalWriter(folder, attempt, rank=rank)
             journal.append(ended_by(error), now)
             journal.close()
             return True

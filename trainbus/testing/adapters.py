@@ -46,7 +46,7 @@ from trainbus.events import (
 )
 from trainbus.interfaces import Detach, RunInfo, Sink
 from trainbus.journal.writer import JournalSpec
-from trainbus.recording.emitter import Emitter, MutedEmitter
+from trainbus.recording.emitter import Emitter, NullEmitter
 from trainbus.testing.child import run_in_child
 from trainbus.testing.grammar import check_grammar
 from trainbus.testing.scratch import Scratch
@@ -496,7 +496,7 @@ def _names(records: Sequence[Record]) -> list[str]:
     return [event_name(record.event) for record in records]
 
 
-def _emitters(root: object) -> Iterator[Emitter | MutedEmitter]:
+def _emitters(root: object) -> Iterator[Emitter | NullEmitter]:
     """Yield the emitters that an object holds, however deep."""
     seen: set[int] = set()
     todo: list[object] = [root]
@@ -505,7 +505,7 @@ def _emitters(root: object) -> Iterator[Emitter | MutedEmitter]:
         if id(item) in seen or isinstance(item, type | ModuleType):
             continue
         seen.add(id(item))
-        if isinstance(item, Emitter | MutedEmitter):
+        if isinstance(item, Emitter | NullEmitter):
             yield item
         elif isinstance(item, FunctionType):  # its globals would lead everywhere
             todo += [item.__closure__, item.__defaults__, item.__dict__]

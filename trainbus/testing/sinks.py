@@ -57,7 +57,7 @@ class SinkConformance(ABC):
     heavy: ClassVar[Sequence[str]] = ()
     extra: ClassVar[str | None] = None
     secrets: ClassVar[Sequence[str]] = ()
-    keeps: ClassVar[Sequence[type[Any]]] = (MetricsLogged,)
+    stores: ClassVar[Sequence[type[Any]]] = (MetricsLogged,)
     keeps_unknown: ClassVar[bool] = False
     reopens: ClassVar[bool] = True
     deadline_s: ClassVar[float] = 120.0
@@ -88,7 +88,7 @@ class SinkConformance(ABC):
 
     def test_keeps_what_it_says(self, tmp_path: Path) -> None:
         """Each event type that the sink is there for changes what is stored."""
-        for kind in self.keeps:
+        for kind in self.stores:
             others = [record for record in self._records() if not isinstance(record.event, kind)]
             stored = self._stored(tmp_path / kind.__name__, [others])
             assert stored != self._whole(), f"{kind.__name__} left nothing behind"
@@ -180,7 +180,7 @@ class SinkConformance(ABC):
         both = self._stored(tmp_path / "both", [second])
         assert begun != both, "nothing of the second attempt is stored"
         assert continued != both, "nothing of the first attempt is left"
-        if MetricsLogged in self.keeps:
+        if MetricsLogged in self.stores:
             for part in ("firstpart", "secondpart"):
                 assert part in repr(both), f"the metric {part!r} is missing from what is stored"
 
@@ -241,7 +241,7 @@ class SinkConformance(ABC):
         with _shown() as shown:
             sink = self._deliver(tmp_path / "store", [self._records()])
         given = repr(msgspec.to_builtins(sink.options))
-        texts = [repr(sink), str(sink), repr(sink.options), str(sink.options), str(sink.where)]
+        texts = [repr(sink), str(sink), repr(sink.options), str(sink.options), str(sink.location)]
         for secret in self.secrets:
             assert secret in given, "`make` gives the sink no such secret"
             for text in (*texts, shown.getvalue()):

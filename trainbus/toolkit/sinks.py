@@ -26,7 +26,7 @@ from trainbus.journal.directory import write_atomically
 Position = tuple[int, int]
 
 
-class Taken:
+class SeenRecords:
     """Which records a store has: what comes again, after a crash or in a replay, is left out.
 
     For stores that can't be asked: the position of the last record is kept in a file beside them.
@@ -111,7 +111,7 @@ def is_wanted(wanted: Wanted, event: CheckpointSaved | ArtifactLogged) -> bool:
     return wanted == "best" and event.kind == "last"
 
 
-class Overwritten:
+class LatestCheckpoints:
     """Checkpoints of which only the files' state at the end counts: the trainer overwrites them.
 
     For stores that can't replace what they have.
@@ -220,7 +220,7 @@ def interrupt_training(run: RunInfo) -> bool:
     return True
 
 
-def axis(event: Any) -> int:
+def x_position(event: Any) -> int:
     """Return where an event says that it stands: at its step, else the epochs done, else 0."""
     if event.step is not None:
         return int(event.step)
@@ -245,7 +245,7 @@ class Timeline:
         """Return where an event stands: at its step, else at the epochs done, else at the last."""
         if event.step is None and event.epoch is None:
             return self.last
-        at = axis(event)
+        at = x_position(event)
         if isinstance(event, MetricsLogged) and not event.final:
             self.last = at
         return at
