@@ -13,27 +13,27 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 SPREAD = (
-    "tests/adapters/test_ultralytics.py",
-    "tests/test_faults.py",
-    "tests/test_kill.py",
-    "tests/test_auto.py",
-    "tests/test_exits.py",
-    "tests/test_readme.py",
-    "tests/test_adversity.py",
+    "tests/frameworks/ultralytics/test_ultralytics.py",
+    "tests/chaos/test_faults.py",
+    "tests/chaos/test_kill.py",
+    "tests/process/test_launch.py",
+    "tests/process/test_process_hooks.py",
+    "tests/process/test_readme.py",
+    "tests/chaos/test_adversity.py",
 )
 """Files whose tests share nothing but what is made once a session."""
 
 FIRST = (
-    "tests/test_everything.py",
-    "tests/test_parity.py",
-    "tests/adapters/test_lightning.py",
-    "tests/adapters/test_transformers.py",
-    "tests/adapters/test_accelerate.py",
-    "tests/adapters/test_keras.py",
-    "tests/test_registry.py",
-    "tests/test_packaging.py",
-    "tests/test_examples.py",
-    "tests/test_benchmarks.py",
+    "tests/chaos/test_everything.py",
+    "tests/chaos/test_parity.py",
+    "tests/frameworks/lightning/test_lightning.py",
+    "tests/frameworks/transformers/test_transformers.py",
+    "tests/frameworks/accelerate/test_accelerate.py",
+    "tests/frameworks/keras/test_keras.py",
+    "tests/process/test_registry.py",
+    "tests/process/test_packaging.py",
+    "tests/process/test_examples.py",
+    "tests/process/test_benchmarks.py",
     *SPREAD,
 )
 """What takes longest: it starts first, and what is short fills the gaps at the end."""

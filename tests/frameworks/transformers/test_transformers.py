@@ -40,7 +40,7 @@ from trainbus.testing import AdapterConformance, Training, check_grammar
 # transformers, accelerate and torch warn of their own deprecations.
 pytestmark = pytest.mark.filterwarnings("default")
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STEPS = 4
 
 

@@ -15,7 +15,7 @@ from support.train import LEARNER, weights_hash
 from support.trained import Trained
 from support.wandb_content import numbers, pictures, tables
 
-PARITY = Path(__file__).parent.parent / "docs" / "parity.md"
+PARITY = Path(__file__).parents[2] / "docs" / "parity.md"
 
 OURS_ALONE = {
     "model/gradients",

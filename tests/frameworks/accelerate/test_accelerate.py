@@ -42,7 +42,7 @@ from trainbus.testing import AdapterConformance, MemorySink, Training, check_gra
 # torch and accelerate warn of their own deprecations.
 pytestmark = pytest.mark.filterwarnings("default")
 
-SCRIPT = Path(__file__).parents[1] / "support" / "accelerate_ddp.py"
+SCRIPT = Path(__file__).parents[2] / "support" / "accelerate_ddp.py"
 TWO = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 
 

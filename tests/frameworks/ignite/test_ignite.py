@@ -701,7 +701,7 @@ def run_script(folder: Path, code: str) -> str:
     done = subprocess.run(
         [sys.executable, "script.py"],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
         timeout=300,

@@ -16,7 +16,7 @@ import pytest
 
 import trainbus
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # A module imports only from the lines above its own.
 LAYERS = [

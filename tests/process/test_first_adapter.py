@@ -13,7 +13,7 @@ import pytest
 from trainbus.events import EpochEnded, MetricsLogged, RunEnded, decode
 from trainbus.testing import check_grammar
 
-PAGE = Path(__file__).parents[1] / "docs" / "your-first-adapter.md"
+PAGE = Path(__file__).parents[2] / "docs" / "your-first-adapter.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"# file: (\S+)\n")
 

@@ -20,7 +20,7 @@ from trainbus import Record
 from trainbus.events import MetricsLogged, decode
 from trainbus.testing import check_grammar
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHIM = ROOT / "tests" / "support" / "torchvision_cpu.py"
 EPOCHS = list(range(1, 13))
 NO_CODE = {

@@ -38,7 +38,7 @@ from trainbus.cli.app import app
 from trainbus.config.schema import SINK_KEYS, json_schema
 from trainbus.delivery.transforms import TransformSpec
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "config").glob("*.yaml"))
+EXAMPLES = sorted((Path(__file__).parents[2] / "config").glob("*.yaml"))
 SECRET = "hunter2-s3cret"
 ONE_SINK = "sinks: {a: {type: jsonl}}\n"
 

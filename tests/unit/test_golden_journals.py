@@ -15,7 +15,7 @@ from trainbus.journal.directory import RunFolder
 from trainbus.journal.file_access import FileResolver
 from trainbus.journal.reader import Entry, RunReader
 
-KEPT = RunFolder(Path(__file__).parent / "data" / "journal-1")
+KEPT = RunFolder(Path(__file__).parents[1] / "data" / "journal-1")
 
 
 def entries_of(folder: RunFolder) -> tuple[list[Entry], tuple[int, int]]:

@@ -22,7 +22,7 @@ from trainbus.journal.reader import RunReader
 from trainbus.journal.recovery import last_record, recover, write_end
 from trainbus.journal.writer import JournalWriter
 
-TESTS = str(Path(__file__).parent)
+TESTS = str(Path(__file__).parents[1])
 DEADLINE_S = 60.0
 PROGRAM = f"""
 import sys

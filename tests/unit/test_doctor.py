@@ -150,7 +150,7 @@ def test_what_every_plugin_relies_on_is_there(tmp_path: Path) -> None:
     """The frameworks and trackers that tests install are those the plugins were tested with."""
     done = subprocess.run(
         [sys.executable, "-c", HERE],
-        env=os.environ | {"KERAS_BACKEND": "torch", "PYTHONPATH": str(Path(__file__).parent)},
+        env=os.environ | {"KERAS_BACKEND": "torch", "PYTHONPATH": str(Path(__file__).parents[1])},
         cwd=tmp_path,
         capture_output=True,
         text=True,

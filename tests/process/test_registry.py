@@ -14,7 +14,7 @@ import pytest
 from trainbus import NoAdapterError, PluginError, Sink, UnknownPluginError, registry
 from trainbus.registry import ADAPTERS, SINKS, adapter_for, plugins, sink_class
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def register(monkeypatch: pytest.MonkeyPatch, group: str, **values: str) -> None:

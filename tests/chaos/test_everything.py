@@ -22,7 +22,7 @@ from trainbus.journal.directory import RunFolder
 # Trackers warn of their own deprecations, in this process too.
 pytestmark = pytest.mark.filterwarnings("default")
 
-CONFIG = Path(__file__).parents[1] / "config" / "everything.yaml"
+CONFIG = Path(__file__).parents[2] / "config" / "everything.yaml"
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "1",

@@ -11,7 +11,7 @@ import pytest
 
 from support import train
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHIM = ROOT / "tests" / "support" / "torchvision_cpu.py"
 NUMBER = r" +[\d.]+"
 SHAPES = {

@@ -18,7 +18,7 @@ def scope(nodeid: str) -> str:
 
 def test_files_stay_together() -> None:
     """The tests of a file go together, unless each of them starts processes of its own."""
-    spread, whole = "tests/test_kill.py", "tests/test_run.py"
+    spread, whole = "tests/chaos/test_kill.py", "tests/unit/test_run.py"
     assert [whole, whole] == [scope(f"{whole}::test_a"), scope(f"{whole}::TestB::test_c[x::y]")]
     assert f"{spread}::test_a[1]" == scope(f"{spread}::test_a[1]")
     assert f"{spread}::TestB" == scope(f"{spread}::TestB::test_c[x::y]")
