@@ -23,11 +23,11 @@ _WITH_PATHS = frozenset({RunStarted, ImageLogged, CheckpointSaved, ArtifactLogge
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
-def located(event: Event) -> Event:
+def with_absolute_paths(event: Event) -> Event:
     """Return an event whose paths do not depend on the working directory.
 
     Addresses such as `s3://…` stay as they are. So do paths for which no working directory can be
-    found, because it was deleted: `is_located` is False for them.
+    found, because it was deleted: `is_absolute` is False for them.
     """
     if type(event) not in _WITH_PATHS:  # nearly all of them
         return event
@@ -49,13 +49,13 @@ def located(event: Event) -> Event:
             return event
 
 
-def is_located(path: str) -> bool:
+def is_absolute(path: str) -> bool:
     """Return whether a path is the same in every working directory."""
     return os.path.isabs(path) or _ADDRESS.match(path) is not None
 
 
 def _absolute(path: Any) -> Any:
-    if not path or is_located(path):
+    if not path or is_absolute(path):
         return path
     try:
         # `..` is kept: behind a link it leads elsewhere than the text says.

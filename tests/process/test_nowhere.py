@@ -161,10 +161,10 @@ def test_another_rank_trusts_no_spare_folder_of_somebody_else(
     journal = JournalWriter(folder)
     bus = Bus(journal=JournalSpec(dir=str(tmp_path / "none")))
     spare.chmod(0o777)
-    bus._emitter().failed_on(1, ValueError("no"))
+    bus.emitter().failed_on(1, ValueError("no"))
     assert [0] == folder.ranks(1)
     spare.chmod(0o700)
-    bus._emitter().failed_on(1, ValueError("no"))
+    bus.emitter().failed_on(1, ValueError("no"))
     assert [0, 1] == folder.ranks(1)
     journal.close()
 
@@ -233,7 +233,7 @@ def _no(*args: object, **named: object) -> Any:
         "trainbus.recording.emitter.process_hooks.unwatch",
         "trainbus.recording.emitter.peers.announce",
         "trainbus.recording.emitter.peers.withdraw",
-        "trainbus.recording.emitter.true_end",
+        "trainbus.recording.emitter.end_with_cause",
         "trainbus.recording.emitter.normalize.event",
         "trainbus.bus.Delivery",
         "trainbus.bus.RunFolder.create",

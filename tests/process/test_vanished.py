@@ -140,15 +140,15 @@ def test_a_journal_that_is_there_is_not_said_to_be_gone(
         raise PermissionError(13, "no", path)
 
     monkeypatch.setattr(os, "stat", refused)
-    journal.look()
+    journal.check_file()
     monkeypatch.setattr(os, "stat", real)
     assert (False, 0) == (journal.is_gone, journal.unsaved)
     folder.path.rename(tmp_path / "away")
-    journal.look()
+    journal.check_file()
     assert journal.is_gone
     (tmp_path / "away").rename(folder.path)
-    journal.look()
+    journal.check_file()
     assert not journal.is_gone
     journal.close()
-    journal.look()
+    journal.check_file()
     assert not journal.is_gone

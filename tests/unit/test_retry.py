@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trainbus.delivery.retry import Item, RetryQueue, classify, line
+from trainbus.delivery.retry import QueuedRecord, RetryQueue, classify, line
 from trainbus.errors import SinkError
 from trainbus.events import EpochStarted, Record
 
@@ -78,10 +78,10 @@ class Rig:
         self.reasons.append(reason)
 
 
-def item(seq: int, *, wanted: bool = True) -> Item:
+def item(seq: int, *, wanted: bool = True) -> QueuedRecord:
     """Return a record on its way."""
     record = Record(seq=seq, run="run", time=float(seq), event=EpochStarted(epoch=seq))
-    return Item(record, record if wanted else None)
+    return QueuedRecord(record, record if wanted else None)
 
 
 TRANSIENT = [
@@ -293,7 +293,7 @@ def test_an_attempt_backs_off_or_stops() -> None:
 
     waits = []
     for _ in range(2):
-        assert not rig.lane.attempt(open_it, saying="can't be opened")
+        assert not rig.lane.attempt(open_it, failure_text="can't be opened")
         waits.append(rig.lane.wait())
     assert ([1, 2], False) == (waits, rig.lane.stopped)
     assert not rig.lane.attempt(open_it)

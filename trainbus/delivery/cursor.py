@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from trainbus.delivery.retry import Item
+from trainbus.delivery.retry import QueuedRecord
 from trainbus.journal.directory import make_folder, write_atomically
 
 _MANY = 500
@@ -57,11 +57,11 @@ class Ledger:
         except (OSError, msgspec.DecodeError):
             return None
 
-    def begin(self, cursor: Cursor) -> None:
+    def start(self, cursor: Cursor) -> None:
         """Go on from a cursor, which is saved from now on."""
         self.cursor, self._is_begun = cursor, True
 
-    def took(self, items: Sequence[Item], offset: int | None) -> None:
+    def count_taken(self, items: Sequence[QueuedRecord], offset: int | None) -> None:
         """Count what the sink took or did not want, and where to read on, if that is known."""
         with self._mutex:
             self._count(items)
@@ -70,27 +70,27 @@ class Ledger:
                 self.cursor.offset = offset
         self._unsaved += len(items)
 
-    def uploads(self, seq: int) -> None:
+    def start_upload(self, seq: int) -> None:
         """Note that the files of a record are on their way."""
         with self._mutex:
             if seq not in self.cursor.uploads:
                 self.cursor.uploads = [*self.cursor.uploads, seq]
             self.cursor.seq = max(self.cursor.seq, seq)
 
-    def uploaded(self, items: Sequence[Item]) -> None:
+    def finish_upload(self, items: Sequence[QueuedRecord]) -> None:
         """Count records whose files are there."""
         with self._mutex:
             done = {item.record.seq for item in items}
             self.cursor.uploads = [s for s in self.cursor.uploads if s not in done]
             self._count(items)
 
-    def _count(self, items: Sequence[Item]) -> None:
+    def _count(self, items: Sequence[QueuedRecord]) -> None:
         skipped = sum(item.is_filtered_out for item in items)
         self.cursor.skipped += skipped
         self.cursor.taken += len(items) - skipped
         self.cursor.superseded += sum(item.is_superseded for item in items)
 
-    def buried(self, seq: int) -> None:
+    def count_rejected(self, seq: int) -> None:
         """Count a record that the sink can't take."""
         with self._mutex:
             self.cursor.dead += 1

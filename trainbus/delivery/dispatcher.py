@@ -14,9 +14,10 @@ from collections.abc import Sequence
 
 from trainbus.delivery.receipt import Receipt, save_receipt, split_unsaved
 from trainbus.delivery.sidecar import Sidecar, SidecarRun
-from trainbus.delivery.spec import Isolation, SinkSpec, mode_of
+from trainbus.delivery.spec import Isolation, SinkSpec, isolation_of
 from trainbus.delivery.worker import POLL_S, SinkWorker, ThreadedWorker, delivering, owe
 from trainbus.errors import SinkError
+from trainbus.events import Record
 from trainbus.interfaces import RunInfo
 from trainbus.journal.file_access import FileResolver
 from trainbus.journal.writer import JournalWriter, NullJournal
@@ -77,7 +78,7 @@ class RunDispatcher:
             return
         elsewhere = []
         for route in routes:
-            mode = mode_of(route, isolation)
+            mode = isolation_of(route, isolation)
             if mode == "inline":
                 self._inline.append(self._worker(route, journal, in_background=False))
             elif mode == "thread":
@@ -93,8 +94,12 @@ class RunDispatcher:
                 why = self._sidecar.unserved[refused[0].name]
                 logger.warning("sinks run in threads of the training process: %s", why)
 
-    def poke(self) -> None:
-        """Do what is to be done after a record was written; raises a Ctrl-C that came in a sink."""
+    def on_record(self, run: str, record: Record) -> None:
+        """Run inline sinks and look after the delivery processes, after a record was written.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C came in an inline sink.
+        """
         interrupt = None
         for worker in self._inline:
             while not worker.step() and worker.main.interrupt is None:
@@ -109,7 +114,7 @@ class RunDispatcher:
             if not self._is_synced_elsewhere() and isinstance(self._journal, JournalWriter):
                 self._journal.sync()
             if isinstance(self._journal, JournalWriter):
-                self._journal.look()
+                self._journal.check_file()
 
     def hurry(self, secs: float) -> None:
         """Wait no longer than that for the sinks, also if `close` is waiting already."""
@@ -240,7 +245,7 @@ class RunDispatcher:
         found = {worker.route.name: worker.report(emitted) for worker in workers}
         if self._sidecar is not None:
             found |= {report.name: report for report in self._sidecar.reports(emitted)}
-        journal.look()
+        journal.check_file()
         receipt = Receipt(
             run=self._run.id,
             status=status,

@@ -15,7 +15,7 @@ import msgspec
 from trainbus.delivery.receipt import Receipt, SinkReport, save_receipt
 from trainbus.delivery.sidecar import Sidecar, SidecarRun
 from trainbus.delivery.sidecar_protocol import ReplayTask
-from trainbus.delivery.spec import SinkSpec, mode_of
+from trainbus.delivery.spec import SinkSpec, isolation_of
 from trainbus.delivery.worker import POLL_S, SinkWorker, count
 from trainbus.errors import JournalError
 from trainbus.events import RunEnded
@@ -139,7 +139,7 @@ class _Task(NamedTuple):
 
         A sink may end the process that it runs in, so that another one has it where that can be.
         """
-        if mode_of(route, "auto") == "process":
+        if isolation_of(route, "auto") == "process":
             replay = ReplayTask(after=self.after, trusted=[str(path) for path in self.trusted])
             run = sidecar.open(self.folder, self.attempt, [route], self.flush_secs, replay=replay)
             if not run.refused:
@@ -157,7 +157,7 @@ class _Task(NamedTuple):
         run.stop(_HALT_S)
         self.files.damaged += run.damaged
         self.files.refused += run.refused_files
-        self.files.note(run.changed_files)
+        self.files.add_changed(run.changed_files)
         emitted = run.emitted
         (report,) = run.reports(self.expected if emitted is None else emitted)
         self.tell(Progress(route.name, report.taken + report.skipped + report.dead, self.expected))

@@ -35,7 +35,7 @@ _FATAL = (ImportError, MissingPackageError, PermissionError)
 _NEVER_BETTER = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 
 
-class Item(NamedTuple):
+class QueuedRecord(NamedTuple):
     """A record as it stands in the journal, and as the sink shall see it (None: not at all)."""
 
     record: Record
@@ -54,7 +54,7 @@ class RetryQueue:
 
     def __init__(
         self,
-        taken: Callable[[Sequence[Item]], None],
+        taken: Callable[[Sequence[QueuedRecord]], None],
         dead: Callable[[Record, str], None],
         say: Callable[[str], None],
         *,
@@ -62,7 +62,7 @@ class RetryQueue:
         jitter: Callable[[float, float], float] | None = None,
         mark: Callable[[bool], None] = lambda is_called: None,
     ) -> None:
-        self.todo: deque[Item] = deque()
+        self.todo: deque[QueuedRecord] = deque()
         self.stopped = False
         """Whether no further call can go well."""
         self.error: str | None = None
@@ -92,9 +92,9 @@ class RetryQueue:
         self._not_before = 0.0
         self._is_finishing = True
 
-    def attempt(self, call: Callable[..., Any], *args: Any, saying: str = _FAILED) -> bool:
+    def attempt(self, call: Callable[..., Any], *args: Any, failure_text: str = _FAILED) -> bool:
         """Return whether a call of the sink that is not about single records went well."""
-        error = self._call(call, *args, saying=saying)
+        error = self._call(call, *args, failure_text=failure_text)
         if error is None:
             self._wait = _FIRST_WAIT_S
             return True
@@ -132,7 +132,7 @@ class RetryQueue:
         else:
             self._refuse(items[0])
 
-    def _refuse(self, item: Item) -> None:
+    def _refuse(self, item: QueuedRecord) -> None:
         self._tries += 1
         if self._tries < _TRIES:
             return
@@ -143,7 +143,7 @@ class RetryQueue:
             self._say(f"refused {_DEAD_IN_A_ROW} records in a row; the others wait in the journal")
             self._not_before = self._clock() + self._next_wait()
 
-    def _leave(self, items: Sequence[Item]) -> None:
+    def _leave(self, items: Sequence[QueuedRecord]) -> None:
         for _ in items:
             self.todo.popleft()
         self._tries = 0
@@ -163,7 +163,7 @@ class RetryQueue:
         return wait * self._jitter(1 - _JITTER, 1 + _JITTER)
 
     def _call(
-        self, call: Callable[..., Any], *args: Any, saying: str = _FAILED
+        self, call: Callable[..., Any], *args: Any, failure_text: str = _FAILED
     ) -> BaseException | None:
         self.busy_since = self._clock()
         self._mark(True)
@@ -175,7 +175,7 @@ class RetryQueue:
             return interrupt
         except BaseException as error:
             if self.error is None:
-                self._say(f"{saying}: {line(error)}")
+                self._say(f"{failure_text}: {line(error)}")
             self.error = line(error)
             return error
         finally:

@@ -37,7 +37,7 @@ from trainbus.delivery.sidecar_protocol import (
     ReplayTask,
     RunDone,
     RunProgress,
-    Said,
+    LogWarning,
     SinkOpened,
     SinkTask,
     StopRun,
@@ -242,7 +242,7 @@ class Sidecar:
     def _hear(self, child: _Child) -> None:
         for message, _ in child.outbox.take():
             match message:
-                case Said():
+                case LogWarning():
                     logger.warning("%s", message.text)
                 case SinkOpened() if run := self._runs.get(message.run):
                     run.opened[message.sink] = message.error

@@ -28,7 +28,7 @@ from trainbus.delivery.sidecar_protocol import (
     OpenRun,
     RunDone,
     RunProgress,
-    Said,
+    LogWarning,
     SinkOpened,
     SinkTask,
     StopRun,
@@ -362,7 +362,7 @@ class _Forward(logging.Handler):
         self._host = host
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._host.say(Said(text=record.getMessage()))
+        self._host.say(LogWarning(text=record.getMessage()))
 
 
 def _route(sink: SinkTask) -> SinkSpec:

@@ -99,7 +99,7 @@ class SinkOpened(msgspec.Struct, kw_only=True, tag="opened"):
     error: str | None = None
 
 
-class Said(msgspec.Struct, kw_only=True, tag="said"):
+class LogWarning(msgspec.Struct, kw_only=True, tag="warning"):
     """To the training: a warning for the user."""
 
     text: str
@@ -127,12 +127,12 @@ class RunDone(msgspec.Struct, kw_only=True, tag="done"):
 
 
 ToSidecar: TypeAlias = Hello | OpenRun | FinishRun | StopRun
-ToTraining: TypeAlias = SinkOpened | Said | RunProgress | RunDone
+ToTraining: TypeAlias = SinkOpened | LogWarning | RunProgress | RunDone
 
 T = TypeVar("T")
 
 
-class Letter(NamedTuple, Generic[T]):
+class Received(NamedTuple, Generic[T]):
     """A message, and the lines of a journal that go with it."""
 
     message: T
@@ -176,9 +176,9 @@ class Mailbox(Generic[T]):
             self._is_writing = False
         return True
 
-    def take(self) -> list[Letter[T]]:
+    def take(self) -> list[Received[T]]:
         """Return the messages that have come."""
-        found: list[Letter[T]] = []
+        found: list[Received[T]] = []
         at = self._at
         while len(head := os.pread(self.fd, _HEAD, at)) == _HEAD:
             size, more = int(head[:16], 16), int(head[16:], 16)
@@ -187,7 +187,7 @@ class Mailbox(Generic[T]):
             body = _read(self.fd, at + _HEAD, size)
             lines = _read(self.fd, at + _HEAD + size, more).splitlines(keepends=True)
             message: T = msgspec.convert(json.loads(body), self._kind)
-            found.append(Letter(message, lines))
+            found.append(Received(message, lines))
             if more > _BIG:
                 _free(self.fd, at, at + _HEAD + size + more)
             at += _HEAD + size + more

@@ -54,7 +54,7 @@ class SinkSpec(msgspec.Struct, frozen=True, kw_only=True):
         return f"{blob_name(self.name)[:80]}-{hashlib.sha256(about).hexdigest()[:8]}"
 
 
-def mode_of(route: SinkSpec, isolation: Isolation) -> Isolation:
+def isolation_of(route: SinkSpec, isolation: Isolation) -> Isolation:
     """Return where a sink runs: the last resort of `auto` is a thread."""
     mode = route.isolation or isolation
     if mode == "auto":

@@ -21,7 +21,7 @@ import msgspec
 
 from trainbus.delivery.cursor import Cursor, Ledger
 from trainbus.delivery.receipt import SinkReport
-from trainbus.delivery.retry import Item, RetryQueue, line
+from trainbus.delivery.retry import QueuedRecord, RetryQueue, line
 from trainbus.delivery.spec import SinkSpec
 from trainbus.delivery.transforms import Transform
 from trainbus.errors import JournalError
@@ -101,7 +101,7 @@ class SinkWorker:
         self._uploads: RetryQueue | None = None
         if in_background:
             self._uploads = RetryQueue(
-                self._ledger.uploaded,
+                self._ledger.finish_upload,
                 self._bury,
                 self._say,
                 clock=clock,
@@ -250,7 +250,7 @@ class SinkWorker:
         self.main.error = None
         found = self._ledger.read()
         self._known_attempt = found.attempt if found else 0
-        self._ledger.begin(self._where_to_begin(found))
+        self._ledger.start(self._where_to_begin(found))
         self._reader = self._read_from(self._ledger.cursor)
         self._reader.add(self._extra)
         if found is None:
@@ -288,7 +288,7 @@ class SinkWorker:
         attempt = self._staged[0].record.attempt
         if attempt != self._ledger.cursor.attempt:
             self._leave()
-            self._ledger.begin(Cursor(attempt=attempt))
+            self._ledger.start(Cursor(attempt=attempt))
         return True
 
     def _dispatch(self) -> None:
@@ -305,7 +305,7 @@ class SinkWorker:
                 record, is_superseded = self._files.take(entry, is_sent=_is_sent(sink, record))
             wanted = self._transform(record)
             is_superseded = is_superseded and wanted is not None
-            item = Item(record, None if is_superseded else wanted, is_superseded)
+            item = QueuedRecord(record, None if is_superseded else wanted, is_superseded)
             if uploads is not None and isinstance(record.event, CheckpointSaved | ArtifactLogged):
                 self._upload(item)
             else:
@@ -342,7 +342,7 @@ class SinkWorker:
         )
         self._ledger.cursor.closed = False
         text = "can't be opened, training goes on without it"
-        if not self.main.attempt(self._make_and_open, run, saying=text):
+        if not self.main.attempt(self._make_and_open, run, failure_text=text):
             self.opened = False
             return False
         self.opened = True
@@ -372,18 +372,18 @@ class SinkWorker:
         self._ledger.cursor.closed = True
         self._ledger.save(0.0)
 
-    def _taken(self, items: Sequence[Item]) -> None:
+    def _taken(self, items: Sequence[QueuedRecord]) -> None:
         is_all = not self.main.todo and not self._staged
-        self._ledger.took(items, self._reader.offset if is_all and self._reader else None)
+        self._ledger.count_taken(items, self._reader.offset if is_all and self._reader else None)
         if isinstance(items[-1].record.event, RunEnded):
             self._leave()
             self.done = items[-1].record.attempt >= self._attempt
         else:
             self._ledger.save(_SAVE_S)
 
-    def _upload(self, item: Item) -> None:
+    def _upload(self, item: QueuedRecord) -> None:
         assert self._uploads is not None
-        self._ledger.uploads(item.record.seq)
+        self._ledger.start_upload(item.record.seq)
         self._uploads.todo.append(item)
         if self._uploader is None:
             name = f"trainbus uploads to {self.route.name}"
@@ -412,7 +412,7 @@ class SinkWorker:
         return True
 
     def _bury(self, record: Record, reason: str) -> None:
-        self._ledger.buried(record.seq)
+        self._ledger.count_rejected(record.seq)
         path = self._folder.dead(self.route.key)
         about: Any = {"run": record.run, "attempt": record.attempt, "seq": record.seq}
         with suppress(RecursionError):  # what is nested too deep to be written is still counted
@@ -481,7 +481,7 @@ def owe(route: SinkSpec, folder: RunFolder, attempt: int) -> None:
     """
     ledger = Ledger(folder.cursor(route.key), time.monotonic)
     if ledger.read() is None:
-        ledger.begin(Cursor(attempt=attempt))
+        ledger.start(Cursor(attempt=attempt))
         ledger.save(0.0)
 
 

@@ -28,7 +28,7 @@ from trainbus.journal.blobs import Blob, Blobs
 from trainbus.journal.directory import RunFolder
 from trainbus.journal.file_states import FileState, change_of
 from trainbus.journal.reader import Entry
-from trainbus.paths import is_located
+from trainbus.paths import is_absolute
 
 logger = logging.getLogger("trainbus")
 
@@ -74,7 +74,7 @@ class FileResolver:
         """
         return list({**self._changed, **self._superseded}.values())
 
-    def note(self, changed: Sequence[str]) -> None:
+    def add_changed(self, changed: Sequence[str]) -> None:
         """Add lines to `changed` that another process has found."""
         self._changed |= {line: line for line in changed}
 
@@ -148,7 +148,7 @@ class FileResolver:
                 return str(self._blobs.find(kept[path]))
             except JournalError as error:
                 self.damaged.append(str(error))
-        elif not is_located(path):
+        elif not is_absolute(path):
             self._change(
                 path,
                 f"{path!r} was logged without its folder, expected an absolute path: which file "

@@ -89,14 +89,14 @@ def recover(folder: RunFolder, *, now: float, upto: int | None = None) -> int:
         time = max(last.time, path.stat().st_mtime) if last else now
         error = Failure(type="ProcessLost", message=REASON_LOST)
         event = RunEnded(status="failed", reason=REASON_LOST, error=error)
-        event = true_end(folder, attempt, event)
+        event = end_with_cause(folder, attempt, event)
         run = last.run if last else folder.run
         end = Record(seq=seq + 1, run=run, time=time, event=event, attempt=attempt)
         count += write_end(folder, end)
     return count
 
 
-def true_end(folder: RunFolder, attempt: int, end: RunEnded) -> RunEnded:
+def end_with_cause(folder: RunFolder, attempt: int, end: RunEnded) -> RunEnded:
     """Return the end of a run, with the failure of another rank as its cause if there is one."""
     if end.status == "finished":
         return end

@@ -107,7 +107,7 @@ class JournalWriter:
         self._fault = ""
         self._warned: set[str] = set()
         self.is_gone = False
-        """Whether the file was not where it should be when `look` looked."""
+        """Whether the file was not where it should be when `check_file` last looked."""
         attempt = max([attempt, *(n + 1 for n in folder.attempts(rank))])
         self._fd, self.attempt = _create(folder, attempt, rank)
 
@@ -168,7 +168,7 @@ class JournalWriter:
         with suppress(OSError, AttributeError):  # no such call on macOS
             os.fdatasync(self._fd)
 
-    def look(self) -> None:
+    def check_file(self) -> None:
         """Find out whether the file is still there: what is written to a deleted one is lost."""
         if self._fd < 0:
             return

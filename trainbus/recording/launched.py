@@ -13,7 +13,7 @@ RECORDED = "TRAINBUS_RECORDED"
 """Variable with the file that a child makes when it records; empty once the command has."""
 
 
-def recorded() -> None:
+def note_recorded() -> None:
     """Note that a run has begun: the end of a command says so if nothing was recorded in it."""
     path = os.environ.get(RECORDED)
     if not path:

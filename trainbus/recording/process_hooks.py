@@ -74,10 +74,10 @@ def unwatch(run: OpenRun) -> None:
     """Forget a run that has ended, and with the last one take the hooks out again."""
     with _mutex:
         _open.discard(run)
-        tidy()
+        remove_unused_hooks()
 
 
-def tidy() -> None:
+def remove_unused_hooks() -> None:
     """Take the hooks out where no run is open any more: one may be gone without an end."""
     with _mutex:
         if _open:
@@ -92,7 +92,7 @@ def tidy() -> None:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def signals_deferred() -> Iterator[None]:
     """Run a block, of no more than a few lines for the disk, before any handler of others.
 
     What handles SIGTERM or Ctrl-C may raise wherever the signal finds the main thread, as Python's
@@ -119,7 +119,7 @@ def _holding(number: int) -> Iterator[None]:
             handler(number, frame)
 
 
-def settle() -> None:
+def finish_sigterm() -> None:
     """Let a SIGTERM that came during an `emit` do its work; called after each."""
     if _killed_by is not None and threading.current_thread() is threading.main_thread():
         _die(_killed_by)

@@ -72,9 +72,9 @@ def error_without(cls: Any, *, options: Any, package: str) -> dict[str, Any] | N
     return None
 
 
-def heard_in(cls: Any, *, folder: str) -> list[str]:
+def emitted_in(cls: Any, *, folder: str) -> list[str]:
     """Return the names of the events that an adapter emits in this process."""
-    heard: list[str] = cls().heard_in(Path(folder))
+    heard: list[str] = cls().emitted_in(Path(folder))
     return heard
 
 
@@ -103,7 +103,7 @@ def _load(module: str, file: str, name: str) -> Any:
 
 def _main() -> None:
     job = json.loads(sys.stdin.read())
-    tasks = {t.__name__: t for t in (imported_by_construction, error_without, heard_in)}
+    tasks = {t.__name__: t for t in (imported_by_construction, error_without, emitted_in)}
     print("\n" + json.dumps(tasks[job["task"]](_load(**job["class"]), **job["given"])))
 
 

@@ -152,7 +152,7 @@ class TestConformance(AdapterConformance):
 def test_the_main_process_of_two_reports(tmp_path: Path) -> None:
     """Of two processes that train one model together, the first tells of it."""
     given = {"folder": str(tmp_path)}
-    heard = run_in_child("heard_in", TestConformance, given, cwd=tmp_path, env={RANK: "0"})
+    heard = run_in_child("emitted_in", TestConformance, given, cwd=tmp_path, env={RANK: "0"})
     assert ["run.started", "epoch.started"] == heard[:2]
     assert "run.ended" == heard[-1]
 
