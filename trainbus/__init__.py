@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
-from trainbus.bus import Bus, RunDefaults
+from trainbus.bus import Bus
 from trainbus.delivery.receipt import Receipt, SinkReport
 from trainbus.delivery.spec import SinkSpec
 from trainbus.errors import (
@@ -23,6 +23,7 @@ from trainbus.errors import (
 from trainbus.events import Event, Record
 from trainbus.interfaces import Adapter, Detach, Emit, FilePath, Options, RunInfo, Sink
 from trainbus.journal.writer import JournalSpec
+from trainbus.recording.settings import RunDefaults
 from trainbus.run import Run
 
 if TYPE_CHECKING:

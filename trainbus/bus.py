@@ -6,42 +6,36 @@ run.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
+import sys
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import msgspec
-from blinker import Namespace
-from msgspec import Meta
 
 from trainbus import normalize, registry
-from trainbus.delivery.dispatcher import RunDispatcher
 from trainbus.delivery.receipt import Receipt
 from trainbus.delivery.sidecar import Sidecar
 from trainbus.delivery.spec import Isolation, SinkSpec
-from trainbus.errors import JournalError, SubscribeError
 from trainbus.events import (
-    ArtifactLogged,
-    CheckpointSaved,
     Event,
     Record,
     RunEnded,
     RunStarted,
-    event_name,
 )
-from trainbus.interfaces import Detach, RunInfo, Sink
-from trainbus.journal.directory import RunFolder, existing_spare_folder, spare_folder
-from trainbus.journal.writer import JournalSpec, JournalWriter, NullJournal
-from trainbus.paths import resolve_options, resolved, working_directory
+from trainbus.interfaces import Detach, Sink
+from trainbus.journal.writer import JournalSpec
+from trainbus.paths import resolve_options, working_directory
 from trainbus.recording import process_hooks
-from trainbus.recording.emitter import Emitter, print_receipt
+from trainbus.recording.emitter import Emitter
+from trainbus.recording.settings import RunDefaults, RunSettings
+from trainbus.recording.subscribers import Subscribers
 from trainbus.run import Run
 from trainbus.toolkit.patching import weakly, when_gone
 
@@ -49,24 +43,12 @@ logger = logging.getLogger("trainbus")
 
 SinkSource: TypeAlias = SinkSpec | Sink | Callable[[], Sink]
 
-_FAILURES_TO_MUTE = 5
 _ABANDONED = "what reported this run was deleted before the run had ended"
 
 
-class RunDefaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the user sets for every run, over what the adapter finds."""
-
-    name: Annotated[str | None, Meta(description="What a run is called")] = None
-    project: Annotated[str | None, Meta(description="What the runs belong to")] = None
-    group: Annotated[str | None, Meta(description="Runs that are compared as one")] = None
-    job_type: Annotated[str | None, Meta(description="Part in a group, such as `train`")] = None
-    tags: Annotated[list[str] | None, Meta(description="Words to find the runs by")] = None
-    notes: Annotated[str | None, Meta(description="Remarks for the reader")] = None
-
-    def apply(self, started: RunStarted) -> RunStarted:
-        """Return the start with these values in place of the adapter's."""
-        given = {k: v for k, v in msgspec.structs.asdict(self).items() if v is not None}
-        return msgspec.structs.replace(started, **given) if given else started
+def print_receipt(receipt: Receipt) -> None:
+    """Print what each sink received, on stderr, where trainers print too."""
+    print(receipt, file=sys.stderr, flush=True)
 
 
 class Bus:
@@ -86,6 +68,8 @@ class Bus:
             the working directory at this time. A later change of directory moves nothing.
     """
 
+    emitter_type: ClassVar[type[Emitter]] = Emitter
+
     def __init__(
         self,
         sinks: Mapping[str, SinkSource] | None = None,
@@ -99,33 +83,34 @@ class Bus:
         config: str | None = None,
         base: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.base = working_directory() if base is None else Path(base).absolute()
-        self.routes = tuple(
-            _route(name, source, self.base) for name, source in (sinks or {}).items()
-        )
-        self.defaults = defaults or RunDefaults()
-        self.rebuild = rebuild
+        folder = working_directory() if base is None else Path(base).absolute()
+        specs = tuple(_spec(name, source, folder) for name, source in (sinks or {}).items())
         self.receipts: list[Receipt] = []
-        self.journal = journal or JournalSpec()
-        self._journals = resolved(os.fspath(self.journal.dir), self.base)
-        self.secret_keys = frozenset(self.journal.redact)
-        self._isolation = isolation
-        self._flush_secs = flush_secs
-        self._config = config
-        self._on_receipt = on_receipt
-        self._signals = Namespace()
-        self._emitters: list[Emitter] = []
-        """Those that have an open run; others live as long as somebody emits by them."""
+        self.settings = RunSettings(
+            sinks=specs,
+            defaults=defaults or RunDefaults(),
+            journal=journal or JournalSpec(),
+            isolation=isolation,
+            flush_secs=flush_secs,
+            base=folder,
+            config=config,
+            rebuild=rebuild,
+            # Without a reference to the bus, which goes with the last one of its user's.
+            on_receipt=partial(_receive, self.receipts, on_receipt if specs else None),
+        )
+        self._subscribers = Subscribers()
+        self._sidecar = Sidecar(base=folder)
+        self.open_runs: list[Emitter] = []
+        """Emitters with an open run, which this list keeps alive."""
         self._idle: weakref.WeakSet[Emitter] = weakref.WeakSet()
         self._attached: dict[int, weakref.ref[_Handle]] = {}
         """Id of a target → what its hooks emit by. The target keeps it alive, not the bus."""
         self._main: Emitter | None = None
-        self._sidecar = Sidecar(base=self.base)
 
     def emit(self, event: Event) -> None:
         """Hand an event to the bus's own run; the first one starts it."""
         if self._main is None:
-            self._main = self._emitter()
+            self._main = self.emitter()
         self._main(event)
 
     def attach(self, target: object) -> Detach:
@@ -147,7 +132,7 @@ class Bus:
         key = id(target)
         known = self._attached[key]() if key in self._attached else None
         if known is None or known.target() is not target:
-            known = _Handle(self._emitter(), target)
+            known = _Handle(self.emitter(), target)
             known.detach_hooks = registry.adapter_for(target)(target, known)
             known.detach = self._detach(found := weakref.ref(known, partial(self._forget, key)))
             self._attached[key] = found
@@ -181,7 +166,7 @@ class Bus:
             msgspec.convert(msgspec.to_builtins(fields, enc_hook=repr), RunStarted)
         except msgspec.ValidationError as error:
             raise TypeError(f"bus.run: {error}") from error
-        return Run(self._emitter(), event)
+        return Run(self.emitter(), event)
 
     def subscribe(
         self, receiver: Callable[[Record], object], *events: type[Any]
@@ -198,37 +183,29 @@ class Bus:
             SubscribeError: the receiver is a coroutine function or no function, or what it is to
                 hear is no event type.
         """
-        call = getattr(receiver, "__call__", None)  # noqa: B004  an object may have an async __call__
-        if call is None:
-            raise SubscribeError(f"expected a function that takes a record, found {receiver!r}")
-        if inspect.iscoroutinefunction(receiver) or inspect.iscoroutinefunction(call):
-            raise SubscribeError(
-                f"{receiver!r} is a coroutine function and would never run; pass a plain function "
-                "that hands the record to your event loop"
-            )
-        guarded = _Guarded(receiver)
-        try:
-            names = [event_name(event) for event in events] or ["*"]
-        except TypeError as error:
-            raise SubscribeError(str(error)) from error
-        signals = [self._signals.signal(name) for name in names]
-        for signal in signals:
-            signal.connect(guarded, weak=False)
+        return self._subscribers.subscribe(receiver, *events)
 
-        def unsubscribe() -> None:
-            for signal in signals:
-                signal.disconnect(guarded)
+    def emitter(self, *, is_main: bool = True) -> Emitter:
+        """Return what emits the events of one trainer, one run after another.
 
-        return unsubscribe
+        Args:
+            is_main: whether an error that ends this process ends the training. On another rank
+                than 0, it is then recorded in the run of rank 0.
+        """
+        emitter = self.emitter_type(self.settings, self._subscribers, self._sidecar, self.open_runs)
+        self._idle.add(emitter)
+        if is_main:
+            emitter.watch_other_rank()
+        return emitter
 
     def close(self, error: BaseException | None = None) -> None:
         """End every open run, as `error` says if there is one, and detach from every trainer."""
         with ExitStack() as stack:  # all of it happens, even if Ctrl-C comes in one of the sinks
-            stack.callback(process_hooks.tidy)
+            stack.callback(process_hooks.remove_unused_hooks)
             stack.callback(self._sidecar.close)
             for found in self._attached.copy().values():
                 stack.callback(_guarded_detach, self._detach(found))
-            for emitter in reversed([*self._emitters, *self._idle]):
+            for emitter in reversed([*self.open_runs, *self._idle]):
                 stack.callback(emitter.end, error)
 
     def __enter__(self) -> Bus:
@@ -241,85 +218,6 @@ class Bus:
         trace: TracebackType | None,
     ) -> None:
         self.close(error)
-
-    def dispatch(self, record: Record) -> None:
-        """Send a record to the subscribers; called by emitters."""
-        if not self._signals:
-            return
-        for name in (event_name(record.event), "*"):
-            signal = self._signals.get(name)
-            if signal is not None and signal.receivers:
-                signal.send(record)
-
-    def hold(self, emitter: Emitter) -> None:
-        """Keep an emitter, whose run has begun, until `release`; called by emitters."""
-        self._emitters.append(emitter)
-
-    def release(self, emitter: Emitter) -> None:
-        """Let go of an emitter whose run has ended; called by emitters."""
-        with suppress(ValueError):
-            self._emitters.remove(emitter)
-
-    def open_journal(self, run: str, attempt: int) -> JournalWriter | NullJournal:
-        """Create the journal of an attempt, where one can be written; called by emitters."""
-        try:
-            folder = self._create_folder(run)
-            return JournalWriter(
-                folder, attempt, max_bytes=self.journal.max_bytes, wants_files=self._keeper()
-            )
-        except Exception as error:
-            if process_hooks.comes_from_handler(error):
-                raise
-            logger.warning("training goes on, but this run is not logged: %s", error)
-            return NullJournal(run, attempt)
-
-    def journal_folders(self) -> list[Path]:
-        """Return where journals of this bus may be; called by emitters."""
-        spare = existing_spare_folder()
-        return [Path(self._journals), *([] if spare is None else [spare])]
-
-    def open_delivery(self, run: RunInfo, journal: JournalWriter | NullJournal) -> RunDispatcher:
-        """Start what takes a run's records to the sinks; called by emitters."""
-        return RunDispatcher(
-            self.routes,
-            run,
-            journal,
-            sidecar=self._sidecar,
-            isolation=self._isolation,
-            flush_secs=self._flush_secs,
-            config=self._config,
-        )
-
-    def close_run(self, delivery: RunDispatcher, status: str) -> None:
-        """Close the sinks of a run that has ended; called by emitters."""
-        receipt = delivery.close(status)
-        self.receipts.append(receipt)
-        if self.routes:
-            try:
-                self._on_receipt(receipt)
-            except Exception:
-                logger.warning("the receipt of run %s can't be shown", receipt.run, exc_info=True)
-        delivery.raise_interrupt()
-
-    def _create_folder(self, run: str) -> RunFolder:
-        """Create the directory of a run, in the temporary folder where it can't be elsewhere.
-
-        Raises:
-            JournalError: it can't be created anywhere.
-        """
-        try:
-            return RunFolder.create([self._journals], run)
-        except JournalError as first:
-            try:
-                spare = spare_folder()
-            except OSError as error:
-                reason = error.strerror or error
-                raise JournalError(f"{first}, nor a temporary folder: {reason}") from first
-            folder = RunFolder.create([self.journal.dir, spare], run)
-            logger.warning(
-                "%s can't be written, the journal is in %s", self.journal.dir, folder.path
-            )
-            return folder
 
     def _detach(self, found: weakref.ref[_Handle]) -> Detach:
         def detach() -> None:
@@ -334,27 +232,6 @@ class Bus:
         if is_known:
             self._attached.pop(key, None)
         return is_known
-
-    def _keeper(self) -> Callable[[CheckpointSaved | ArtifactLogged], bool]:
-        """Return what says whether a sink sends the files of an event."""
-        samples = [route.sample() for route in self.routes]
-
-        def wants_files(event: CheckpointSaved | ArtifactLogged) -> bool:
-            try:
-                return any(sample is None or sample.wants_files(event) for sample in samples)
-            except Exception:
-                return True
-
-        return wants_files
-
-    def _emitter(self) -> Emitter:
-        emitter = self._new_emitter()
-        self._idle.add(emitter)
-        emitter.watch_other_rank()
-        return emitter
-
-    def _new_emitter(self) -> Emitter:
-        return Emitter(self)
 
 
 class _Handle:
@@ -410,26 +287,6 @@ def _end(emitter: Emitter) -> None:
         logger.warning("a run could not be ended", exc_info=True)
 
 
-class _Guarded:
-    """A subscriber that can't hurt training: what it raises is reported, not passed on."""
-
-    def __init__(self, receiver: Callable[[Record], object]) -> None:
-        self._receiver = receiver
-        self._failures = 0
-
-    def __call__(self, record: Record) -> None:
-        if self._failures >= _FAILURES_TO_MUTE:
-            return
-        try:
-            self._receiver(record)
-        except Exception:
-            self._failures += 1
-            last = " and is muted now" if self._failures == _FAILURES_TO_MUTE else ""
-            logger.warning("subscriber %r failed%s", self._receiver, last, exc_info=True)
-        else:
-            self._failures = 0
-
-
 def _guarded_detach(detach: Detach) -> None:
     try:
         detach()
@@ -445,7 +302,7 @@ def _resolve_paths(sink: Sink, base: Path | None) -> None:
         sink.options = options
 
 
-def _route(name: str, source: SinkSource, base: Path | None) -> SinkSpec:
+def _spec(name: str, source: SinkSource, base: Path | None) -> SinkSpec:
     place = None if base is None else str(base)
     if isinstance(source, SinkSpec):
         return msgspec.structs.replace(source, name=name, base=source.base or place)
@@ -468,3 +325,15 @@ def _route(name: str, source: SinkSource, base: Path | None) -> SinkSpec:
     kind = getattr(source, "__name__", type(source).__name__)
     service = getattr(source, "service", None)
     return SinkSpec(name=name, make=make, kind=kind, service=service, base=place)
+
+
+def _receive(
+    receipts: list[Receipt], show: Callable[[Receipt], None] | None, receipt: Receipt
+) -> None:
+    receipts.append(receipt)
+    if show is None:
+        return
+    try:
+        show(receipt)
+    except Exception:
+        logger.warning("the receipt of run %s can't be shown", receipt.run, exc_info=True)

@@ -1369,7 +1369,7 @@ def test_trainers_in_a_loop_are_attached_each_and_none_is_kept(tmp_path: Path) -
                 pass
         gc.collect()
         assert 10 == listener.names.count("run.ended")
-        assert ([], 0, {}) == (bus._emitters, len(bus._idle), bus._attached)
+        assert ([], 0, {}) == (bus.open_runs, len(bus._idle), bus._attached)
 
 
 def test_an_exception_ends_the_run_of_a_trainer(tmp_path: Path) -> None:

@@ -347,7 +347,7 @@ def test_a_handler_that_raises_leaves_the_failure_its_end(is_watched: bool, tmp_
         signalled = SignalAt(at, f"{os.sep}trainbus{os.sep}")
         sinks = {"kept": MemorySink()} if is_watched else {}
         with Bus(sinks, isolation="thread", journal=JournalSpec(dir=str(folder))) as bus:
-            report = Reporter(bus._emitter())
+            report = Reporter(bus.emitter())
             with signalled.ready() as begin, pytest.raises(ValueError, match="mine"):
                 fail(report, is_watched, begin)
         (path,) = folder.glob("run_*")

@@ -1,4 +1,4 @@
-"""README does what it says: its blocks run as they stand, its commands too, and no link is dead."""
+"""The blocks and commands of README and of the guides run as they are; no link is dead."""
 
 from __future__ import annotations
 
@@ -29,33 +29,43 @@ else:
     import tomli as tomllib  # comes with pytest
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+CONFIGURATION = ROOT / "docs" / "configuration.md"
+JOURNAL = ROOT / "docs" / "journal.md"
+FAILURES = ROOT / "docs" / "failures.md"
+FIRST_SINK = ROOT / "docs" / "your-first-sink.md"
+FIRST_ADAPTER = ROOT / "docs" / "your-first-adapter.md"
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 SHIM = ROOT / "tests" / "support" / "torchvision_cpu.py"
 
 
 class Block(NamedTuple):
-    """A fenced block of README."""
+    """A fenced block of a page."""
 
+    page: Path
     section: str
     language: str
     line: int
     text: str
 
 
-def read_blocks() -> Iterator[Block]:
-    """Yield the blocks of README in their order."""
-    section = ""
+def read_blocks(page: Path) -> Iterator[Block]:
+    """Yield the blocks of a page in order."""
+    text, section = page.read_text(encoding="utf-8"), ""
     for found in re.finditer(
-        r"^## ([^\n]+)$|^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL
+        r"^## ([^\n]+)$|^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL
     ):
         section = found[1] or section
         if found[3] is not None:
-            line = README.count("\n", 0, found.start(3)) + 1
-            yield Block(section, found[2], line, found[3])
+            line = text.count("\n", 0, found.start(3)) + 1
+            yield Block(page, section, found[2], line, found[3])
 
 
-BLOCKS = list(read_blocks())
+PAGES = (README, CONFIGURATION, JOURNAL, FAILURES, FIRST_SINK)
+CONTRACT = [block for block in read_blocks(FIRST_ADAPTER) if block.section == "The contract"]
+"""The rest of that page has a test of its own."""
+
+BLOCKS = [*(block for page in PAGES for block in read_blocks(page)), *CONTRACT]
 
 
 def blocks(language: str, section: str | None = None) -> list[str]:
@@ -63,20 +73,21 @@ def blocks(language: str, section: str | None = None) -> list[str]:
     return [b.text for b in BLOCKS if b.language == language and section in (None, b.section)]
 
 
-SINK, SUITE = blocks("python", "Write a sink")
-(ADAPTER,) = blocks("python", "Write an adapter")
+(SINK,) = blocks("python", "The sink")
+(SUITE,) = blocks("python", "Its tests")
+(ADAPTER,) = (block for block in CONTRACT if block.language == "python")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder as a reader of README has it: the first file, and 16 pictures to train on."""
+    """A reader's folder: the first configuration of README, and 16 pictures to train on."""
     shapes.make_dataset(tmp_path / "shapes", images=12, val_images=4, size=64)
     (tmp_path / "trainbus.yaml").write_text(blocks("yaml")[0], encoding="utf-8")
     return tmp_path
 
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of README that has to succeed, with modules of the folder in reach."""
+    """Run a command of a page, which must succeed; modules in the folder can be imported."""
     environment = train.hermetic(folder)
     search = {"PYTHONPATH": str(folder), "PATH": f"{Path(sys.executable).parent}"}
     for name, first in search.items():
@@ -95,12 +106,12 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 def local_records(folder: Path) -> list[Record]:
-    """Return the records that the first file sends to a local file."""
+    """Return the records that README's first configuration sends to a local file."""
     return [decode(line) for line in (folder / "runs/events.jsonl").read_bytes().splitlines()]
 
 
 def entry_point(group: str) -> tuple[str, str]:
-    """Return the name and value of the entry point that README registers in a group."""
+    """Return the name and value of the entry point that the pages register in a group."""
     texts = [text for text in blocks("toml") if f'"{group}"' in text]
     ((name, value),) = tomllib.loads(texts[0])["project"]["entry-points"][group].items()
     return name, value
@@ -111,12 +122,13 @@ def entry_point(group: str) -> tuple[str, str]:
 
 def test_every_block_is_run_here() -> None:
     """A block in another language, or a section with more code, needs a test of its own."""
-    assert {"sh", "yaml", "python", "toml", "text"} == {block.language for block in BLOCKS}
+    assert {"sh", "yaml", "python", "toml", "text", "json"} == {block.language for block in BLOCKS}
     assert {
         "60 seconds": 1,
         "A loop of your own": 2,
-        "Write a sink": 2,
-        "Write an adapter": 1,
+        "The sink": 1,
+        "Its tests": 1,
+        "The contract": 1,
     } == {
         section: len(blocks("python", section))
         for section in dict.fromkeys(b.section for b in BLOCKS if b.language == "python")
@@ -125,13 +137,13 @@ def test_every_block_is_run_here() -> None:
 
 @pytest.mark.parametrize("text", blocks("yaml"))
 def test_yaml_blocks_load(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is a sound file without any variable set."""
+    """Each is a valid configuration, without any environment variable."""
     for name in list(os.environ):
         monkeypatch.delenv(name)
     file = tmp_path / "trainbus.yaml"
     file.write_text(text, encoding="utf-8")
     assert [] == config.check(file)
-    assert ["tracking", "local"] == [route.name for route in trainbus.load(file).routes]
+    assert ["tracking", "local"] == [route.name for route in trainbus.load(file).settings.sinks]
 
 
 def test_60_seconds(folder: Path) -> None:
@@ -148,7 +160,7 @@ def test_60_seconds(folder: Path) -> None:
     records = local_records(folder)
     assert [] == check_grammar(records)
     assert [0, 1, 2] == [r.event.epoch for r in records if isinstance(r.event, EpochEnded)]
-    assert {str(len(records))} == set(re.findall(r"(\d+) (?:records|taken)", receipt))
+    assert {str(len(records))} == set(re.findall(r"(\d+) (?:records|delivered)", receipt))
     assert [re.findall(r"wandb sync (.+)", receipt)] == [
         [str(log.parent) for log in wandb_file.find_runs(folder)]
     ]
@@ -162,7 +174,7 @@ def _anonymous(receipt: str) -> str:
 
 
 def test_a_loop_of_your_own(folder: Path) -> None:
-    """Both blocks run in one script: the run is in the file and in W&B, the listener hears it."""
+    """Both blocks run in one script: the run is in the file and in W&B, the subscriber gets it."""
     (folder / "loop.py").write_text("".join(blocks("python", "A loop of your own")))
     assert "epoch 0\nepoch 1\n" == run(folder, sys.executable, "loop.py").stdout
     records = local_records(folder)
@@ -179,8 +191,8 @@ def test_a_loop_of_your_own(folder: Path) -> None:
 
 
 def test_a_run_has_what_is_listed() -> None:
-    """The methods that README names without an example exist."""
-    (listed,) = re.findall(r"`run` also has (.+?)\.", README)
+    """The methods that README lists without an example exist."""
+    (listed,) = re.findall(r"`run` also has (.+?)\.", README.read_text(encoding="utf-8"))
     names = re.findall(r"`(\w+)`", listed)
     assert "checkpoint" in names
     assert [] == [name for name in names if not callable(getattr(Run, name, None))]
@@ -191,7 +203,7 @@ def test_a_run_has_what_is_listed() -> None:
 
 @pytest.fixture
 def package(folder: Path) -> Path:
-    """A folder in which README's sink is a package that is as good as installed."""
+    """A folder in which the sink of the guide is a package that looks installed."""
     name, value = entry_point(registry.SINKS)
     *parents, stem = value.partition(":")[0].split(".")
     home = folder.joinpath(*parents)
@@ -206,7 +218,7 @@ def package(folder: Path) -> Path:
 
 
 def test_the_sink_passes_its_suite(package: Path) -> None:
-    """README's sink and the test file for it, in a package of their own, run green."""
+    """The guide's sink, in a package of its own, passes the guide's test file."""
     (package / "test_csv_sink.py").write_text(SUITE, encoding="utf-8")
     options = ["-q", "-p", "no:cacheprovider", "-W", "error", "test_csv_sink.py"]
     done = run(package, sys.executable, "-m", "pytest", *options)
@@ -215,7 +227,7 @@ def test_the_sink_passes_its_suite(package: Path) -> None:
 
 
 def test_the_sink_is_found_by_its_type(package: Path) -> None:
-    """With the entry point, `type: metrics_csv` takes the metrics of a loop into a CSV file."""
+    """With the entry point, `type: metrics_csv` writes the metrics of a loop to a CSV file."""
     (package / "csv.yaml").write_text("sinks: {table: {type: metrics_csv, path: out.csv}}")
     assert "csv.yaml: ok, 1 sink: table (metrics_csv)\n" == (
         run(package, "trainbus", "validate", "csv.yaml").stdout
@@ -268,11 +280,11 @@ class AcmeTrainer:
 
 
 def adapter_module() -> ModuleType:
-    """Return README's adapter as the module that its entry point names."""
+    """Return the guide's adapter as the module that its entry point names."""
     module = ModuleType(entry_point(registry.ADAPTERS)[1].partition(":")[0])
-    (line,) = [block.line for block in BLOCKS if block.text == ADAPTER]
-    # Tracebacks then show README's own lines.
-    code = compile("\n" * (line - 1) + ADAPTER, ROOT / "README.md", "exec", dont_inherit=True)
+    # With these line numbers, tracebacks show the lines of the page.
+    text = "\n" * (ADAPTER.line - 1) + ADAPTER.text
+    code = compile(text, ADAPTER.page, "exec", dont_inherit=True)
     exec(code, module.__dict__)
     return module
 
@@ -282,7 +294,7 @@ MODULE = adapter_module()
 
 @contextlib.contextmanager
 def registered() -> Iterator[None]:
-    """Make README's adapter known, as its entry point would."""
+    """Register the guide's adapter, as its entry point would."""
     name, value = entry_point(registry.ADAPTERS)
     point = EntryPoint(name, value, registry.ADAPTERS)
     package = MODULE.__name__.partition(".")[0]
@@ -294,7 +306,7 @@ def registered() -> Iterator[None]:
 
 
 class TestAdapter(AdapterConformance):
-    """README's adapter passes the suite that README names."""
+    """The guide's adapter passes the conformance suite."""
 
     @pytest.fixture(autouse=True)
     def _registered(self) -> Iterator[None]:
@@ -323,7 +335,7 @@ class TestAdapter(AdapterConformance):
 
 
 def test_the_adapter_reports_a_training() -> None:
-    """Name, parameters and losses of the trainer are in a run that needs nobody to end it."""
+    """The run has the trainer's name, parameters and losses, and ends by itself."""
     trainer, bus, records = AcmeTrainer(2), Bus(), list[Record]()
     bus.subscribe(records.append)
     with registered():
@@ -338,7 +350,7 @@ def test_the_adapter_reports_a_training() -> None:
 
 
 def test_with_bus_supplies_the_failed_end() -> None:
-    """Where the trainer raises, and has no hook for it, the run is ended as failed."""
+    """If the trainer raises, without a hook for it, the run ends as failed."""
     trainer, bus, records = AcmeTrainer(3), Bus(), list[Record]()
     bus.subscribe(records.append)
     trainer.raise_in_second_epoch(ZeroDivisionError("user"))
@@ -357,21 +369,25 @@ def test_with_bus_supplies_the_failed_end() -> None:
 
 
 def commands(program: str) -> list[str]:
-    """Return the shell lines of README that begin with a program."""
+    """Return the commands of the pages that begin with a program."""
     return [line for line in SHELL if line.split()[0] == program]
 
 
-SHELL = [line for text in blocks("sh") for line in text.splitlines()]
+SHELL = {
+    line.partition("#")[0].strip(): line for text in blocks("sh") for line in text.splitlines()
+}
+"""Command → its line, with the comment; a command that several pages show is run once."""
 
 
 def test_every_command_is_run_here() -> None:
     """A command of another program needs a test of its own."""
-    assert {"pip", "trainbus", "make"} == {line.split()[0] for line in SHELL}
+    assert {"pip", "trainbus"} == {line.split()[0] for line in SHELL}
 
 
-@pytest.mark.parametrize("line", commands("trainbus"), ids=lambda line: line.split()[1])
-def test_trainbus_commands_run(line: str, folder: Path) -> None:
-    """Each line, with its comment and redirection, does what it says and complains of nothing."""
+@pytest.mark.parametrize("command", commands("trainbus"), ids=lambda command: command[9:])
+def test_trainbus_commands_run(command: str, folder: Path) -> None:
+    """Each line, with its comment and redirection, does what it says and reports no problem."""
+    line = SHELL[command]
     if "RUN_ID" in line:
         (folder / "loop.py").write_text(blocks("python", "A loop of your own")[0])
         run(folder, sys.executable, "loop.py")
@@ -379,7 +395,7 @@ def test_trainbus_commands_run(line: str, folder: Path) -> None:
         line = line.replace("RUN_ID", made.name)
     done = run(folder, "sh", "-ec", line)
     expected = {
-        "replay": "finished, 16 records",
+        "replay": "16 records would be sent" if "--dry-run" in line else "finished, 16 records",
         "verify": "r0-a1.jsonl: 16 records, finished",
         "show": "validation/accuracy",
         "validate": "trainbus.yaml: ok, 2 sinks: tracking (wandb), local (jsonl)\n",
@@ -392,17 +408,27 @@ def test_trainbus_commands_run(line: str, folder: Path) -> None:
         assert "trainbus" == json.loads(file.read_text(encoding="utf-8"))["title"]
 
 
-@pytest.mark.parametrize("line", commands("make"))
-def test_make_targets_exist(line: str) -> None:
-    """`make` knows how to make each."""
-    target = line.split()[1]
+def make_targets() -> list[str]:
+    """Return the targets that README and CONTRIBUTING name, each once."""
+    texts = [path.read_text(encoding="utf-8") for path in (README, ROOT / "CONTRIBUTING.md")]
+    return sorted({name for text in texts for name in re.findall(r"\bmake ([a-z]+)\b", text)})
+
+
+def test_make_targets_are_named() -> None:
+    """The pages name the targets that everybody needs."""
+    assert {"check", "demo", "test"} <= set(make_targets())
+
+
+@pytest.mark.parametrize("target", make_targets())
+def test_make_targets_exist(target: str) -> None:
+    """`make` knows each target."""
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, check=False)
     assert (0, b"") == (done.returncode, done.stderr)
 
 
 @pytest.mark.parametrize("line", commands("pip"))
 def test_extras_exist(line: str) -> None:
-    """What README tells to install is there to be installed."""
+    """The extras that README installs exist."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     ((name, extras),) = re.findall(r'"(\w+)\[([\w,]+)\]"', line)
     assert project["name"] == name

@@ -183,12 +183,13 @@ def test_another_process_uses_the_same_place(
         "journal: {dir: runs}\nsinks: {a: {type: jsonl, path: a.jsonl}}"
     )
     monkeypatch.chdir(folders / "start")
-    emitter = trainbus.load("../conf/bus.yaml")._emitter()
+    emitter = trainbus.load("../conf/bus.yaml").emitter()
     monkeypatch.chdir(folders / "one")
     again = pickle.loads(pickle.dumps(emitter))
     again(RunStarted())
     again.end()
-    (receipt,) = again._bus.receipts
+    (path,) = (folders / "conf" / "runs").glob("*/receipt.json")
+    receipt = msgspec.json.decode(path.read_bytes(), type=trainbus.Receipt)
     assert str(folders / "conf" / "runs") == os.path.dirname(receipt.journal or "")
     assert [str(folders / "conf" / "a.jsonl")] == [sink.location for sink in receipt.sinks]
     assert str(folders / "conf" / "bus.yaml") == receipt.config
@@ -263,7 +264,7 @@ def test_every_path_of_every_sink_is_resolved(kind: str, folders: Path) -> None:
     for options in (given, {k: v for k, v in given.items() if k == "urls"}):
         file = folders / "conf" / "bus.yaml"
         file.write_text(json.dumps({"sinks": {"a": {"type": kind, **options}}}))
-        (route,) = trainbus.load(file).routes
+        (route,) = trainbus.load(file).settings.sinks
         found = {name: (route.options or {})[name] for name in PATHS[kind]}
         expected = {
             name: str(folders / "conf" / (options.get(name) or fields[name].default))
@@ -344,5 +345,5 @@ def test_a_text_without_a_file_is_relative_to_the_working_directory(
     """`loads` has no other place."""
     monkeypatch.chdir(folders / "start")
     bus = config.loads("sinks: {a: {type: jsonl, path: a.jsonl}}")
-    assert (folders / "start") == bus.base
-    assert {"path": str(folders / "start" / "a.jsonl")} == bus.routes[0].options
+    assert (folders / "start") == bus.settings.base
+    assert {"path": str(folders / "start" / "a.jsonl")} == bus.settings.sinks[0].options

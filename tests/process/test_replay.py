@@ -317,7 +317,7 @@ KILLED = """
     with trainbus.load(sys.argv[1]) as bus, bus.run(name="killed") as run:
         for epoch in run.epochs(3):
             run.log({"loss": 1 / (epoch + 1)})
-        print(bus._emitters[-1]._journal.folder.path, flush=True)
+        print(bus.open_runs[-1]._journal.folder.path, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -389,10 +389,10 @@ def test_a_replay_sends_only_the_rest(tmp_path: Path) -> None:
     assert [1, 2, 3, 4] == sink.seqs
     assert 6 == receipt.pending
     folder = RunFolder.existing(str(receipt.journal))
-    assert [6] == [plan.missing for plan in replays.plan(folder, bus.routes)]
+    assert [6] == [plan.missing for plan in replays.plan(folder, bus.settings.sinks)]
     sink.left = 100
     for _ in range(2):
-        after, _files = replays.replay(folder, bus.routes, flush_secs=1.0)
+        after, _files = replays.replay(folder, bus.settings.sinks, flush_secs=1.0)
         assert (10, 0) == (after.sinks[0].taken, after.pending)
         assert list(range(1, 11)) == sink.seqs
 

@@ -291,7 +291,7 @@ def test_a_sidecar_works_in_its_base(
         base.mkdir()
     routes = bus_of(
         tmp_path, odd={"type": "odd", "path": str(told), "how": "tells", "at": 1}
-    ).routes
+    ).settings.sinks
     folder = folder_in(tmp_path / "runs")
     write_journal(folder)
     sidecar = Sidecar(base=base)
@@ -537,7 +537,7 @@ NOTHING = """
     memory = MemorySink()
     bus = trainbus.load("config.yaml")
     bus = trainbus.Bus(
-        {**{route.name: route for route in bus.routes}, "memory": memory}, journal=bus.journal
+        {**{route.name: route for route in bus.settings.sinks}, "memory": memory}, journal=bus.settings.journal
     )
     if sys.argv[1] == "limit":
         os.environ["USER"] = "somebody"
@@ -615,7 +615,7 @@ def test_uploads_need_no_thread_of_their_own(
     sink = Uploading()
     with Bus({"sink": sink}, journal=JournalSpec(dir=str(tmp_path))) as bus, bus.run():
         for epoch in range(3):
-            bus._emitters[-1](CheckpointSaved(path="m.pt", kind="last", epoch=epoch))
+            bus.open_runs[-1](CheckpointSaved(path="m.pt", kind="last", epoch=epoch))
     assert [2, 3, 4] == sink.uploaded
     assert (5, 0) == (bus.receipts[0].sinks[0].taken, bus.receipts[0].pending)
 

@@ -28,7 +28,7 @@ def test_the_configuration_loads(page: Path, number: int, monkeypatch: pytest.Mo
     for name in re.findall(r"\$\{(\w+)\}", page.read_text(encoding="utf-8")):
         monkeypatch.setenv(name, "https://example.org/secret")
     text = YAML.findall(page.read_text(encoding="utf-8"))[number]
-    routes = config.loads(text, name=page.name).routes
+    routes = config.loads(text, name=page.name).settings.sinks
     assert routes
     assert page.stem in ("transforms", *re.findall(r"type: (\w+)", text))
 

@@ -727,8 +727,8 @@ def test_good_file() -> None:
           local: {type: jsonl}
         """
     )
-    assert RunDefaults(project="shapes", tags=["a", "b"]) == bus.defaults
-    tracking, local = bus.routes
+    assert RunDefaults(project="shapes", tags=["a", "b"]) == bus.settings.defaults
+    tracking, local = bus.settings.sinks
     assert ("tracking", "demo", "demo_tracker", "raise") == (
         tracking.name,
         tracking.kind,
@@ -796,9 +796,9 @@ def test_where_sinks_run_and_what_the_journal_holds(
     spec = JournalSpec(dir="~/runs", max_bytes=2**21, redact=["house_rule"])
     assert ("thread", 2.5, spec) == (given["isolation"], given["flush_secs"], given["journal"])
     assert "a.yaml" == given["config"]
-    assert ["process", None] == [route.isolation for route in bus.routes]
+    assert ["process", None] == [route.isolation for route in bus.settings.sinks]
     path = os.path.abspath("trainbus-runs/{run}.jsonl")
-    assert [{"path": path}] * 2 == [route.options for route in bus.routes]
+    assert [{"path": path}] * 2 == [route.options for route in bus.settings.sinks]
 
 
 @pytest.mark.parametrize("text", ["", "journal:\n", "journal: {}\n"])
@@ -829,7 +829,7 @@ def test_common_keys_are_all_transforms() -> None:
 
 def test_empty_run_section() -> None:
     """A `run` whose keys are all commented out is no fault."""
-    assert RunDefaults() == config.loads("run:\n" + ONE_SINK).defaults
+    assert RunDefaults() == config.loads("run:\n" + ONE_SINK).settings.defaults
 
 
 def test_merge_keys() -> None:
@@ -841,7 +841,7 @@ def test_merge_keys() -> None:
           b: {<<: *a, path: two}
         """
     )
-    assert (["x"], "jsonl") == (bus.routes[1].transforms.exclude, bus.routes[1].kind)
+    assert (["x"], "jsonl") == (bus.settings.sinks[1].transforms.exclude, bus.settings.sinks[1].kind)
     assert ["one", "two"] == [Path(each.path).name for each in options(bus)]
 
 
@@ -865,7 +865,7 @@ def test_several_merges() -> None:
 
 def options(bus: Bus) -> list[Any]:
     """Return the options of the sinks, in the order of the file."""
-    return [route.make().options for route in bus.routes]
+    return [route.make().options for route in bus.settings.sinks]
 
 
 def demo_options(text: str) -> Any:
@@ -873,7 +873,7 @@ def demo_options(text: str) -> Any:
     project = "" if text.startswith("project") else "    project: x\n"
     return (
         config.loads(f"sinks:\n  a:\n    type: demo\n{project}    {text}\n")
-        .routes[0]
+        .settings.sinks[0]
         .make()
         .options
     )
@@ -1007,7 +1007,7 @@ def test_another_process_reads_the_variables_itself(monkeypatch: pytest.MonkeyPa
     """What is pickled to make the bus anew is the text, without the values of variables."""
     monkeypatch.setenv("FOLDER", SECRET)
     bus = config.loads('sinks: {a: {type: jsonl, path: "${FOLDER}/x"}}', name="a.yaml")
-    pickled = pickle.dumps(bus.rebuild)
+    pickled = pickle.dumps(bus.settings.rebuild)
     assert SECRET.encode() not in pickled
     monkeypatch.setenv("FOLDER", "other")
     rebuilt = pickle.loads(pickled)()
@@ -1021,7 +1021,7 @@ def test_load_and_check(folder: Path) -> None:
     for start in (b"", b"\xef\xbb\xbf"):
         file.write_bytes(start + ONE_SINK.encode())
         assert [] == config.check(file)
-        assert ["a"] == [route.name for route in trainbus.load(file).routes]
+        assert ["a"] == [route.name for route in trainbus.load(file).settings.sinks]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
@@ -1084,7 +1084,7 @@ def test_any_text_is_a_bus_or_lines(text: str) -> None:
     """Whatever stands in a file, what comes is a bus, or lines that name the file."""
     said: tuple[str, ...] = ()
     try:
-        assert len(config.loads(text, name="any.yaml").routes) > 0
+        assert len(config.loads(text, name="any.yaml").settings.sinks) > 0
     except ConfigError as error:
         said = error.problems or ("nothing",)
     assert [] == [line for line in said if not re.match(r"any\.yaml:[ 1-9]", line)]

@@ -52,6 +52,7 @@ from trainbus.events import (
     ended_by,
     event_name,
 )
+from trainbus.recording.settings import RunSettings
 from trainbus.testing import (
     AdapterConformance,
     MemorySink,
@@ -549,9 +550,9 @@ class FailsUnseen(tinytrainer.Reporter):
 class LooksAtTheBus(tinytrainer.Reporter):
     def on_epoch_start(self, trainer: tinytrainer.Trainer) -> None:
         super().on_epoch_start(trainer)
-        bus: Bus = vars(self.emit)["_bus"]
-        if bus.routes:
-            raise OSError(f"{len(bus.routes)} sinks")
+        settings: RunSettings = vars(self.emit)["settings"]
+        if settings.sinks:
+            raise OSError(f"{len(settings.sinks)} sinks")
 
 
 class HoldsALock(tinytrainer.Reporter):

@@ -86,19 +86,19 @@ def validate(
     for file in files:
         try:
             bus = config.load(file)
-            if missing := _missing(file, bus.routes):
+            if missing := _missing(file, bus.settings.sinks):
                 raise ConfigError(missing)
         except ConfigError as error:
             sound = False
             for problem in error.problems:
                 typer.echo(problem, err=True)
         else:
-            routes = bus.routes
+            routes = bus.settings.sinks
             count = "1 sink" if len(routes) == 1 else f"{len(routes)} sinks"
             sinks = ", ".join(f"{route.name} ({route.kind})" for route in routes)
             typer.echo(printable(f"{file}: ok, {count}: {sinks}"))
             if check:
-                with _working_in(bus.base):
+                with _working_in(bus.settings.base):
                     found = [_try(route) for route in routes]
                 sound = sound and all(found)
     if not sound:
@@ -208,7 +208,7 @@ def replay(
 
     with _faults():
         bus = config.load(file)
-        routes = bus.routes
+        routes = bus.settings.sinks
         run = RunFolder.existing(folder)
         after = _position(first, run)
         if dry_run:
@@ -217,7 +217,7 @@ def replay(
                 typer.echo(printable(f"{plan.sink} ({plan.kind}): {count} would be sent"))
             return
         trusted = _folders("--files-from", files_from)
-        with _progress() as tell, _working_in(bus.base):
+        with _progress() as tell, _working_in(bus.settings.base):
             receipt, files = replays.replay(
                 run,
                 routes,

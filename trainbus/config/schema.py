@@ -13,12 +13,12 @@ import msgspec
 from msgspec import Meta, inspect
 
 from trainbus import registry
-from trainbus.bus import RunDefaults
 from trainbus.delivery.spec import Isolation
 from trainbus.delivery.transforms import TransformSpec
 from trainbus.errors import PluginError, TrainbusError
 from trainbus.interfaces import Options, Sink
 from trainbus.journal.writer import JournalSpec
+from trainbus.recording.settings import RunDefaults
 
 _Name = Annotated[
     str,

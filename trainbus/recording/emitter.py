@@ -11,16 +11,16 @@ import logging
 import multiprocessing
 import os
 import secrets
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainbus import normalize, redaction
 from trainbus.delivery.dispatcher import RunDispatcher
-from trainbus.delivery.receipt import Receipt
+from trainbus.delivery.sidecar import Sidecar
 from trainbus.delivery.worker import delivering
 from trainbus.distributed import current_rank
 from trainbus.errors import SinkError
@@ -32,15 +32,16 @@ from trainbus.events import (
     event_name,
 )
 from trainbus.interfaces import RunInfo
-from trainbus.journal.recovery import true_end
+from trainbus.journal.recovery import end_with_cause
 from trainbus.journal.writer import JournalWriter, NullJournal
-from trainbus.paths import located
+from trainbus.paths import with_absolute_paths
 from trainbus.recording import launched, peers, process_hooks
 from trainbus.recording.run_id import identify, mark
+from trainbus.recording.settings import RunSettings
+from trainbus.recording.subscribers import Subscribers
 
 if TYPE_CHECKING:
     from trainbus.bus import Bus
-
 
 logger = logging.getLogger("trainbus")
 
@@ -52,8 +53,25 @@ _T = TypeVar("_T")
 class Emitter:
     """What `attach` gives to an adapter, and what a plain loop emits through."""
 
-    def __init__(self, bus: Bus) -> None:
-        self._bus = bus
+    def __init__(
+        self,
+        settings: RunSettings,
+        subscribers: Subscribers,
+        sidecar: Sidecar,
+        open_runs: list[Emitter],
+    ) -> None:
+        """Prepare; the first event opens a run.
+
+        Args:
+            settings: of the bus.
+            subscribers: the bus's receivers; each open run connects its dispatcher to them.
+            sidecar: the bus's delivery processes.
+            open_runs: the bus's list of emitters that have an open run, which keeps them alive.
+        """
+        self.settings = settings
+        self._subscribers = subscribers
+        self._sidecar = sidecar
+        self._open_runs = open_runs
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._pending: deque[tuple[Event, int]] = deque()
@@ -61,7 +79,7 @@ class Emitter:
         self._busy = False
         self._run: RunInfo | None = None
         self._journal: JournalWriter | NullJournal | None = None
-        self._delivery: RunDispatcher | None = None
+        self._dispatcher: RunDispatcher | None = None
         self._owner = 0
         self._helps: bool | None = False
         self._shares_run = False
@@ -75,12 +93,11 @@ class Emitter:
     @property
     def services(self) -> frozenset[str]:
         """Import names of the trackers that this bus feeds."""
-        return frozenset(r.service for r in self._bus.routes if r.service)
+        return self.settings.services
 
     def every(self, phase: str) -> int | None:
         """Return the smallest interval in steps at which a sink asks for step values."""
-        asked = [r.transforms.every[phase] for r in self._bus.routes if phase in r.transforms.every]
-        return min(asked, default=None)
+        return self.settings.every(phase)
 
     @property
     def run_id(self) -> str | None:
@@ -120,14 +137,14 @@ class Emitter:
             finally:
                 self._busy = False
                 self._nesting = 0
-                process_hooks.settle()
+                process_hooks.finish_sigterm()
 
     def failed_on(self, rank: int, error: BaseException) -> None:
         """Tell what ended another rank, so that the run of rank 0 ends with the true cause."""
         if ended_by(error).status != "failed":  # who leaves by an exit or by Ctrl-C is no cause
             return
         try:
-            if not peers.report(self._bus.journal_folders(), rank, error, time.time()):
+            if not peers.report(self.settings.journal_folders(), rank, error, time.time()):
                 self._warn("rank", f"rank {rank} found no run to tell its failure to: {error!r}")
         except Exception as second:
             self._warn("rank", f"the failure of rank {rank} can't be told: {second}")
@@ -185,9 +202,9 @@ class Emitter:
         if self._run is None or not self._lock.acquire(timeout=flush_secs):
             return True
         try:
-            delivery, is_over = self._delivery, not self._busy
-            if delivery is not None:
-                delivery.hurry(flush_secs)
+            dispatcher, is_over = self._dispatcher, not self._busy
+            if dispatcher is not None:
+                dispatcher.hurry(flush_secs)
             self(event)
             return is_over
         finally:
@@ -201,10 +218,11 @@ class Emitter:
     def abandon(self) -> None:
         """Let go of everything in a forked child, which shares the files of its parent."""
         self._lock = threading.RLock()
-        self._run, delivery = None, self._delivery
+        self._run, dispatcher = None, self._dispatcher
         self._shares_run = True
-        if delivery is not None:
-            delivery.abandon()
+        if dispatcher is not None:
+            self._subscribers.disconnect(dispatcher.on_record)
+            dispatcher.abandon()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Emitter:
         """Frameworks copy their callbacks; the copy reports to the same run."""
@@ -215,7 +233,7 @@ class Emitter:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Unpickle, in another process, to an emitter of a bus made from the same configuration."""
-        return reopen, (self._bus.rebuild,)
+        return reopen, (self.settings.rebuild,)
 
     def _take_or_count(self, event: Event) -> None:
         """Take an event; what goes wrong is said once, and costs that event alone."""
@@ -255,7 +273,7 @@ class Emitter:
         try:
             event_name(event)
             event, left_out = normalize.event(event)
-            event = redaction.event(located(event), self._bus.secret_keys)
+            event = redaction.event(with_absolute_paths(event), frozenset(self.settings.journal.redact))
         except Exception as error:
             what = f"dropped a {type(event).__qualname__} that is no event of the schema: {error}"
             self._warn(what, what)
@@ -274,13 +292,13 @@ class Emitter:
         event = self._with_defaults(event)
         found = self._try("a resumed training may begin a new run", identify, event)
         run_id, attempt = found or (f"run_{secrets.token_hex(8)}", 1)
-        self._journal = self._bus.open_journal(run_id, attempt)
+        self._journal = self.settings.open_journal(run_id, attempt)
         attempt = self._journal.attempt
         self._run = RunInfo(id=run_id, started=event, attempt=attempt)
         self._owner = threading.get_ident()
-        self._bus.hold(self)
+        self._open_runs.append(self)
         self._try("the end of the process may not end the run", process_hooks.watch, self)
-        self._try("`trainbus run` may say that nothing was recorded", launched.recorded)
+        self._try("`trainbus run` may say that nothing was recorded", launched.note_recorded)
         if event.save_dir is not None:
             what = "a resumed training will not find this run again"
             self._try(what, mark, event.save_dir, run_id, attempt)
@@ -289,20 +307,19 @@ class Emitter:
         folder = self._journal.folder
         if folder is not None:
             self._try("failures of other ranks will not be told", peers.announce, folder, attempt)
-        delivery = self._deliver(self._run, self._journal)
-        self._bus.dispatch(record)
-        if delivery is None:
+        dispatcher = self._deliver(self._run, self._journal)
+        self._subscribers.send(record)
+        if dispatcher is None:
             return
-        delivery.poke()
         try:
-            delivery.demand()
+            dispatcher.demand()
         except SinkError as error:
             self._finish(ended_by(error))
             raise
 
     def _with_defaults(self, event: RunStarted) -> RunStarted:
         """Return a run's start with what the user sets for every run."""
-        changed = self._bus.defaults.apply(event)
+        changed = self.settings.defaults.apply(event)
         # Those that were not read from a file have types that nobody has looked at.
         ready = event if changed is event else self._ready(changed)
         return ready if isinstance(ready, RunStarted) else event
@@ -311,39 +328,35 @@ class Emitter:
         run, journal = self._opened()
         record = journal.append(event, time.time())
         self._is_kept = True
-        try:
-            self._bus.dispatch(record)
-        finally:
-            delivery = self._delivery or self._deliver(run, journal)
-            if delivery is not None:
-                delivery.poke()
+        if self._dispatcher is None:
+            self._deliver(run, journal)
+        self._subscribers.send(record)
 
     def _finish(self, event: RunEnded) -> None:
         run, journal = self._opened()
-        delivery = self._delivery or self._deliver(run, journal)
+        if self._dispatcher is None:
+            self._deliver(run, journal)
         if journal.ended:  # and then a signal came
-            self._close(delivery, event.status)
+            self._close(event.status)
             return
         record = None
         try:
-            with process_hooks.undisturbed():
+            with process_hooks.signals_deferred():
                 ready = self._ready(event)
                 if not isinstance(ready, RunEnded):
                     return
                 if (folder := journal.folder) is not None:
                     what = "what ended other ranks is not known"
-                    ready = self._try(what, true_end, folder, run.attempt, ready) or ready
+                    ready = self._try(what, end_with_cause, folder, run.attempt, ready) or ready
                     self._try("the note of this job stays", peers.withdraw, folder)
                 record = journal.append(ready, time.time())
                 self._is_kept = True
         finally:
             if record is not None:
                 try:
-                    self._bus.dispatch(record)
-                    if delivery is not None:
-                        delivery.poke()
+                    self._subscribers.send(record)
                 finally:
-                    self._close(delivery, event.status)
+                    self._close(event.status)
 
     def _opened(self) -> tuple[RunInfo, JournalWriter | NullJournal]:
         assert self._run is not None
@@ -354,24 +367,42 @@ class Emitter:
         """Start what takes the run's records to the sinks; None if that failed before, or fails."""
         # It is missing after a Ctrl-C too, that came while the run was started.
         what = "no sink gets anything of this run before `trainbus replay`"
-        if self._delivery is None and what not in self._warned:
-            self._delivery = self._try(what, self._bus.open_delivery, run, journal)
-        return self._delivery
+        if self._dispatcher is None and what not in self._warned:
+            found = self._try(what, self._open_dispatcher, run, journal)
+            if found is not None:
+                self._dispatcher = found
+                self._subscribers.connect(run.id, found.on_record)
+        return self._dispatcher
 
-    def _close(self, delivery: RunDispatcher | None, status: str) -> None:
+    def _open_dispatcher(self, run: RunInfo, journal: JournalWriter | NullJournal) -> RunDispatcher:
+        return RunDispatcher(
+            self.settings.sinks,
+            run,
+            journal,
+            sidecar=self._sidecar,
+            isolation=self.settings.isolation,
+            flush_secs=self.settings.flush_secs,
+            config=self.settings.config,
+        )
+
+    def _close(self, status: str) -> None:
+        dispatcher, journal = self._dispatcher, self._journal
         dropped, self._dropped = self._dropped, 0
         unrecorded, self._unrecorded = self._unrecorded, 0
         try:
-            if delivery is not None:
-                delivery.dropped += dropped
-                delivery.unrecorded += unrecorded
-                self._bus.close_run(delivery, status)
-            elif isinstance(self._journal, JournalWriter):
-                self._journal.close()
+            if dispatcher is not None:
+                self._subscribers.disconnect(dispatcher.on_record)
+                dispatcher.dropped += dropped
+                dispatcher.unrecorded += unrecorded
+                self.settings.on_receipt(dispatcher.close(status))
+                dispatcher.raise_interrupt()
+            elif isinstance(journal, JournalWriter):
+                journal.close()
         finally:
-            self._run = self._journal = self._delivery = None
+            self._run = self._journal = self._dispatcher = None
             self._ended_once = True
-            self._bus.release(self)
+            with suppress(ValueError):
+                self._open_runs.remove(self)
             self._try("the hooks for the end of the process stay", process_hooks.unwatch, self)
 
     def _try(self, consequence: str, call: Callable[..., _T], *args: Any) -> _T | None:
@@ -419,7 +450,7 @@ def reopen(rebuild: Callable[[], Bus] | None) -> Emitter | NullEmitter:
         )
         return NullEmitter()
     try:
-        emitter = Emitter(rebuild())
+        emitter = rebuild().emitter(is_main=False)
         emitter.may_be_helper()
         return emitter
     except Exception as error:  # a configuration fault must not end a training that runs elsewhere
@@ -433,8 +464,3 @@ def _is_helper() -> bool:
     Frameworks train in children that are no daemons; at the time of unpickling it can't be told.
     """
     return bool(multiprocessing.current_process().daemon)
-
-
-def print_receipt(receipt: Receipt) -> None:
-    """Print what each sink got, on stderr, where trainers print too."""
-    print(receipt, file=sys.stderr, flush=True)

@@ -274,7 +274,7 @@ class AdapterConformance(ABC):
         gc.collect()
         assert target() is None
         detach()
-        assert [] == bus._emitters
+        assert [] == bus.open_runs
 
     def test_keeps_two_trainings_apart(self) -> None:
         """Two trainings, one after another on one bus, are two runs."""
@@ -287,7 +287,7 @@ class AdapterConformance(ABC):
         """A process that is not the main one of a distributed training emits nothing."""
         folder = self._scratch.folder / "rank"
         heard = run_in_child(
-            "heard_in",
+            "emitted_in",
             type(self),
             {"folder": str(folder)},
             cwd=folder,
@@ -339,7 +339,7 @@ class AdapterConformance(ABC):
         assert list(range(after[0], _EPOCHS)) == after
         self._check_epochs(recording)
 
-    def heard_in(self, folder: Path) -> list[str]:
+    def emitted_in(self, folder: Path) -> list[str]:
         """Return the names of the events of a training in this process; called in a child."""
         bus = self._bus()
         training = self.start(folder / "training", 1)
@@ -410,7 +410,7 @@ class AdapterConformance(ABC):
             logging.getLogger("trainbus").removeHandler(said)
         assert [] == said.faults
         result = training.result() if raised is None else None
-        for emitter in list(bus._emitters):
+        for emitter in list(bus.open_runs):
             emitter.end(raised)
         return Recording(
             training=training,
@@ -439,8 +439,20 @@ class _Said(logging.Handler):
             self.faults.append(record.getMessage())
 
 
+class _ListeningEmitter(Emitter):
+    """Keeps events as the adapter made them, before the bus turns their values into plain ones."""
+
+    raw: list[Event]
+
+    def __call__(self, event: Event, /) -> None:
+        self.raw.append(event)
+        super().__call__(event)
+
+
 class _ListeningBus(Bus):
     """A bus that keeps what adapters hand to it, and what it makes of it."""
+
+    emitter_type = _ListeningEmitter
 
     def __init__(self, sinks: Mapping[str, SinkSource] | None, journal: JournalSpec) -> None:
         super().__init__(sinks, on_receipt=lambda receipt: None, journal=journal)
@@ -448,20 +460,12 @@ class _ListeningBus(Bus):
         self.records: list[Record] = []
         self.subscribe(self.records.append)
 
-    def _new_emitter(self) -> Emitter:
-        return _ListeningEmitter(self)
-
-
-class _ListeningEmitter(Emitter):
-    """Keeps events as the adapter made them, before the bus turns their values into plain ones."""
-
-    def __init__(self, bus: _ListeningBus) -> None:
-        super().__init__(bus)
-        self._raw = bus.raw
-
-    def __call__(self, event: Event, /) -> None:
-        self._raw.append(event)
-        super().__call__(event)
+    def emitter(self, *, is_main: bool = True) -> Emitter:
+        """Return an emitter that keeps what it is given."""
+        emitter = super().emitter(is_main=is_main)
+        assert isinstance(emitter, _ListeningEmitter)
+        emitter.raw = self.raw
+        return emitter
 
 
 class _AlwaysRaises(Sink):
