@@ -1,42 +1,83 @@
-"""What sinks have in common: positions, names, axes and flat parameters."""
+"""What sinks have in common: the base class, positions, names, axes, folders, plain values."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainbus.errors import MissingPackageError, SinkError
 from trainbus.events import (
     ArtifactLogged,
+    Best,
     CheckpointSaved,
     EpochStarted,
     MetricsLogged,
     ModelDescribed,
     Record,
+    RunEnded,
     RunStarted,
     TextLogged,
 )
-from trainbus.interfaces import RunInfo
+from trainbus.interfaces import Options, RunInfo
 from trainbus.toolkit.sinks import (
     LatestCheckpoints,
     Names,
+    SaveCheckpoints,
     SeenRecords,
     Superseded,
     Timeline,
+    TrackerSink,
     Wanted,
+    append,
+    best_values,
+    check_package,
+    epochs_done,
     flat,
     folder_of,
     interrupt_training,
     is_wanted,
+    make_folder,
     metric_name,
     model_values,
+    required_package,
+    set_fields,
     side_by_side,
+    to_json,
+    utf8,
+    writing_to,
     x_position,
 )
+
+
+class ExampleOptions(Options, frozen=True, kw_only=True):
+    """Options of `ExampleSink`."""
+
+    save_checkpoints: SaveCheckpoints = "best"
+
+
+class ExampleSink(TrackerSink):
+    """Stores nothing."""
+
+    Options = ExampleOptions
+    tracker = "Example"
+
+    def open(self, run: RunInfo) -> None:
+        super().open(run)
+        self._location = f"example/{run.id}"
+
+    def write(self, records: Sequence[Record]) -> None:
+        pass
+
+
+RUN = RunInfo(id="run", started=RunStarted())
 
 
 def record(attempt: int, seq: int) -> Record:
@@ -226,3 +267,158 @@ def test_a_superseded_checkpoint_is_no_loss() -> None:
     superseded.stored("last")
     assert [best] == superseded.lost()
     assert [] == superseded.lost()
+
+
+def test_a_tracker_sink_has_a_location_once_it_is_open() -> None:
+    """None before, and the one of the run that was opened last."""
+    sink = ExampleSink()
+    assert sink.location is None
+    sink.open(RUN)
+    assert "example/run" == sink.location
+
+
+def test_a_tracker_sink_counts_and_logs_losses(caplog: pytest.LogCaptureFixture) -> None:
+    """One line for each, that says what, where and why; `open` begins to count anew."""
+    sink = ExampleSink()
+    sink.open(RUN)
+    with sink.showing("a/curve"):
+        raise ValueError("no points")
+    with sink.showing("a/matrix"):
+        pass
+    sink.lose("b", "too large")
+    superseded = Superseded()
+    superseded.missed(CheckpointSaved(path="x.pt", kind="best"))
+    sink.lose_superseded(superseded)
+    assert [
+        "'a/curve' can't be shown in Example: no points",
+        "'b' can't be stored in Example: too large",
+        "'checkpoint best' can't be stored in Example: no file at x.pt",
+    ] == caplog.messages
+    assert {ExampleSink.__module__} == {record.name for record in caplog.records}
+    assert 3 == sink.lost
+    sink.open(RUN)
+    assert 0 == sink.lost
+
+
+def test_other_errors_are_not_losses() -> None:
+    """An error that a retry may solve reaches the worker, which keeps the record."""
+    sink = ExampleSink()
+    sink.open(RUN)
+    with pytest.raises(SinkError, match="down"), sink.showing("a"):
+        raise SinkError("down", retry=True)
+    assert 0 == sink.lost
+
+
+def test_a_tracker_sink_wants_what_its_option_says() -> None:
+    """A sink without the option wants artifacts alone."""
+    periodic, _, best = saved("periodic", "last", "best")
+    assert [False, True] == [ExampleSink().wants_files(event) for event in (periodic, best)]
+    plain = ExampleSink(Options())
+    assert not plain.wants_files(best)
+    assert plain.wants_files(ArtifactLogged(name="a", kind="data", paths=[]))
+
+
+def test_the_last_checkpoint_is_not_wanted_beside_the_best() -> None:
+    """It only stands in for it."""
+    (last,) = saved("last")
+    assert [True, False] == [is_wanted("best", last, has_best=found) for found in (False, True)]
+    assert is_wanted("all", last, has_best=True)
+
+
+def test_a_missing_package_is_named_with_its_extra() -> None:
+    """By an import and by a look alike, and an installed one is no error."""
+    with required_package("json"):
+        import json  # noqa: F401
+    check_package("json")
+    command = r"'no_such_package' is not installed; run `pip install 'trainbus\[such\]'`"
+    with pytest.raises(MissingPackageError, match=command):
+        check_package("no_such_package", extra="such")
+    with (
+        pytest.raises(MissingPackageError, match=command),
+        required_package("no_such_package", extra="such"),
+    ):
+        import no_such_package  # type: ignore[import-not-found]  # noqa: F401
+    with pytest.raises(MissingPackageError, match=r"trainbus\[no_such_package\]"):
+        check_package("no_such_package")
+
+
+def test_a_folder_is_created_or_its_option_named(tmp_path: Path) -> None:
+    """A folder that exists is left as it is."""
+    folder = tmp_path / "a" / "b"
+    assert folder == make_folder(folder) == make_folder(folder)
+    assert folder.is_dir()
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(SinkError, match=r"can't write .*file.*: .+; set another `logdir`"):
+        make_folder(file / "below", option="logdir")
+    expected = pytest.raises(SinkError, match="can't write a: full; set another `dir`")
+    with expected, writing_to(Path("a")):
+        raise OSError("full")
+
+
+def test_data_is_appended_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk writes short, without an error: what it wrote is removed again."""
+    path = tmp_path / "file"
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    try:
+        append(fd, b"first", path)
+        append(fd, b"", path)
+        write = os.write
+        monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:3]))
+        with pytest.raises(OSError, match="No space left on device"):
+            append(fd, b"second", path)
+    finally:
+        os.close(fd)
+    assert b"first" == path.read_bytes()
+
+
+def test_the_best_value_of_a_run() -> None:
+    """With its epoch counted from 1, where it has one."""
+    best = Best(metric="a/b", value=0.5, epoch=2)
+    expected = {"best/a/b": 0.5, "best/epoch": 3}
+    assert expected == best_values(RunEnded(status="finished", best=best))
+    best = Best(metric="a/b", value=0.5)
+    assert {"best/a/b": 0.5} == best_values(RunEnded(status="finished", best=best))
+    assert {} == best_values(RunEnded(status="finished"))
+
+
+def test_fields_that_are_set() -> None:
+    """All or those named, nested structs as mappings; zero and False are values."""
+    event = RunEnded(status="finished", reason="", best=Best(metric="m", value=0.0))
+    expected = {"status": "finished", "best": {"metric": "m", "value": 0.0}}
+    assert expected == set_fields(event)
+    assert {"status": "finished"} == set_fields(event, "reason", "status")
+
+
+def test_epochs_are_counted_from_one() -> None:
+    """As people count them."""
+    assert [1, 5, None] == [epochs_done(epoch) for epoch in (0, 4, None)]
+
+
+def test_a_lone_surrogate_is_escaped() -> None:
+    """Any other character stays."""
+    assert "métrique/µ漢\\ud800" == utf8("métrique/µ漢\ud800")
+
+
+def test_values_become_json() -> None:
+    """Whatever a training logs, strict JSON can represent it."""
+    value = {
+        1: (True, None, 2, 2**63, -(2**63)),
+        "floats": [0.5, np.nan, np.inf, -np.inf, np.longdouble(1.5)],
+        "arrays": [np.arange(2), np.float32(0.5), np.array(3)],
+        "other": [Path("a"), "\udc00", b"x"],
+        "set": {1},
+    }
+    expected = {
+        "1": [True, None, 2, "9223372036854775808", "-9223372036854775808"],
+        "floats": [0.5, "NaN", "Infinity", "-Infinity", "1.5"],
+        "arrays": [[0, 1], 0.5, 3],
+        "other": ["a", "\\udc00", "b'x'"],
+        "set": [1],
+    }
+    found = to_json(value)
+    assert expected == found
+    json.dumps(found, allow_nan=False).encode()
+    assert ["9007199254740992", 2**53 - 1] == to_json([2**53, 2**53 - 1], largest=2**53)
