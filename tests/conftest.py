@@ -1,4 +1,4 @@
-"""Trainings that many tests look at: each is run once, in a process of its own."""
+"""What all layers of tests share; it imports no tracker and no framework."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-from support import shared
-from support.train import LEARNER
+from support import packages, shared
 from trainbus import JournalSpec, bus
 from trainbus.recording import process_hooks
 
-if TYPE_CHECKING:  # a file that trains nothing starts without W&B and pictures
-    from support.trained import Trained
+pytest_plugins = ["support.trainings"]
 
 # Read when the packages are imported, so they are set before any test can; nothing is written home.
 SETTINGS = tempfile.mkdtemp(prefix="trainbus-")
@@ -67,6 +65,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = longest_first(items)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test whose packages are missing before any fixture of it is made."""
+    packages.check_item(item)
+
+
 @pytest.fixture(autouse=True)
 def journals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the journals of this test, where it names none."""
@@ -80,52 +84,3 @@ def end_runs() -> Iterator[None]:
     """Runs that a test leaves open end with it, as they would with its process."""
     yield
     process_hooks._at_exit()
-
-
-@pytest.fixture(scope="session")
-def workspace(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for the data and trainings of the whole session, the same for all its workers."""
-    return shared.folder(pytestconfig, tmp_path_factory) / "session"
-
-
-@pytest.fixture(scope="session")
-def data(workspace: Path) -> Path:
-    """Red, green and blue shapes; no green one in the validation pictures."""
-    import shapes
-
-    def make(folder: Path) -> Path:
-        return shapes.make_dataset(
-            folder, images=64, val_images=8, size=64, val_names=("red", "blue")
-        )
-
-    return shared.once(workspace / "data", make)
-
-
-@pytest.fixture(scope="session")
-def train(workspace: Path, data: Path) -> Callable[..., Trained]:
-    """Train a scenario by name, once a session; see `train_once`."""
-    from support.trained import train_once
-
-    def trained(name: str, **options: Any) -> Trained:
-        return shared.once(workspace / name, lambda root: train_once(root, data, **options))
-
-    return trained
-
-
-@pytest.fixture(scope="session")
-def ours(train: Callable[..., Trained]) -> Trained:
-    """Ten epochs of the newest Ultralytics, logged by trainbus into W&B and a file."""
-    return train("ours", epochs=10, model=LEARNER)
-
-
-@pytest.fixture(scope="session")
-def builtin(train: Callable[..., Trained]) -> Trained:
-    """The same training, logged by Ultralytics' own W&B callback."""
-    return train("builtin", epochs=10, model=LEARNER, builtin=True, config=None)
-
-
-@pytest.fixture(scope="session")
-def older_builtin(train: Callable[..., Trained]) -> Trained:
-    """The same training in Ultralytics 8.4.90, logged by that version's own W&B callback."""
-    options = {"epochs": 10, "model": LEARNER, "builtin": True, "config": None}
-    return train("older", version="8.4.90", **options)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import pickle
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
+from trainbus.journal.locks import try_lock
+
 _Made = TypeVar("_Made")
+_POLL_S = 0.1
 
 
 def is_worker(config: pytest.Config) -> bool:
@@ -37,7 +40,8 @@ def once(place: Path, make: Callable[[Path], _Made]) -> _Made:
     place.parent.mkdir(parents=True, exist_ok=True)
     result = place.with_name(f"{place.name}.pickle")
     with place.with_name(f"{place.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        while not try_lock(lock.fileno()):
+            time.sleep(_POLL_S)
         if not result.exists():
             try:
                 made = make(place)
