@@ -1,7 +1,8 @@
-"""What adapters have in common: wrapped methods, guarded hooks, and a run told in a few calls."""
+"""The base of adapters: wrapped methods, guarded hooks, and the reporter of runs."""
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 import gc
@@ -10,15 +11,18 @@ import logging
 import pickle
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from trainbus import SinkError
 from trainbus.distributed import current_rank
 from trainbus.events import (
     Best,
+    CheckpointSaved,
     EpochEnded,
     EpochStarted,
     Event,
@@ -30,15 +34,29 @@ from trainbus.events import (
     TextLogged,
 )
 from trainbus.toolkit.adapters import (
+    Hooks,
+    Origin,
     Reporter,
+    after,
+    argument,
     arounds_of,
+    before,
+    best_of,
     described,
+    early_stop,
     guarded,
     late_class,
+    lazy,
     number,
+    numbers,
     patch,
+    phase_of,
     tracker_of,
+    users_of,
+    variables_of,
+    with_argument,
     wrap,
+    wrong_target,
 )
 
 
@@ -107,7 +125,7 @@ def test_a_wrapped_method_is_the_method() -> None:
 
 
 @pytest.mark.parametrize("order", ["ab", "ba"])
-def test_two_wrappings_come_off_in_any_order(order: str) -> None:
+def test_two_wrappers_come_off_in_any_order(order: str) -> None:
     """Whichever is taken off first, the other one works on, and nothing is left in the end."""
     calls: list[str] = []
     model = Model()
@@ -182,7 +200,7 @@ def test_a_pickle_has_nothing_of_ours() -> None:
 # Hooks --------------------------------------------------------------------------------------------
 
 
-class Hooks:
+class Failing:
     @guarded
     def on_end(self, error: BaseException) -> str:
         raise error
@@ -225,28 +243,28 @@ def test_a_function_below_a_patched_one_is_patched_too() -> None:
     assert ["below", "above"] == calls
 
 
-def test_what_goes_wrong_in_a_hook_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    """The training sees nothing of it."""
-    hooks = Hooks()
+def test_a_hook_that_raises_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Its error never reaches the training."""
+    hooks = Failing()
     for _ in range(3):
         assert hooks.on_end(ValueError("no")) is None
     (text,) = (record.getMessage() for record in caplog.records)
-    said = f"on_end of {__name__} went wrong, its events are missing: ValueError: no ({__file__}:"
-    assert text.startswith(said)
+    logged = f"hook on_end in {__name__} raised; its events were not recorded: ValueError: no ("
+    assert text.startswith(f"{logged}{__file__}:")
 
 
 @pytest.mark.parametrize("error", [SinkError("no"), KeyboardInterrupt(), SystemExit()])
 def test_what_is_to_stop_a_training_stops_it(error: BaseException) -> None:
-    """A sink that is demanded, Ctrl-C and an exit are not kept back."""
+    """The error of a required sink, Ctrl-C and an exit pass."""
     with pytest.raises(type(error)):
-        Hooks().on_end(error)
+        Failing().on_end(error)
 
 
 # Reports ------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_told_in_a_few_calls() -> None:
-    """Plain numbers and counters, whatever the framework hands over; nothing after the end."""
+def test_a_run_is_recorded_in_a_few_calls() -> None:
+    """Plain numbers and counters, whatever types the framework has; nothing after the end."""
     heard = Heard()
     report = Reporter(heard)
     report.metrics({"early": 1.0}, "train")
@@ -265,8 +283,8 @@ def test_a_run_is_told_in_a_few_calls() -> None:
     assert (None, 0) == (report.epoch, report.last_epoch)
 
 
-def test_what_is_no_number_is_told_as_what_it_is() -> None:
-    """Texts, deeper values, vectors and matrices reach the bus; what can't be recorded is named."""
+def test_values_that_are_no_numbers_are_recorded_as_what_they_are() -> None:
+    """Strings, nested values, vectors and matrices; what can't be recorded is reported."""
     heard = Heard()
     report = Reporter(heard)
     report.start(RunStarted())
@@ -295,7 +313,7 @@ def test_what_is_no_number_is_told_as_what_it_is() -> None:
     ("error", "status"), [(ValueError("no"), "failed"), (KeyboardInterrupt(), "stopped")]
 )
 def test_a_watched_call_ends_the_run(error: BaseException, status: str) -> None:
-    """An exception passes through unchanged, and the epoch that it broke off does not end."""
+    """An exception passes through unchanged; the epoch it interrupted does not end."""
     heard = Heard()
     report = Reporter(heard)
 
@@ -314,7 +332,7 @@ def test_a_watched_call_ends_the_run(error: BaseException, status: str) -> None:
 
 
 def test_a_watched_call_that_fails_has_its_best() -> None:
-    """It is asked for when the error comes."""
+    """It is looked up when the error is raised."""
     heard, best = Heard(), Best(metric="loss", value=0.5)
     report = Reporter(heard)
 
@@ -330,7 +348,7 @@ def test_a_watched_call_that_fails_has_its_best() -> None:
 
 
 def test_a_callback_is_connected_again_after_a_detach() -> None:
-    """A second bus hears what the first one does no longer."""
+    """Events go to the second bus, no longer to the first."""
     first, second = Heard(), Heard()
     report = Reporter()
     report.connect(first)()
@@ -340,8 +358,8 @@ def test_a_callback_is_connected_again_after_a_detach() -> None:
     assert ([], 1) == (first.events, len(second.events))
 
 
-def test_a_run_of_one_bus_does_not_go_on_in_another() -> None:
-    """A callback that is given to a second bus begins there anew; the first has let go of it."""
+def test_a_run_of_one_bus_does_not_continue_in_another() -> None:
+    """A callback that is connected to a second bus starts a new run there."""
     first, second = Heard(), Heard()
     report = Reporter()
     released: list[str] = []
@@ -358,7 +376,7 @@ def test_a_run_of_one_bus_does_not_go_on_in_another() -> None:
     assert not report.active
 
 
-def test_another_rank_tells_its_failure_alone() -> None:
+def test_another_rank_records_only_its_failure() -> None:
     """Rank 0 has the run."""
     heard, error = Heard(), ValueError("no")
 
@@ -371,7 +389,7 @@ def test_another_rank_tells_its_failure_alone() -> None:
 
 
 def test_a_reporter_that_is_detached_is_silent() -> None:
-    """Hooks that a framework keeps after a detach say nothing."""
+    """Hooks that a framework keeps after a detach emit nothing."""
     heard = Heard()
     report = Reporter(heard)
     report.active = False
@@ -382,7 +400,7 @@ def test_a_reporter_that_is_detached_is_silent() -> None:
 
 @pytest.mark.parametrize(("every", "expected"), [(None, []), (1, [1, 2, 3, 4]), (2, [2, 4])])
 def test_steps_are_wanted_by_sinks(every: int | None, expected: list[int]) -> None:
-    """Step values are asked for by `every`, and while a run is open."""
+    """A sink asks for step values by `every`; only an open run has any."""
     report = Reporter(Heard(every))
     assert not report.wants_step(2)
     report.start(RunStarted())
@@ -390,7 +408,7 @@ def test_steps_are_wanted_by_sinks(every: int | None, expected: list[int]) -> No
 
 
 def test_what_is_no_number_is_none() -> None:
-    """Tensors and numpy scalars are numbers, texts and vectors are not."""
+    """Tensors and numpy scalars are numbers, strings and vectors are not."""
     given = (1, True, np.float32(0.5), np.ones(1), "1", None, np.ones(2))
     assert [1.0, 1.0, 0.5, 1.0, None, None, None] == [number(value) for value in given]
 
@@ -400,7 +418,7 @@ class Mixin:
 
 
 def test_a_late_class_is_made_once() -> None:
-    """It bears its module's name, so that it can be pickled by it."""
+    """Its module and name are set, so that it can be pickled."""
     asked = []
 
     def base() -> type:
@@ -417,7 +435,7 @@ def test_a_late_class_is_made_once() -> None:
 
 
 def test_a_callback_without_a_bus_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    """Who forgot the bus is told how to give it, and training goes on."""
+    """The warning says how to pass one; training continues."""
 
     class Lonely:
         def __init__(self) -> None:
@@ -433,7 +451,7 @@ def test_a_callback_without_a_bus_says_so(caplog: pytest.LogCaptureFixture) -> N
 
 
 class Parameter:
-    """A tensor, as far as it is counted."""
+    """A tensor with a size."""
 
     def __init__(self, size: int, *, requires_grad: bool) -> None:
         self.size = size
@@ -445,7 +463,7 @@ class Parameter:
 
 
 def test_parameters_are_counted_once() -> None:
-    """Weights that two models share are one."""
+    """Parameters that two models share count once."""
     free, frozen = Parameter(3, requires_grad=True), Parameter(4, requires_grad=False)
     expected = ModelDescribed(parameters=7, gradients=3, layers=2)
     assert expected == described([free, frozen, free], layers=2)
@@ -455,10 +473,10 @@ def test_parameters_are_counted_once() -> None:
     ("variables", "expected"),
     [({}, 0), ({"RANK": "3", "LOCAL_RANK": "1"}, 3), ({"LOCAL_RANK": "1"}, 1), ({"RANK": "-1"}, 0)],
 )
-def test_a_launcher_tells_the_rank(
+def test_a_launcher_sets_the_rank(
     variables: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where torch is not distributed yet, its variables are there."""
+    """Its variables are set before torch is distributed."""
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
         if name in variables:
@@ -466,11 +484,11 @@ def test_a_launcher_tells_the_rank(
     assert expected == current_rank()
 
 
-# Objects that nobody keeps alive -----------------------------------------------------------------
+# Objects that are not kept alive -----------------------------------------------------------------
 
 
-def test_a_wrapping_keeps_no_object_alive() -> None:
-    """Who holds the way out of a wrapped method does not hold the object."""
+def test_a_wrapper_keeps_no_object_alive() -> None:
+    """The function that unwraps does not refer to the object."""
     model = Model()
     found = weakref.ref(model)
     detach = wrap(model, "fit", Reporter().watch())
@@ -480,8 +498,8 @@ def test_a_wrapping_keeps_no_object_alive() -> None:
     detach()
 
 
-def test_all_that_stands_around_a_method_is_found() -> None:
-    """The last wrapping comes first, and what was taken off is not among them."""
+def test_all_wrappers_of_a_method_are_found() -> None:
+    """The outermost comes first; unwrapped ones are gone."""
     model = Model()
     arounds = [counting([], name) for name in "abc"]
     detach = [wrap(model, "fit", around) for around in arounds]
@@ -492,7 +510,7 @@ def test_all_that_stands_around_a_method_is_found() -> None:
 
 
 def test_what_a_user_wrapped_around_a_wrapped_method_stays() -> None:
-    """A decorator of theirs, which has taken on what the method has, is not taken off."""
+    """A decorator that copied the wrapper's attributes is not removed."""
     model: Any = Model()
     detach = wrap(model, "fit", counting([], "a"))
     inner = model.fit
@@ -505,6 +523,198 @@ def test_what_a_user_wrapped_around_a_wrapped_method_stays() -> None:
     detach()
     assert theirs is model.fit
     assert -2 == model.fit(2)
+
+
+# What several adapters share ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "expected"),
+    [
+        (Origin.ATTACH, [Origin.USER], True),
+        (Origin.HOOK, [Origin.ATTACH], True),
+        (Origin.USER, [Origin.ATTACH, Origin.USER], False),
+        (Origin.ATTACH, [], False),
+    ],
+)
+def test_of_several_callbacks_the_highest_origin_reports(
+    own: Origin, others: list[Origin], expected: bool
+) -> None:
+    """One that is detached counts for nothing; a copy keeps its origin."""
+    reports = [Reporter(origin=each) for each in others]
+    report = pickle.loads(pickle.dumps(Reporter(origin=own)))
+    assert expected is report.yields_to(reports)
+    for each in reports:
+        each.active = False
+    assert not report.yields_to(reports)
+
+
+class Callback(Hooks):
+    """Hooks that keep something of a run."""
+
+    def reset(self) -> None:
+        self.batches = 0
+
+
+def test_hooks_are_copied_without_their_run() -> None:
+    """A copy reports to the same bus, with the same origin."""
+    hooks = Callback(origin=Origin.ATTACH)
+    hooks.batches = 3
+    hooks.report.connect(Heard())
+    hooks.report.start(RunStarted())
+    copied = pickle.loads(pickle.dumps(hooks))
+    assert (0, Origin.ATTACH) == (copied.batches, copied.report.origin)
+    assert (True, False) == (hooks.report.is_open, copied.report.is_open)
+
+
+def test_hooks_attach_themselves_to_a_bus() -> None:
+    """`BusCallback(bus)` is `bus.attach(BusCallback())`."""
+
+    attached: list[object] = []
+
+    class Bus:
+        def attach(self, target: object) -> None:
+            attached.append(target)
+
+    hooks = Callback(Bus())
+    assert [hooks] == attached
+
+
+def test_callbacks_of_the_user_are_found() -> None:
+    """By class and origin."""
+    own, added = Callback(), Callback(origin=Origin.ATTACH)
+    assert [own] == users_of([added, object(), own, Hooks()], Callback)
+
+
+def test_saved_files_become_final_at_the_end(tmp_path: Path) -> None:
+    """The newest file of each slot, if it is still there; what was final is not repeated."""
+    heard = Heard()
+    report = Reporter(heard)
+    report.start(RunStarted())
+    names = ("one", "two", "last", "gone", "kept", "again")
+    one, two, last, gone, kept, again = (
+        CheckpointSaved(path=str(tmp_path / name), kind="best") for name in names
+    )
+    for saved in (one, two, last, kept, again):
+        Path(saved.path).touch()
+    report.checkpoint(one, slot="best")
+    report.checkpoint(two, slot="best")
+    for saved in (last, gone, structs.replace(kept, kind="periodic"), again):
+        report.checkpoint(saved)
+    report.checkpoint(structs.replace(again, final=True))
+    report.end()
+    *before_end, _ = heard.events
+    finals = [e.path for e in before_end[-2:] if isinstance(e, CheckpointSaved) and e.final]
+    assert [two.path, last.path] == finals
+    assert 1 + 7 + 2 == len(before_end)
+
+
+def test_files_of_a_failed_run_are_not_final(tmp_path: Path) -> None:
+    """Nor are those of one run recorded again in the next one."""
+    heard = Heard()
+    report = Reporter(heard)
+    saved = CheckpointSaved(path=str(tmp_path), kind="last")
+    report.start(RunStarted())
+    report.checkpoint(saved)
+    report.fail(ValueError("no"))
+    report.start(RunStarted())
+    report.end()
+    assert [saved] == [event for event in heard.events if isinstance(event, CheckpointSaved)]
+
+
+@pytest.mark.parametrize("is_failed", [False, True])
+def test_the_best_value_is_recorded_at_the_end(is_failed: bool) -> None:
+    """It is that of the run; one that is given wins."""
+    heard = Heard()
+    report = Reporter(heard)
+    given = Best(metric="f1", value=1.0)
+    bests = []
+    for best in (None, given, None):
+        report.start(RunStarted())
+        report.best = best_of("loss", np.float32(0.5), 3) if len(bests) < 2 else None
+        if is_failed:
+            report.fail(ValueError("no"), best=best)
+        else:
+            report.end(best=best)
+        (ended,) = (event for event in heard.events if isinstance(event, RunEnded))
+        bests.append(ended.best)
+        heard.events.clear()
+    assert [Best(metric="loss", value=0.5, epoch=3), given, None] == bests
+    assert best_of("loss", None) is None
+
+
+def test_a_run_is_stopped() -> None:
+    """The epoch in progress does not end."""
+    heard = Heard()
+    report = Reporter(heard)
+    report.start(RunStarted())
+    report.start_epoch(0)
+    report.end("interrupted", status="stopped")
+    assert RunEnded(status="stopped", reason="interrupted") == heard.events[-1]
+    assert [RunStarted, EpochStarted, RunEnded] == [type(event) for event in heard.events]
+
+
+def test_a_reporter_knows_its_rank() -> None:
+    """By the function that the adapter gave, else by the launcher."""
+    heard, error = Heard(), ValueError("no")
+    Reporter(heard, rank=lambda: 3).fail(error)
+    assert [(3, error)] == heard.failures
+
+
+def test_calls_before_and_after_a_method() -> None:
+    """Both get its arguments, the one after it its result first."""
+    calls: list[str] = []
+    model = Model()
+    wrap(model, "fit", before(lambda x, **_: calls.append(f"before {x}, {model.trained}")))
+    wrap(model, "fit", after(lambda done, x, **_: calls.append(f"after {x}, {done}")))
+    assert 2 == model.fit(2, weight=1.0)
+    assert ["before 2, 0", "after 2, 2"] == calls
+
+
+def test_arguments_of_a_call() -> None:
+    """By position, by name, or not given; a function may lack the parameter."""
+
+    def train(data: int, callbacks: Any = None) -> None:
+        """Train."""
+
+    for args, kwargs in [((1, [2]), {}), ((1,), {"callbacks": [2]})]:
+        assert [2] == argument(train, "callbacks", args, kwargs)
+        args, kwargs = with_argument(train, "callbacks", [3], args, kwargs)
+        assert [3] == argument(train, "callbacks", args, kwargs)
+        assert 1 == args[0]
+    assert argument(train, "callbacks", (1,), {}) is None
+    assert ((1,), {"callbacks": []}) == with_argument(train, "callbacks", [], (1,), {})
+    assert argument(len, "callbacks", (1,), {}) is None
+
+
+def test_variables_of_a_running_function() -> None:
+    """Of the innermost call; nothing if it is not running."""
+
+    def outer_frame(depth: int) -> dict[str, Any]:
+        return variables_of(__name__, "outer_frame") if depth == 2 else outer_frame(depth + 1)
+
+    assert 2 == outer_frame(0)["depth"]
+    assert {} == variables_of(__name__, "no_such_function")
+    assert {} == variables_of("no.such.module", "outer_frame")
+
+
+def test_a_module_makes_its_attributes_late() -> None:
+    """The base class may be named by a string; other attributes are missing as usual."""
+    make = late_class(__name__, "BusCallback", Mixin, "collections:OrderedDict")
+    get = lazy(__name__, BusCallback=make)
+    assert (Mixin, collections.OrderedDict) == get("BusCallback").__bases__
+    with pytest.raises(AttributeError, match=f"module '{__name__}' has no attribute 'other'"):
+        get("other")
+
+
+def test_texts_of_adapters() -> None:
+    """Reasons, errors, phases and numbers read the same in all of them."""
+    assert "early stop: no better loss in 3 rounds" == early_stop("loss", 3, "rounds")
+    error = wrong_target(1, "a model", "attach what you call `fit()` on")
+    assert "expected a model, found int; attach what you call `fit()` on" == str(error)
+    phases = [phase_of(name) for name in ("Training", "learn", "test_1", "valid_0", "eval")]
+    assert ["train", "train", "test", "validation", "validation"] == phases
+    assert {"a": 1.0, "b": 0.5} == numbers({"a": True, "b": np.float32(0.5), "c": "1", "d": None})
 
 
 # Loggers of the frameworks ------------------------------------------------------------------------

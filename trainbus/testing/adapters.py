@@ -427,7 +427,7 @@ class _UserError(Exception):
 
 
 class _Said(logging.Handler):
-    """Keeps what went wrong in the hooks of the adapter."""
+    """Keeps the warnings about hooks that raised."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -435,7 +435,7 @@ class _Said(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Take a line of the log."""
-        if "went wrong, its events are missing" in record.getMessage():
+        if "its events were not recorded" in record.getMessage():
             self.faults.append(record.getMessage())
 
 

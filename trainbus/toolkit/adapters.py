@@ -1,26 +1,33 @@
-"""What adapters have in common: hooks that can't hurt a training, and a run told in a few calls.
+"""Base of adapters: hooks that never break a training, and a reporter of runs.
 
-Guarantees: an exception that leaves the framework's entry call passes through unchanged, and ends
-the run; what goes wrong in a hook is said once and costs the events of that hook alone; numbers
-leave as plain floats and counters as plain ints.
+Guarantees: an exception that leaves the framework's entry call passes through unchanged and ends
+the run; a hook that raises is logged once and loses only its own events; values are emitted as
+plain floats, counters as plain ints.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from enum import IntEnum
 from functools import wraps
+from inspect import signature
+from pkgutil import resolve_name
+from types import FrameType
 from typing import Any, Literal, TypeVar
 
 from msgspec import structs
 
 from trainbus import normalize
+from trainbus.distributed import current_rank
 from trainbus.errors import AttachError, SinkError
 from trainbus.events import (
     Best,
+    CheckpointSaved,
     EpochEnded,
     EpochStarted,
     Event,
@@ -31,21 +38,43 @@ from trainbus.events import (
 )
 from trainbus.interfaces import Detach, Emit
 from trainbus.toolkit import splitting
-from trainbus.toolkit.patching import around_of, arounds_of, patch, when_gone, wrap
+from trainbus.toolkit.patching import (
+    after,
+    around_of,
+    arounds_of,
+    before,
+    patch,
+    when_gone,
+    wrap,
+)
 
 __all__ = [
+    "Hooks",
+    "Origin",
     "Reporter",
+    "after",
+    "argument",
     "around_of",
     "arounds_of",
+    "before",
+    "best_of",
     "described",
+    "early_stop",
     "guarded",
     "late_class",
+    "lazy",
     "number",
+    "numbers",
     "patch",
+    "phase_of",
     "tracker_of",
+    "users_of",
+    "variables_of",
     "version",
     "when_gone",
+    "with_argument",
     "wrap",
+    "wrong_target",
 ]
 
 logger = logging.getLogger("trainbus")
@@ -59,12 +88,54 @@ def number(value: Any) -> float | None:
     return found.get("")
 
 
-def guarded(hook: _Hook) -> _Hook:
-    """Decorate a method that a framework calls: what goes wrong in it never reaches the training.
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the values that are numbers, as floats; the others are dropped."""
+    found = {name: number(value) for name, value in values.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
-    A guarded hook that fails returns None, and says so once. Only a sink with `on_error: raise`
-    stops a training. Where the framework looks at what a hook returns, guard an inner method, and
-    return from the outer one.
+
+def phase_of(data: str) -> Literal["train", "validation", "test"]:
+    """Return the phase of a data set, by the beginning of its name; validation if unknown."""
+    name = data.lower()
+    if name.startswith(("train", "learn")):
+        return "train"
+    return "test" if name.startswith("test") else "validation"
+
+
+def best_of(metric: str, value: Any, epoch: int | None = None) -> Best | None:
+    """Return the best value of a metric, None if the value is no number."""
+    found = number(value)
+    return None if found is None else Best(metric=metric, value=found, epoch=epoch)
+
+
+def early_stop(metric: str, patience: int, unit: str = "epochs") -> str:
+    """Return the reason of a run that ended because a metric no longer improved.
+
+    Args:
+        metric: its name.
+        patience: number of `unit` without an improvement.
+        unit: what the framework counts: epochs, rounds, iterations, evaluations.
+    """
+    return f"early stop: no better {metric} in {patience} {unit}"
+
+
+def wrong_target(target: object, expected: str, advice: str) -> AttachError:
+    """Return the error to raise for an object that the adapter can't attach.
+
+    Args:
+        target: the object.
+        expected: what the adapter attaches, with an article: "a Lightning Trainer".
+        advice: what the user should do.
+    """
+    return AttachError(f"expected {expected}, found {type(target).__qualname__}; {advice}")
+
+
+def guarded(hook: _Hook) -> _Hook:
+    """Decorate a method that a framework calls, so that its errors never reach the training.
+
+    A hook that raises returns None, and is logged once. Only the `SinkError` of a sink with
+    `on_error: raise` passes. Where the framework uses what a hook returns, guard an inner method
+    and return from the outer one.
     """
 
     @wraps(hook)
@@ -74,11 +145,11 @@ def guarded(hook: _Hook) -> _Hook:
         except SinkError:
             raise
         except Exception as error:
-            said = self.__dict__.setdefault("_said", set())
-            if hook.__name__ not in said:
-                said.add(hook.__name__)
+            logged = self.__dict__.setdefault("_logged_hooks", set())
+            if hook.__name__ not in logged:
+                logged.add(hook.__name__)
                 logger.warning(
-                    "%s of %s went wrong, its events are missing: %s: %s (%s)",
+                    "hook %s in %s raised; its events were not recorded: %s: %s (%s)",
                     *(hook.__name__.lstrip("_"), type(self).__module__),
                     *(type(error).__name__, error, _place_of(error)),
                 )
@@ -87,21 +158,46 @@ def guarded(hook: _Hook) -> _Hook:
     return call  # type: ignore[return-value]
 
 
-def late_class(module: str, name: str, mixin: type, base: Callable[[], type]) -> Callable[[], Any]:
-    """Return a function that makes a class of `mixin` and a framework's own base class, once.
+def late_class(
+    module: str, name: str, mixin: type, base: str | Callable[[], type]
+) -> Callable[[], Any]:
+    """Return a function that makes a class of `mixin` and a framework's base class, once.
 
-    An adapter's module gives it out by its `__getattr__`: importing the adapter loads no framework,
-    and the class can be pickled by its name.
+    With `lazy`, a module offers the class without importing the framework, and instances can be
+    pickled.
+
+    Args:
+        module: `__name__` of the adapter.
+        name: name of the class.
+        mixin: the hooks.
+        base: the framework's class as `"package.module:Class"`, or a function that returns it.
     """
     made: list[type] = []
 
     def make() -> type:
         if not made:
+            base_class = resolve_name(base) if isinstance(base, str) else base()
             about = {"__module__": module, "__qualname__": name, "__doc__": mixin.__doc__}
-            made.append(type(name, (mixin, base()), about))
+            made.append(type(name, (mixin, base_class), about))
         return made[0]
 
     return make
+
+
+def lazy(module: str, **makers: Callable[[], Any]) -> Callable[[str], Any]:
+    """Return a module's `__getattr__`, which makes an attribute when it is first used.
+
+    Args:
+        module: `__name__` of the module.
+        **makers: name of the attribute → function that makes it.
+    """
+
+    def get(name: str) -> Any:
+        if name in makers:
+            return makers[name]()
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    return get
 
 
 def _place_of(error: BaseException) -> str:
@@ -110,44 +206,77 @@ def _place_of(error: BaseException) -> str:
     return f"{frame.f_code.co_filename}:{line}"
 
 
-class Reporter:
-    """Tells one training of a framework to the bus: a run at a time, on one rank.
+class Origin(IntEnum):
+    """Who added a callback to a training. Of several callbacks, the highest origin reports."""
 
-    What is told while no run is open is dropped: frameworks call their hooks in evaluations too.
-    An `emit` of None stands for a callback that was not attached yet.
+    HOOK = 0
+    """`trainbus run`, by the adapter's `hook`."""
+    ATTACH = 1
+    """`bus.attach(…)`, by the adapter's `attach`."""
+    USER = 2
+    """The user's own code."""
+
+
+class Reporter:
+    """Reports the trainings of one framework object, one run at a time, on one rank.
+
+    Events are dropped while no run is open: frameworks call their hooks in evaluations too.
+
+    Args:
+        emit: where the events go; None until the callback is attached.
+        origin: who added the callback that reports.
+        rank: returns the rank of this process.
     """
 
-    def __init__(self, emit: Emit | None = None) -> None:
+    def __init__(
+        self,
+        emit: Emit | None = None,
+        *,
+        origin: Origin = Origin.USER,
+        rank: Callable[[], int] = current_rank,
+    ) -> None:
         self.emit = emit
+        self.origin = origin
+        self.rank = rank
         self.active = True
-        """Whether it tells anything; an adapter's `detach` sets it to False."""
+        """Whether events are emitted; an adapter's `detach` sets it to False."""
         self.is_open = False
         self.epoch: int | None = None
-        """The epoch that is under way."""
+        """The epoch in progress."""
         self.last_epoch: int | None = None
-        """The epoch that ended last, in whichever way."""
+        """The epoch that ended last, whatever its outcome."""
+        self.best: Best | None = None
+        """The best value so far; `end` and `fail` record it."""
         self._epoch_began = 0.0
+        self._checkpoints: dict[Hashable, CheckpointSaved] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the run out: who is unpickled in another process begins its own."""
-        return {"emit": self.emit, "active": self.active}
+        """Leave the run out: an unpickled reporter opens runs of its own."""
+        return {name: getattr(self, name) for name in ("emit", "origin", "rank", "active")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["emit"])  # type: ignore[misc]
-        self.active = state["active"]
+        self.__init__()  # type: ignore[misc]
+        vars(self).update(state)
+
+    def yields_to(self, others: Iterable[Reporter]) -> bool:
+        """Return whether an active one of the others has a higher origin, and reports instead."""
+        return any(other.active and other.origin > self.origin for other in others)
 
     def connect(self, emit: Emit, release: Callable[[], object] = lambda: None) -> Detach:
-        """Report to `emit` from the next run on; returns what ends it.
+        """Report to `emit` from the next run on.
 
         Args:
             emit: where the events go.
-            release: called first when it is ended, unless another `emit` was connected since.
+            release: called by the returned function, for example to unwrap a method.
+
+        Returns:
+            A function that disconnects, unless another `emit` was connected since.
         """
         self.emit, self.active = emit, True
         self.is_open, self.epoch = False, None
 
         def detach() -> None:
-            if self.emit is emit:  # and not of another bus by now
+            if self.emit is emit:  # else it belongs to another bus by now
                 release()
                 self.active = False
 
@@ -159,14 +288,15 @@ class Reporter:
         """Open the run.
 
         Args:
-            started: its start.
-            loggers: callbacks of the framework or classes of them, among which there may be loggers
-                of its own. A tracker that the bus feeds too is named in a warning.
+            started: its first event.
+            loggers: callbacks of the framework, or their classes. One that logs to a tracker that
+                the bus feeds too is reported in a warning.
             remedy: how the user switches the framework's own loggers off.
         """
         if self.active:
             self.is_open, self.epoch, self.last_epoch = True, None, None
-            self.tell(self._with_own_loggers(started, loggers, remedy))
+            self.best, self._checkpoints = None, {}
+            self.record(self._with_own_loggers(started, loggers, remedy))
 
     def _with_own_loggers(
         self, started: RunStarted, loggers: Iterable[object], remedy: str
@@ -185,27 +315,33 @@ class Reporter:
             )
         return structs.replace(started, own_loggers=sorted(own)) if own else started
 
-    def tell(self, event: Event) -> None:
-        """Emit an event, if a run is open."""
+    def record(self, event: Event) -> None:
+        """Emit an event if a run is open.
+
+        Raises:
+            AttachError: the callback was never attached to a bus.
+        """
         if self.is_open and self.active:
             if self.emit is None:
                 raise AttachError("this callback has no bus: make it with one, as `…(bus)`")
             self.emit(event)
 
+    tell = record
+
     def start_epoch(self, epoch: int) -> None:
-        """Say that an epoch begins, counted from 0."""
+        """Record that an epoch starts, counted from 0."""
         self.epoch, self._epoch_began = int(epoch), time.monotonic()
-        self.tell(EpochStarted(epoch=self.epoch))
+        self.record(EpochStarted(epoch=self.epoch))
 
     def end_epoch(
         self, outcome: Literal["completed", "retried", "recovered"] = "completed"
     ) -> None:
-        """Say that the epoch is over, if one is under way."""
+        """Record the end of the epoch in progress, if there is one."""
         if self.epoch is not None:
             epoch, self.epoch = self.epoch, None
             self.last_epoch = epoch
             seconds = time.monotonic() - self._epoch_began
-            self.tell(EpochEnded(epoch=epoch, duration_s=seconds, outcome=outcome))
+            self.record(EpochEnded(epoch=epoch, duration_s=seconds, outcome=outcome))
 
     def metrics(
         self,
@@ -217,16 +353,16 @@ class Reporter:
         final: bool = False,
         on_request: bool = False,
     ) -> None:
-        """Tell the values: numbers as metrics, and whatever else can be recorded as what it is.
+        """Record values: numbers as metrics, others as the text, image, figure or table they are.
 
         Args:
-            values: name → number, numpy scalar, tensor, text, picture, figure, table, or a mapping
-                of them, which is flattened; None is no value.
-            phase: what they were measured in.
-            epoch: the epoch that they belong to.
+            values: name → number, numpy scalar, tensor, string, image, figure, table, or a mapping
+                of these, which is flattened; None is skipped.
+            phase: phase in which they were measured.
+            epoch: their epoch.
             step: optimizer updates done.
             final: whether they evaluate the chosen weights after training.
-            on_request: whether they were measured only because a sink asked.
+            on_request: whether they were measured only because a sink asked for them.
         """
         if not self.is_open:
             return
@@ -239,37 +375,65 @@ class Reporter:
             on_request=on_request,
         )
         for event in events:
-            self.tell(event)
+            self.record(event)
         if left_out and self.active and self.emit is not None:
             for what in left_out:
                 self.emit.leave_out(what)
 
     def wants_step(self, step: int, phase: str = "train") -> bool:
-        """Return whether a sink asked for the values of this step; they are then `on_request`."""
+        """Return whether a sink asked for the values of this step; record them `on_request`."""
         every = self.emit.every(phase) if self.emit is not None and self.is_open else None
         return every is not None and step % every == 0
 
-    def end(self, reason: str | None = None, best: Best | None = None) -> None:
-        """Say that the training is over and went well, early or not.
+    def checkpoint(self, saved: CheckpointSaved, *, slot: Hashable = None) -> None:
+        """Record a saved file. `end` records the best and last files again, as final.
 
-        An epoch that is under way is taken for completed.
+        Args:
+            saved: the file.
+            slot: what the file belongs to, for example a framework's checkpoint callback: of the
+                files of one slot only the newest becomes final. Default: the path.
         """
-        self._end(RunEnded(status="finished", reason=reason, best=best))
+        self.record(saved)
+        slot = saved.path if slot is None else slot
+        if saved.final or saved.kind == "periodic":
+            self._checkpoints.pop(slot, None)
+        else:
+            self._checkpoints[slot] = saved
 
-    def fail(self, error: BaseException, *, rank: int = 0, best: Best | None = None) -> None:
-        """Say what ended the training: stopped by Ctrl-C or an exit, else failed.
+    def end(
+        self,
+        reason: str | None = None,
+        best: Best | None = None,
+        *,
+        status: Literal["finished", "stopped"] = "finished",
+    ) -> None:
+        """Record that the training ended without an error.
+
+        Args:
+            reason: why it ended before all planned epochs were done.
+            best: the best value; default: `self.best`.
+            status: `finished` completes the epoch in progress and records the files that are still
+                there as final; `stopped` is for a training that was interrupted.
+        """
+        self._end(RunEnded(status=status, reason=reason, best=best or self.best))
+
+    def fail(
+        self, error: BaseException, *, rank: int | None = None, best: Best | None = None
+    ) -> None:
+        """Record the exception that ended the training: `stopped` by Ctrl-C or exit, else `failed`.
 
         Args:
             error: what left the framework's entry call.
-            rank: rank of this process; on another one than the main no run is open.
-            best: the best value that was reached.
+            rank: rank of this process; default: `self.rank()`. Only the main rank has a run open.
+            best: the best value; default: `self.best`.
         """
+        rank, best = self.rank() if rank is None else rank, best or self.best
         try:
             self._fail(error, rank, best)
         except SinkError:
             raise
         except Exception:
-            # What handles a signal may raise wherever it finds this thread: that comes once.
+            # A signal handler may raise anywhere in this thread, but only once.
             self._fail(error, rank, best)
 
     def _fail(self, error: BaseException, rank: int, best: Best | None) -> None:
@@ -280,23 +444,112 @@ class Reporter:
 
     def watch(
         self,
-        rank: Callable[[], int] = lambda: 0,
+        rank: Callable[[], int] | None = None,
         best: Callable[[], Best | None] = lambda: None,
     ) -> Callable[..., Any]:
-        """Return what `wrap` puts around a framework's entry call: it ends the run by exceptions.
+        """Return the wrapper of a framework's entry call that records its exceptions.
 
         Args:
-            rank: returns the rank of this process, when it is asked for.
-            best: returns the best value that was reached.
+            rank: returns the rank of this process, called on an exception; default: `self.rank`.
+            best: returns the best value so far, called on an exception.
         """
-        return _Watch(self, rank, best)
+        return _Watch(self, rank or self.rank, best)
 
     def _end(self, event: RunEnded) -> None:
         if event.status == "finished":
+            for saved in self._checkpoints.values():
+                if os.path.exists(saved.path):
+                    self.record(structs.replace(saved, final=True))
             self.end_epoch()
-        self.tell(event)
+        self.record(event)
         self.is_open = False
         self.epoch = None
+
+
+class Hooks:
+    """Base of an adapter's hooks, which `late_class` mixes into a framework's callback.
+
+    It makes the `report`, attaches itself to a bus that it is given, and leaves the run out when it
+    is copied or pickled. A subclass keeps what it knows of a run in attributes that `reset` sets.
+
+    Args:
+        bus: the bus to attach to.
+        origin: who adds the callback to a training.
+    """
+
+    def __init__(self, bus: Any = None, *, origin: Origin = Origin.USER) -> None:
+        super().__init__()
+        self.report = Reporter(origin=origin)
+        self.reset()
+        if bus is not None:
+            bus.attach(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the run out: a copy opens runs of its own."""
+        return {"report": self.report}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.report = state["report"]
+
+    def reset(self) -> None:
+        """Forget the run; called before the first one."""
+
+
+_HooksT = TypeVar("_HooksT", bound=Hooks)
+
+
+def users_of(callbacks: Iterable[object], kind: type[_HooksT]) -> list[_HooksT]:
+    """Return the callbacks of a class that the user's own code added."""
+    ours = [each for each in callbacks if isinstance(each, kind)]
+    return [each for each in ours if each.report.origin is Origin.USER]
+
+
+def variables_of(module: str, function: str) -> dict[str, Any]:
+    """Return the local variables of a function that is running, the innermost call of it.
+
+    For frameworks that pass a callback neither their arguments nor the other callbacks.
+
+    Args:
+        module: `__name__` of the module that defines the function.
+        function: its name.
+
+    Returns:
+        name → value; empty if the function is not running in this thread.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == function and frame.f_globals.get("__name__") == module:
+            return dict(frame.f_locals)
+        frame = frame.f_back
+    return {}
+
+
+def argument(
+    function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Return what a call passes for a parameter, by position or name; None if nothing."""
+    place = _place(function, name)
+    return args[place] if place < len(args) else kwargs.get(name)
+
+
+def with_argument(
+    function: Callable[..., Any],
+    name: str,
+    value: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call with another value for a parameter."""
+    place = _place(function, name)
+    if place < len(args):
+        return (*args[:place], value, *args[place + 1 :]), dict(kwargs)
+    return args, {**kwargs, name: value}
+
+
+def _place(function: Callable[..., Any], name: str) -> int:
+    names = list(signature(function).parameters)
+    return names.index(name) if name in names else sys.maxsize
 
 
 _TRACKERS = {
@@ -311,7 +564,7 @@ _TRACKERS = {
     "neptune": ("Neptune", "neptune"),
     "aim": ("Aim", "aim"),
 }
-"""Import name of a tracker → what it is called, and how names of classes that log to it begin."""
+"""Import name of a tracker → its display name, and the prefix of classes that log to it."""
 
 _FRAMEWORKS = (
     *("accelerate", "ignite", "keras", "lightgbm", "lightning", "pytorch_lightning", "sklearn"),
@@ -322,8 +575,8 @@ _FRAMEWORKS = (
 def tracker_of(callback: type) -> str | None:
     """Return the import name of the tracker that a class logs to, None if it is no logger.
 
-    A class that came with the tracker logs to it, such as those of `wandb.integration`; so does a
-    framework's own whose name says so, such as `WandbLogger`. Nothing is imported for it.
+    These are the classes of the tracker's own package, such as `wandb.integration`, and those of a
+    framework that are named after it, such as `WandbLogger`. Nothing is imported.
     """
     for kind in callback.__mro__:
         package = str(kind.__module__).partition(".")[0]
@@ -354,8 +607,8 @@ class _Watch:
             try:
                 self._reporter.fail(error, rank=self._rank(), best=self._best())
             except SinkError as second:
-                self._warn(second)  # the user's own error is the one to see
-            except Exception:  # also when the framework can't be asked any more
+                self._warn(second)  # the user needs to see their own error
+            except Exception:  # rank or best can't be found out any more
                 try:
                     self._reporter.fail(error, rank=self._rank())
                 except Exception as second:
@@ -363,15 +616,15 @@ class _Watch:
             raise
 
     def _warn(self, error: Exception) -> None:
-        logger.warning("the end of this run can't be told: %s", error)
+        logger.warning("the end of this run was not recorded: %s", error)
 
 
 def described(parameters: Iterable[Any], layers: int | None = None) -> ModelDescribed:
-    """Return what a PyTorch model is, by its parameters, each counted once.
+    """Return the size of a PyTorch model; parameters that are shared count once.
 
     Args:
-        parameters: tensors, of one model or of several.
-        layers: number of its modules.
+        parameters: tensors of one or several models.
+        layers: number of modules.
     """
     found = {id(each): each for each in parameters}.values()
     return ModelDescribed(
@@ -382,5 +635,5 @@ def described(parameters: Iterable[Any], layers: int | None = None) -> ModelDesc
 
 
 def version(framework: str) -> str | None:
-    """Return the version of a framework that was imported."""
+    """Return the version of an imported framework, None if it has none."""
     return getattr(sys.modules.get(framework), "__version__", None)

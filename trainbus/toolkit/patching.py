@@ -1,7 +1,7 @@
-"""Wraps the methods of a trainer, and of a framework's classes.
+"""Wraps methods of objects so that they can be unwrapped in any order, and patches classes.
 
-What is put around one object can be taken away again, in any order, and the object is then as it
-was; what is put into a class stays. What is returned keeps no object alive.
+Unwrapping restores the object; a patched class stays patched. No returned function keeps an object
+alive.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from trainbus.interfaces import Detach
 
 
 def wrap(target: Any, name: str, around: Callable[..., Any]) -> Detach:
-    """Have `around(method, *args, **kwargs)` called in the place of one object's method.
+    """Replace one object's method by `around(method, *args, **kwargs)`.
 
-    A copy of the object is wrapped too, unless its class makes copies in its own way; a pickle is
-    not: it can be loaded without trainbus.
+    A copy of the object is wrapped too, unless its class defines its own copying. A pickle is not,
+    and loads without trainbus.
 
     Args:
-        target: the object; others of its class are left alone.
-        name: the method.
-        around: calls `method(*args, **kwargs)` and returns what it returns.
+        target: the object; others of its class are unchanged.
+        name: name of the method.
+        around: calls `method(*args, **kwargs)` and returns its result.
 
     Returns:
-        A function that puts the object back as it was, whoever wrapped the method since.
+        A function that unwraps the method, even if others wrapped it since.
     """
     layer = _Layer(vars(target).get(name), around)
     plain = layer.plain or getattr(type(target), name)
 
-    # Signature and name stay: frameworks ask a method what it takes, and pickle it by its name.
+    # Frameworks inspect a method's signature, and pickle it by name.
     @wraps(plain)
     def call(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         method = MethodType(plain, self)
@@ -58,7 +58,7 @@ def wrap(target: Any, name: str, around: Callable[..., Any]) -> Detach:
 def _unwrap(target: Any, call: Any) -> None:
     name, layer = call.__name__, call.__trainbus__
     if getattr(vars(target).get(name), "__func__", None) is not call:
-        return  # somebody wrapped it since, and calls what is silent now
+        return  # others wrapped it since; the inactive layer only passes calls on
     before = layer.before
     while (below := _layer_of(before)) is not None and not below.active:
         before = below.before
@@ -69,7 +69,7 @@ def _unwrap(target: Any, call: Any) -> None:
 
 
 class _Layer:
-    """One wrapping of a method, and what the object's own attribute was before."""
+    """One wrapper of a method, and the object's own attribute before it."""
 
     def __init__(self, before: Any, around: Callable[..., Any]) -> None:
         self.before = before
@@ -78,7 +78,7 @@ class _Layer:
 
     @property
     def plain(self) -> Any:
-        """The function below, with the object as its first argument; None for the class's own."""
+        """The wrapped function, taking the object first; None for the method of the class."""
         before = self.before
         if before is None or isinstance(before, MethodType):
             return before and before.__func__
@@ -87,7 +87,7 @@ class _Layer:
         def call(self: Any, /, *args: Any, **kwargs: Any) -> Any:
             return before(*args, **kwargs)
 
-        with suppress(TypeError, ValueError):  # there are builtins that tell none
+        with suppress(TypeError, ValueError):  # some builtins have no signature
             found = signature(before)
             parameters = [Parameter("__self__", Parameter.POSITIONAL_ONLY)]
             parameters += found.parameters.values()
@@ -96,12 +96,12 @@ class _Layer:
 
 
 def around_of(target: Any, name: str) -> Any:
-    """Return what `wrap` has put around an object's method last, None if there is nothing."""
+    """Return the outermost `around` of an object's method, None if it is not wrapped."""
     return next(arounds_of(target, name), None)
 
 
 def arounds_of(target: Any, name: str) -> Iterator[Any]:
-    """Yield what `wrap` has put around an object's method, the last one first."""
+    """Yield each `around` of an object's method, the outermost first."""
     layer = _layer_of(vars(target).get(name))
     while layer is not None:
         if layer.active:
@@ -114,17 +114,18 @@ def _layer_of(method: Any) -> _Layer | None:
 
 
 def patch(owner: Any, name: str, around: Callable[..., Any]) -> None:
-    """Have `around(function, *args, **kwargs)` called in the place of a class's or module's own.
+    """Replace a method of a class, or a function of a module, by `around(function, …)`.
 
-    It is for the whole process, for an adapter's `hook`: the first stays, a second changes nothing.
+    It lasts for the whole process, and is meant for an adapter's `hook`. A second patch of the same
+    name does nothing.
 
     Args:
         owner: the class or module.
-        name: the method, whose object is then the first of `args`, or the function.
-        around: calls `function(*args, **kwargs)` and returns what it returns.
+        name: name of the method, which gets its object as the first of `args`, or of the function.
+        around: calls `function(*args, **kwargs)` and returns its result.
     """
     function = getattr(owner, name)
-    if getattr(function, "__patched__", None) is owner:  # of a class above it, it is not this one
+    if getattr(function, "__patched__", None) is owner:  # not that of a base class
         return
 
     @wraps(function)
@@ -135,22 +136,43 @@ def patch(owner: Any, name: str, around: Callable[..., Any]) -> None:
     setattr(owner, name, call)
 
 
+def before(call: Callable[..., object]) -> Callable[..., Any]:
+    """Return an `around` that first calls `call(*args, **kwargs)`, then the method."""
+
+    def around(method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        call(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    return around
+
+
+def after(call: Callable[..., object]) -> Callable[..., Any]:
+    """Return an `around` that calls the method, then `call(result, *args, **kwargs)`."""
+
+    def around(method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        call(result, *args, **kwargs)
+        return result
+
+    return around
+
+
 def when_gone(
     owner: object, do: Callable[[], object], *, if_due: Callable[[], bool] = lambda: True
 ) -> None:
-    """Call `do` in a thread of its own when an object no longer exists, but not at exit.
+    """Call `do` in a new thread once an object is garbage-collected, but not at exit.
 
     Args:
-        owner: the object; the functions do not refer to it.
-        do: may take its time, and does not raise.
-        if_due: asked first, by the garbage collector: it takes no locks.
+        owner: the object; neither function may refer to it.
+        do: may block, must not raise.
+        if_due: whether to call `do`; runs inside the garbage collector and must take no locks.
     """
 
     def gone() -> None:
-        # The collector may come at any point of any thread, which may hold any lock: nothing that
-        # waits is done in here, and `threading.Thread` itself takes locks to start.
+        # The collector runs in any thread, whatever locks it holds, so nothing here may block;
+        # `threading.Thread` takes locks to start.
         if if_due():
-            with suppress(RuntimeError):  # no thread can be started
+            with suppress(RuntimeError):  # the interpreter can't start threads any more
                 _thread.start_new_thread(do, ())
 
     with suppress(TypeError):  # it can't be referenced weakly
@@ -158,9 +180,9 @@ def when_gone(
 
 
 def weakly(target: Any) -> Callable[[], Any]:
-    """Return a function that returns an object as long as it lives, and does not keep it alive.
+    """Return a function that returns an object, or None once it is garbage-collected.
 
-    An object that can't be referenced weakly lives on.
+    An object that doesn't support weak references is kept alive.
     """
     try:
         return weakref.ref(target)

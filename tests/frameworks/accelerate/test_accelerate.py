@@ -404,7 +404,7 @@ def test_a_value_that_can_not_be_read_stops_nothing(
     own.log({"loss": 1.0})
     own.end_training()
     assert 1 == len(of(memory, MetricsLogged))
-    assert "log of trainbus.adapters.accelerate went wrong" in caplog.text
+    assert "hook log in trainbus.adapters.accelerate raised" in caplog.text
 
 
 # Checkpoints, resuming, ends ----------------------------------------------------------------------
