@@ -1,12 +1,22 @@
 # `make test` sets itself up in .venv, `make demo` in .venv-demo; nothing else needs to be there.
+#
+#   make check      ruff, mypy and the unit tests
+#   make unit, process, frameworks, trackers, chaos
+#                   one layer of the tests
+#   make test       everything, in parallel
+#
+# `make check PYTHON=python3.12`, or `unit` or `process`, uses a small environment of that Python,
+# .venv-python3.12: without frameworks and trackers; what needs them is skipped.
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo
-BIN := $(VENV)/bin
+# Where a virtual environment has its programs.
+PROGRAMS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+BIN := $(VENV)/$(PROGRAMS)
 # What is never imported needn't be compiled.
 PIP_INSTALL := -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
 INSTALL := $(BIN)/python $(PIP_INSTALL)
-DEMO_INSTALL := $(DEMO_VENV)/bin/python $(PIP_INSTALL)
+DEMO_INSTALL := $(DEMO_VENV)/$(PROGRAMS)/python $(PIP_INSTALL)
 # Tests wait for each other's processes now and then, so there is one worker more than cores.
 WORKERS ?= $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
 # Ultralytics is tested in these versions too, each in a folder of its own.
@@ -20,9 +30,35 @@ export YOLO_OFFLINE := True
 # a training that is in no DVC repository.
 export YOLO_CONFIG_DIR := $(abspath $(VENV))/yolo
 
-.PHONY: test demo lint types unit docs extras build clean
+.PHONY: test check lint types unit process frameworks trackers chaos all-layers
+.PHONY: demo docs extras build clean
 
-test: lint types unit
+test: lint types all-layers
+
+check: lint types unit
+
+# Whether all that is asked for works in the small environment of a Python that is named.
+LIGHT := check lint types unit process
+ifeq ($(origin PYTHON),command line)
+ifneq ($(MAKECMDGOALS),)
+SMALL := $(if $(filter-out $(LIGHT),$(MAKECMDGOALS)),,1)
+endif
+endif
+ifeq ($(SMALL),1)
+LIGHT_VENV := .venv-$(notdir $(PYTHON))
+CHECKED := trainbus tests/typing
+unit process: export TRAINBUS_SMALL := 1
+
+$(LIGHT_VENV)/ready: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(LIGHT_VENV)
+	$(LIGHT_VENV)/$(PROGRAMS)/python $(PIP_INSTALL) -e ".[check]"
+	touch $@
+else
+LIGHT_VENV := $(VENV)
+CHECKED := trainbus adapters sinks tests examples benchmarks
+endif
+LIGHT_BIN := $(LIGHT_VENV)/$(PROGRAMS)
+PYTEST := -m pytest -n $(WORKERS)
 
 $(VENV)/ready: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -46,19 +82,25 @@ $(DEMO_VENV)/ready: pyproject.toml constraints.txt Makefile
 	mkdir -p $(DEMO_VENV)/yolo
 	touch $@
 
-lint: $(VENV)/ready
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+lint: $(LIGHT_VENV)/ready
+	$(LIGHT_BIN)/ruff check .
+	$(LIGHT_BIN)/ruff format --check .
 
-types: $(VENV)/ready
-	$(BIN)/mypy trainbus adapters sinks tests examples benchmarks
+types: $(LIGHT_VENV)/ready
+	$(LIGHT_BIN)/mypy $(CHECKED)
 
-unit: $(VENV)/ready
-	$(BIN)/python -m pytest -n $(WORKERS)
+unit process: $(LIGHT_VENV)/ready
+	$(LIGHT_BIN)/python $(PYTEST) tests/$@
+
+frameworks trackers chaos: $(VENV)/ready
+	$(BIN)/python $(PYTEST) tests/$@
+
+all-layers: $(VENV)/ready
+	$(BIN)/python $(PYTEST)
 
 demo: export YOLO_CONFIG_DIR := $(abspath $(DEMO_VENV))/yolo
 demo: $(DEMO_VENV)/ready
-	$(DEMO_VENV)/bin/python tests/support/torchvision_cpu.py examples/ultralytics_wandb.py
+	$(DEMO_VENV)/$(PROGRAMS)/python tests/support/torchvision_cpu.py examples/ultralytics_wandb.py
 
 docs: $(VENV)/ready
 	$(BIN)/python tests/support/event_table.py
