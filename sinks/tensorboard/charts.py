@@ -1,27 +1,28 @@
-"""Builds what TensorBoard shows of each record: the values of its plugins, under tags of their own.
+"""Builds what TensorBoard shows of each record: values of its plugins, each name under its own tag.
 
-A tag belongs to the name and kind that it had first, as TensorBoard itself has it.
+A tag belongs to its first name and kind, as in TensorBoard itself.
 """
 
 from __future__ import annotations
 
-import logging
+import re
 import struct
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
-import msgspec
 import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.histogram import metadata as histograms
+from tensorboard.plugins.hparams import api_pb2
+from tensorboard.plugins.hparams import metadata as hparams
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.plugins.image import metadata as images
 from tensorboard.plugins.pr_curve import metadata as pr_curves
 from tensorboard.plugins.scalar import metadata as scalars
 from tensorboard.plugins.text import metadata as texts
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from trainbus.errors import MissingPackageError
 from trainbus.events import (
     AlertRaised,
     ArtifactLogged,
@@ -39,32 +40,44 @@ from trainbus.events import (
     TableLogged,
     TextLogged,
 )
-from trainbus.toolkit.plots import drawn, png
-from trainbus.toolkit.sinks import Names, Timeline, flat, metric_name, x_position
+from trainbus.toolkit.plots import picture
+from trainbus.toolkit.sinks import (
+    Names,
+    Timeline,
+    epochs_done,
+    flat,
+    metric_name,
+    set_fields,
+    utf8,
+    x_position,
+)
 
-from ._tensorboard_hparams import session_end, session_start
-from ._tensorboard_text import listed, table, utf8
-
-logger = logging.getLogger("trainbus.sinks.tensorboard")
+_ROW_LIMIT = 1000
 
 Part = tuple[int | None, list[Any]]
-"""Values of one event, and their step, None where nothing was counted."""
+"""Values of one event and their step; None if the event has neither step nor epoch."""
 
 
 class Values:
-    """Knows the tags of a run, and what is shown under them."""
+    """Builds the values of a run's records, and knows the tags that they have.
 
-    def __init__(self, *, log_images: bool) -> None:
-        self.lost = 0
-        self._log_images = log_images
+    Args:
+        showing: context in which a picture that can't be built is counted as lost.
+        log_images: whether to include logged pictures.
+    """
+
+    def __init__(
+        self, showing: Callable[[str], AbstractContextManager[None]], *, log_images: bool
+    ) -> None:
+        self._showing, self._log_images = showing, log_images
         self._names = Names(utf8, longest=1000)
         self._tags: dict[str, tuple[str, str]] = {}
         self._timeline = Timeline()
         self._next: dict[str, int] = {}
-        """Steps behind all those that tags have: TensorBoard shows one value of a step."""
+        """Next free step of each tag: TensorBoard shows one value per step."""
 
     def learn(self, values: Iterable[tuple[Any, int]]) -> None:
-        """Take over the tags of values, with their steps, that are in a file already."""
+        """Learn the tags and steps of values that a file already contains."""
         for value, step in values:
             kind = value.metadata.plugin_data.plugin_name
             if kind == scalars.PLUGIN_NAME:
@@ -76,16 +89,16 @@ class Values:
             self._next[value.tag] = max(self._next.get(value.tag, 0), step + 1)
 
     def _tag(self, name: str, kind: str) -> str:
-        """Return the tag of a name; TensorBoard knows a tag by the first kind that it had."""
+        """Return the tag of a name; in TensorBoard a tag keeps its first kind."""
         tag = name = self._names(name)
         while self._tags.setdefault(tag, (name, kind)) != (name, kind):
             tag = f"{tag}_{kind}"
         return tag
 
     def of(self, record: Record) -> list[tuple[int, list[Any]]]:
-        """Return steps and values of the events that show a record, none if nothing does."""
+        """Return the steps and values of the events that show a record; empty if nothing does."""
         found = []
-        # What tells of the run as a whole is counted; the rest stands where the run is, or later.
+        # Events about the whole run are numbered; others are at the run's current step or later.
         first = self._timeline.last if hasattr(record.event, "epoch") else 0
         for step, values in self._parts(record):
             if step is None:
@@ -100,15 +113,15 @@ class Values:
         match event:
             case RunStarted():
                 params = flat(event.params)
-                about = {k: v for k, v in _fields(event).items() if k != "params"}
+                about = {k: v for k, v in set_fields(event).items() if k != "params"}
                 about = flat({"run": record.run, "attempt": record.attempt, **about})
-                shown = [self._text("run/about", listed(about))]
-                shown += [self._text("run/params", listed(params))] if params else []
-                return [(None, shown), (None, [session_start(params, time)])]
+                shown = [self._text("run/about", _listed(about))]
+                shown += [self._text("run/params", _listed(params))] if params else []
+                return [(None, shown), (None, [_session_start(params, time)])]
             case ParamsUpdated():
-                return [(None, [self._text("run/params", listed(flat(event.params)))])]
+                return [(None, [self._text("run/params", _listed(flat(event.params)))])]
             case ModelDescribed():
-                return [(None, [self._text("run/model", listed(flat(_fields(event))))])]
+                return [(None, [self._text("run/model", _listed(flat(set_fields(event))))])]
             case MetricsLogged():
                 kind = "step" if event.step is not None else "epoch"
                 kind = "" if _step(event) is None else kind
@@ -126,30 +139,31 @@ class Values:
                 header = ["true / predicted", *event.classes]
                 rows = np.asarray(event.matrix).tolist()
                 named_rows = [[n, *row] for n, row in zip(event.classes, rows, strict=False)]
-                text = self._text(f"{event.key}/table", table(header, named_rows))
+                text = self._text(f"{event.key}/table", _table(header, named_rows))
                 return [(_step(event), [text]), *self._picture(event, event.key, "")]
             case TableLogged():
-                text = self._text(event.key, table(event.columns, event.rows))
+                text = self._text(event.key, _table(event.columns, event.rows))
                 return [(_step(event), [text])]
             case HistogramLogged():
                 return [(_step(event), [self._histogram(event)])]
             case TextLogged():
                 return [(_step(event), [self._text(event.key, event.text)])]
             case CheckpointSaved():
-                text = self._text(f"checkpoint/{event.kind}", listed(flat(_fields(event))))
+                text = self._text(f"checkpoint/{event.kind}", _listed(flat(set_fields(event))))
                 return [(_step(event), [text])]
             case ArtifactLogged():
-                return [(None, [self._text(f"artifact/{event.name}", listed(_fields(event)))])]
+                return [(None, [self._text(f"artifact/{event.name}", _listed(set_fields(event)))])]
             case AlertRaised():
                 text = f"**{event.title}**\n\n{event.text}"
                 return [(None, [self._text(f"alert/{event.level}", text)])]
             case RunEnded():
-                ended: list[Part] = [(None, [self._text("run/end", listed(flat(_fields(event))))])]
+                ended: list[Part] = [
+                    (None, [self._text("run/end", _listed(flat(set_fields(event))))])
+                ]
                 if event.best is not None:
                     best = self._scalar(f"best/{event.best.metric}", "epoch", event.best.value)
-                    at, epoch = self._timeline.last, event.best.epoch
-                    ended.append((at if epoch is None else epoch + 1, [best]))
-                return [*ended, (None, [session_end(event.status, time)])]
+                    ended.append((epochs_done(event.best.epoch) or self._timeline.last, [best]))
+                return [*ended, (None, [_session_end(event.status, time)])]
         return []
 
     def _scalar(self, name: str, kind: str, number: float) -> Any:
@@ -174,7 +188,7 @@ class Values:
         curves |= {f"{event.key}/{n}": row for n, row in zip(event.classes, rows, strict=False)}
         for key, precision in curves.items():
             name = self._names(key)
-            # The plugin leaves out points without positives, whose number nobody knows here.
+            # The plugin skips points without positives, whose number is unknown here.
             data = np.zeros((6, len(x)), np.float32)
             data[pr_curves.TRUE_POSITIVES_INDEX] = 1
             data[pr_curves.PRECISION_INDEX] = precision[::-1]
@@ -184,20 +198,16 @@ class Values:
             yield _value(self._tag(key, pr_curves.PLUGIN_NAME), metadata, tensor=tensor)
 
     def _picture(self, event: Any, name: str, description: str) -> list[Part]:
-        try:
-            if not isinstance(event, ImageLogged):
-                data = drawn(event) or b""
-            else:
-                data = png(event.array) if event.array is not None else _read(event.path)
-        except (MissingPackageError, OSError, TypeError, ValueError) as error:
-            self.lost += 1
-            logger.warning("%r can't be shown in TensorBoard: %s", name, error)
-            return []
-        width, height = _size(data)
-        image = Summary.Image(width=width, height=height, encoded_image_string=data)
-        metadata = images.create_summary_metadata(self._names(name), utf8(description))
-        value = _value(self._tag(name, images.PLUGIN_NAME), metadata, image=image)
-        return [(_step(event), [value])]
+        with self._showing(name):
+            data, _ = picture(event)
+            if not data:
+                raise ValueError(f"no picture in {event.path}")
+            width, height = _size(data)
+            image = Summary.Image(width=width, height=height, encoded_image_string=data)
+            metadata = images.create_summary_metadata(self._names(name), utf8(description))
+            value = _value(self._tag(name, images.PLUGIN_NAME), metadata, image=image)
+            return [(_step(event), [value])]
+        return []
 
 
 def _step(event: Any) -> int | None:
@@ -212,27 +222,56 @@ def _is_precision_over_recall(event: CurveLogged) -> bool:
     return (event.x_label.lower(), event.y_label.lower()) == ("recall", "precision")
 
 
-def _fields(event: Any) -> dict[str, Any]:
-    """Return the fields of an event that are set."""
-    fields = {name: getattr(event, name) for name in event.__struct_fields__}
-    found = {
-        name: _fields(value) if isinstance(value, msgspec.Struct) else value
-        for name, value in fields.items()
-    }
-    return {name: v for name, v in found.items() if v is not None and v not in ("", [], {})}
+def _listed(values: Mapping[str, Any]) -> str:
+    """Return names and values as a Markdown table."""
+    return _table(["name", "value"], [[name, value] for name, value in values.items()])
 
 
-def _read(path: str | None) -> bytes:
-    data = Path(path).read_bytes() if path else b""
-    if not data:
-        raise ValueError(f"no picture in {path}")
-    return data
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return the first rows of a table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows[:_ROW_LIMIT]]
+    text = "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+    left_out = len(rows) - _ROW_LIMIT
+    return f"{text}\n\n{left_out} more rows" if left_out > 0 else text
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return re.sub(r"\s*[\r\n]+\s*", "<br>", text.strip()).replace("|", r"\|")
+
+
+def _session_start(params: Mapping[str, Any], time: float) -> Any:
+    """Return what the HParams plugin shows of the parameters; `time` is in Unix seconds."""
+    data = HParamsPluginData()
+    data.session_start_info.start_time_secs = time
+    for name, value in params.items():
+        param = data.session_start_info.hparams[utf8(name)]
+        match value:
+            case bool():
+                param.bool_value = value
+            case int() | float() if abs(value) < 1e300:  # the plugin's JSON has no NaN
+                param.number_value = value
+            case _:
+                param.string_value = utf8(str(value))
+    return _session(hparams.SESSION_START_INFO_TAG, data)
+
+
+def _session_end(status: str, time: float) -> Any:
+    known = {"finished": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE}
+    data = HParamsPluginData()
+    data.session_end_info.status = known.get(status, api_pb2.STATUS_UNKNOWN)
+    data.session_end_info.end_time_secs = time
+    return _session(hparams.SESSION_END_INFO_TAG, data)
+
+
+def _session(tag: str, data: Any) -> Any:
+    return _value(tag, hparams.create_summary_metadata(data), tensor=hparams.NULL_TENSOR)
 
 
 def _size(data: bytes) -> tuple[int, int]:
-    """Return width and height of a PNG or JPEG, 0 if it is neither: TensorBoard does not need it.
+    """Return width and height of a PNG or JPEG, else (0, 0), which TensorBoard accepts.
 
-    PNG keeps them in its first chunk, JPEG in the segment SOFn (ISO/IEC 10918-1, B.2.2).
+    PNG has them in its first chunk, JPEG in the segment SOFn (ISO/IEC 10918-1, B.2.2).
     """
     if data.startswith(b"\x89PNG") and len(data) >= 24:
         width, height = struct.unpack(">II", data[16:24])

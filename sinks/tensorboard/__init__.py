@@ -1,29 +1,36 @@
-"""Writes a run as TensorBoard event files: one folder a run, one file an attempt.
+"""Writes a run as TensorBoard event files: one folder per run, one file per attempt.
 
-Guarantees: TensorFlow is never imported; a record is in its file whole and once, even if the
-process is killed at any moment, because each record's last event tells the record's position and
-what follows the last such event is cut off; two names never share a tag.
+Guarantees: TensorFlow is never imported; each record is in its file completely and once, even if
+the process is killed at any moment: the last event of a record holds its position, and whatever
+follows the last such event is truncated; two names never share a tag.
 """
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import re
 import shlex
 import struct
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 from msgspec import Meta
 
-from trainbus.errors import MissingPackageError, SinkError
 from trainbus.events import Record
-from trainbus.interfaces import FilePath, Options, RunInfo, Sink
-from trainbus.toolkit.sinks import SeenRecords, check_folder
+from trainbus.interfaces import FilePath, Options, RunInfo
+from trainbus.toolkit.sinks import (
+    SeenRecords,
+    TrackerSink,
+    append,
+    check_folder,
+    check_package,
+    folder_of,
+    make_folder,
+    required_package,
+    writing_to,
+)
 
 TESTED_VERSIONS = "2.21.0"
 REQUIRED_NAMES = (
@@ -40,10 +47,10 @@ REQUIRED_NAMES = (
     "tensorboard.plugins.hparams.plugin_data_pb2:HParamsPluginData",
     "tensorboard.plugins.hparams.api_pb2:STATUS_SUCCESS",
 )
-"""What the sink relies on; `trainbus doctor` looks whether it is there."""
+"""Names that the sink relies on; `trainbus doctor` checks that they exist."""
 
 _MARK = re.compile(r"trainbus\.record\.(\d+)\.(\d+)")
-"""Who wrote an event, in a record's last one: its attempt and seq."""
+"""Writer of the last event of a record: its attempt and seq."""
 
 
 class TensorboardOptions(Options, frozen=True, kw_only=True):
@@ -53,56 +60,49 @@ class TensorboardOptions(Options, frozen=True, kw_only=True):
         FilePath,
         Meta(
             pattern=r"\{run\}",
-            extra={"expected": "a path with `{run}` in it: TensorBoard takes one folder a run"},
+            extra={"expected": "a path with `{run}` in it: TensorBoard needs a folder per run"},
             description="Folder of the run; `{run}` is replaced by the run's id",
         ),
     ] = "trainbus-runs/tensorboard/{run}"
-    log_images: Annotated[bool, Meta(description="Whether logged pictures are written")] = True
+    log_images: Annotated[bool, Meta(description="Whether to write logged pictures")] = True
 
 
-class TensorboardSink(Sink):
-    """Appends what each record shows to the event file of its attempt."""
+class TensorboardSink(TrackerSink):
+    """Appends what TensorBoard shows of each record to the event file of its attempt."""
 
     Options = TensorboardOptions
     service = "tensorboard"
+    tracker = "TensorBoard"
     options: TensorboardOptions
 
-    def __init__(self, options: TensorboardOptions | None = None) -> None:
-        super().__init__(options)
-        self._fd: int | None = None
-        self._location: str | None = None
+    _fd: int | None = None
+    _path: Path
 
     def check(self) -> str:
-        """Make sure that the package is there and the folder can be written.
+        """Make sure that the package is installed and the folder can be written.
 
         Raises:
             MissingPackageError: tensorboard is not installed.
             SinkError: the folder can't be written.
         """
-        if find_spec("tensorboard") is None:
-            raise MissingPackageError("tensorboard", extra="tensorboard")
+        check_package("tensorboard")
         return check_folder(self.options.logdir)
 
     def open(self, run: RunInfo) -> None:
-        """Open the attempt's event file, and find out what it and the earlier ones hold.
+        """Open the attempt's event file, and read what it and the earlier ones contain.
 
         Raises:
             MissingPackageError: tensorboard is not installed.
             SinkError: the file can't be written.
         """
-        try:
-            import tensorboard  # noqa: F401
-
-            from ._tensorboard_values import Values
-        except ImportError as error:
-            raise MissingPackageError("tensorboard", extra="tensorboard") from error
-        self.lost = 0
-        self._values = Values(log_images=self.options.log_images)
+        super().open(run)
+        with required_package("tensorboard"):
+            from .charts import Values
+        self._values = Values(self.showing, log_images=self.options.log_images)
         self._last = (0, 0)
-        folder = Path(self.options.logdir.replace("{run}", run.id)).expanduser().absolute()
+        folder = make_folder(folder_of(self.options.logdir, run.id), option="logdir")
         path = folder / f"events.out.tfevents.{run.attempt:06}.trainbus"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        with writing_to(path, option="logdir"):
             for earlier in sorted(folder.glob("events.out.tfevents.*.trainbus")):
                 if earlier < path:
                     _, ended = self._learn(earlier, is_over=True)
@@ -111,42 +111,32 @@ class TensorboardSink(Sink):
             end, _ = self._learn(path)
             fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             os.ftruncate(fd, end)
-        except OSError as error:
-            text = f"can't write {path}: {error.strerror}; set another `logdir`"
-            raise SinkError(text) from error
-        self._path, self._fd, self._size = path, fd, end
+        self._path, self._fd = path, fd
         parts = Path(self.options.logdir).parts
         depth = len(parts) - next(i for i, part in enumerate(parts) if "{run}" in part)
         self._location = f"tensorboard --logdir {shlex.quote(str(folder.parents[depth - 1]))}"
 
     def write(self, records: Sequence[Record]) -> None:
-        """Append what the new records show; all of it or, on a full disk, nothing.
+        """Append what the new records show: all of it or, on a full disk, nothing.
 
         Raises:
-            SinkError: nothing was opened.
             OSError: the disk is full or gone.
         """
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        if self._fd is None:
-            raise SinkError("write came before open; call open(run) first")
+        assert self._fd is not None
         file = io.BytesIO()
         writer = RecordWriter(file)
-        taken = SeenRecords(last=self._last)
-        for record in taken.new(records):
-            if not self._size and not file.tell():
+        seen = SeenRecords(last=self._last)
+        is_empty = not os.fstat(self._fd).st_size
+        for record in seen.new(records):
+            if is_empty and not file.tell():
                 writer.write(_event(record, file_version="brain.Event:2"))
             parts = self._values.of(record)
             for number, (step, values) in enumerate(parts, 1):
                 writer.write(_event(record, step, values, is_last=number == len(parts)))
-        self.lost = self._values.lost
-        data = file.getvalue()
-        written = os.write(self._fd, data) if data else 0
-        if written < len(data):  # a full disk writes short, without an error
-            os.ftruncate(self._fd, self._size)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
-        self._size += written
-        self._last = taken.last
+        append(self._fd, file.getvalue(), self._path)
+        self._last = seen.last
 
     def close(self) -> None:
         """Close the file."""
@@ -154,16 +144,12 @@ class TensorboardSink(Sink):
             os.close(self._fd)
             self._fd = None
 
-    @property
-    def location(self) -> str | None:
-        """Command that shows the run, beside those in the folders next to it."""
-        return self._location
-
     def _learn(self, path: Path, *, is_over: bool = False) -> tuple[int, int]:
-        """Take over position and tags of a file; if it is over, those of a half record as well.
+        """Read the position and the tags from a file; if `is_over`, those of a torn record too.
 
         Returns:
-            Where its last whole record ends, and where the event begins that ended its session.
+            The offset at which its last complete record ends, and the offset of the event that
+            ended its session, 0 if there is none.
         """
         from tensorboard.plugins.hparams.metadata import SESSION_END_INFO_TAG
 
@@ -206,7 +192,7 @@ def _event(
 
 
 def _events(path: Path) -> Iterator[tuple[Any, int]]:
-    """Yield the whole events of a file, and where each ends; a torn end is left out."""
+    """Yield the complete events of a file and the offset at which each ends."""
     from tensorboard.compat.proto.event_pb2 import Event
 
     size = path.stat().st_size if path.exists() else 0
@@ -220,6 +206,6 @@ def _events(path: Path) -> Iterator[tuple[Any, int]]:
             data = file.read(length + 4)
             try:
                 event = Event.FromString(data[:-4])
-            except Exception:  # protobuf's own; what is damaged is cut off, and comes again
+            except Exception:  # protobuf's own; damaged events are truncated and written again
                 return
             yield event, file.tell()
