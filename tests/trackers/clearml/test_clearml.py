@@ -352,7 +352,8 @@ def test_attempts_are_archives_of_one_run(tmp_path: Path) -> None:
 
 
 _KILLED = """
-import os, sys
+import os, sys, time
+from pathlib import Path
 from trainbus import RunInfo
 from trainbus.events import MetricsLogged, Record, RunStarted
 from trainbus.sinks.clearml import ClearmlOptions, ClearmlSink
@@ -361,7 +362,8 @@ sink.open(RunInfo(id="r", started=RunStarted()))
 for seq in (1, 2, 3):
     event = MetricsLogged(values={"loss": 0.5}, phase="train", epoch=seq)
     sink.write([Record(seq=seq, run="r", time=0.0, event=event)])
-sink._task.flush(wait_for_uploads=True)
+while not any(Path(sys.argv[1]).rglob("metrics.jsonl")):
+    time.sleep(0.05)
 os._exit(9)
 """
 
@@ -488,7 +490,7 @@ def test_a_cache_that_can_not_be_written_is_told(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CLEARML_CACHE_DIR", str(tmp_path / "file"))
     before = state()
-    with pytest.raises(SinkError, match=r"can't begin a session: .* set CLEARML_CACHE_DIR"):
+    with pytest.raises(SinkError, match=r"can't start a session: .* set CLEARML_CACHE_DIR"):
         log(tmp_path / "out", metrics(1.0, epoch=0))
     assert before == state()
 

@@ -16,8 +16,8 @@ from zipfile import ZipFile
 
 import numpy as np
 import pytest
-from trainbus.sinks._comet_experiment import import_comet
 from trainbus.sinks.comet import CometOptions, CometSink, experiment_key
+from trainbus.sinks.comet.session import import_comet
 
 import trainbus
 from support.records import CONTENT

@@ -1,58 +1,24 @@
-"""Shows pictures as ClearML's debug samples; curves, matrices, histograms, tables as its plots."""
+"""Curves, confusion matrices, histograms and tables as Plotly figures, as ClearML's plots are."""
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from trainbus.events import (
-    ConfusionMatrixLogged,
-    CurveLogged,
-    HistogramLogged,
-    ImageLogged,
-    TableLogged,
-)
-from trainbus.toolkit.plots import picture
-
-from ._clearml_names import title_and_series
+from trainbus.events import ConfusionMatrixLogged, CurveLogged, HistogramLogged, TableLogged
 
 
-def show(logger: Any, event: Any, named: Callable[[str], str], at: int) -> None:
-    """Report a picture, chart or table; other events are not shown.
-
-    Args:
-        logger: ClearML's.
-        event: what is to be shown.
-        named: returns the name of an event's key for ClearML, the same for no other.
-        at: where the event stands.
+def figure(
+    event: CurveLogged | ConfusionMatrixLogged | HistogramLogged | TableLogged,
+) -> dict[str, Any]:
+    """Return the Plotly figure of an event, as plain JSON values.
 
     Raises:
-        MissingPackageError: pillow is not installed.
-        OSError: a file can't be read.
-        TypeError: what the event holds is of a wrong type.
-        ValueError: what the event holds can't be shown.
+        TypeError: a value of the event has the wrong type.
+        ValueError: an array of the event has the wrong shape or values.
     """
-    chart = figure(event)
-    if chart is not None:
-        logger.report_plotly(*title_and_series(named(event.key)), chart, at)
-    elif isinstance(event, ImageLogged):
-        data, suffix = picture(event)
-        # The bytes and not the path: ClearML reads a file later, when it may be another.
-        logger.report_media(
-            *title_and_series(named(event.key)),
-            iteration=at,
-            stream=io.BytesIO(data),
-            file_extension=suffix or ".png",
-            max_history=-1,
-        )
-
-
-def figure(event: Any) -> dict[str, Any] | None:
-    """Return an event as a Plotly figure; None if it is none."""
     x_label, y_label = getattr(event, "x_label", ""), getattr(event, "y_label", "")
     layout: dict[str, Any] = {"xaxis": {}, "yaxis": {}}
     match event:
@@ -79,15 +45,13 @@ def figure(event: Any) -> dict[str, Any] | None:
             columns = [list(column) for column in zip(*rows, strict=False)]
             header = {"values": list(event.columns)}
             data = [{"type": "table", "header": header, "cells": {"values": columns}}]
-        case _:
-            return None
     layout["xaxis"]["title"] = x_label
     layout["yaxis"]["title"] = y_label
     return {"data": data, "layout": layout}
 
 
 def _numbers(array: Any) -> Any:
-    """Return an array as lists, with None where JSON has no number."""
+    """Return an array as lists, with None for numbers that JSON does not have."""
     found = array.tolist() if isinstance(array, np.ndarray) else array
     if isinstance(found, list):
         return [_numbers(item) for item in found]

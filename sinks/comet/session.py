@@ -1,7 +1,7 @@
-"""The connection to Comet: its package, the API key, an experiment and the archives of it.
+"""Imports Comet, starts an experiment, and cleans up its archives.
 
-Comet hooks into frameworks and into the process, and has one experiment at a time: here it is kept
-from both.
+Comet hooks into frameworks and the process, and has one experiment at a time; both are prevented
+here.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile, ZipFile
 
-from trainbus.errors import MissingPackageError, SinkError
+from trainbus.errors import SinkError
 from trainbus.events import RunStarted
+from trainbus.toolkit.sinks import required_package
 
-from ._comet_options import CometOptions
+if TYPE_CHECKING:
+    from . import CometOptions
 
 _ADVICE = "set COMET_API_KEY, check the network, or set `mode: offline`"
 
 _QUIET = {"COMET_DISABLE_AUTO_LOGGING": "1", "COMET_ERROR_TRACKING_ENABLE": "false"}
-_MOST_WAITING = 1_000
-"""Messages that Comet keeps before its thread has written them; it has no bound of its own."""
+_MAX_QUEUED = 1_000
+"""Messages that Comet may hold in memory before they are written; it has no limit of its own."""
 
 _STARTING = threading.Lock()
-"""Comet's global experiment is set aside while one is started."""
+"""Held while Comet's global experiment is set aside to start another one."""
 
 
 def import_comet() -> Any:
@@ -42,9 +44,8 @@ def import_comet() -> Any:
     hook, before = sys.excepthook, {name: os.environ.get(name) for name in _QUIET}
     os.environ.update(_QUIET)
     try:
-        import comet_ml
-    except ImportError as error:
-        raise MissingPackageError("comet_ml", extra="comet") from error
+        with required_package("comet_ml", extra="comet"):
+            import comet_ml
     finally:
         sys.excepthook = hook
         for name, value in before.items():
@@ -55,8 +56,8 @@ def import_comet() -> Any:
     return comet_ml
 
 
-def look_for_key() -> None:
-    """Make sure that there is an API key.
+def check_key() -> None:
+    """Check that there is an API key.
 
     Raises:
         SinkError: there is none.
@@ -68,22 +69,22 @@ def look_for_key() -> None:
 
 
 def experiment_key(run: str) -> str:
-    """Return the key of a run's experiment: 40 letters and digits."""
+    """Return the experiment key of a run id: 40 letters and digits."""
     return hashlib.sha1(run.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def start(comet: Any, key: str, folder: Path, options: CometOptions, run: RunStarted) -> Any:
-    """Return an experiment that is started or gone on in; one of the user's own stays the global.
+    """Return a new or continued experiment; one of the user stays the global experiment.
 
     Args:
         comet: the package.
-        key: of the experiment.
-        folder: where an archive is written.
-        options: the sink's, which win over the trainer's.
-        run: what the trainer tells of the run.
+        key: key of the experiment.
+        folder: folder of the archive.
+        options: options of the sink; they take precedence over the trainer's values.
+        run: the trainer's description of the run.
 
     Raises:
-        SinkError: Comet refuses.
+        SinkError: Comet can't start the experiment.
     """
     try:
         with _STARTING:
@@ -99,14 +100,14 @@ def start(comet: Any, key: str, folder: Path, options: CometOptions, run: RunSta
                     "tags": list(dict.fromkeys([*options.tags, *run.tags])) or None,
                 },
             )
-    except Exception as error:  # Comet's, those of requests and ValueError share no base
-        raise _refused(str(error), retry=isinstance(error, OSError)) from error
+    except Exception as error:  # the errors of Comet and requests have no common base class
+        raise _failed(str(error), retry=isinstance(error, OSError)) from error
     if not experiment.alive:
         experiment.end()
-        raise _refused("its own message is above")
-    waiting = getattr(getattr(experiment, "streamer", None), "messages", None)
-    if options.mode == "offline" and isinstance(waiting, queue.Queue):
-        waiting.maxsize = _MOST_WAITING
+        raise _failed("see Comet's message above")
+    messages = getattr(getattr(experiment, "streamer", None), "messages", None)
+    if options.mode == "offline" and isinstance(messages, queue.Queue):
+        messages.maxsize = _MAX_QUEUED
     return experiment
 
 
@@ -115,40 +116,33 @@ def _get_or_create(comet: Any, *, config: Mapping[str, Any], **given: Any) -> An
 
     active = get_global_experiment()
     set_global_experiment(None)  # else Comet ends it
+    switched_on_by_default = (
+        *("log_code", "log_graph", "log_git_metadata", "log_git_patch", "log_env_details"),
+        *("parse_args", "auto_output_logging", "auto_param_logging", "auto_metric_logging"),
+        "auto_log_co2",
+    )
+    off = dict.fromkeys(switched_on_by_default, False)
     try:
         return comet.start(
             mode="get_or_create",
-            experiment_config=comet.ExperimentConfig(
-                log_code=False,
-                log_graph=False,
-                parse_args=False,
-                display_summary_level=0,
-                log_git_metadata=False,
-                log_git_patch=False,
-                log_env_details=False,
-                auto_output_logging=False,
-                auto_param_logging=False,
-                auto_metric_logging=False,
-                auto_log_co2=False,
-                **config,
-            ),
+            experiment_config=comet.ExperimentConfig(display_summary_level=0, **off, **config),
             **given,
         )
     finally:
         set_global_experiment(active)
 
 
-def _refused(why: str, *, retry: bool = False) -> SinkError:
+def _failed(why: str, *, retry: bool = False) -> SinkError:
     return SinkError(f"Comet can't start the experiment ({why[:200]}); {_ADVICE}", retry=retry)
 
 
 def remove_unfinished(folder: Path, key: str) -> None:
-    """Remove archives that a killed process began: they are empty, and can't be uploaded."""
+    """Remove archives that a killed process left unfinished: they can't be uploaded."""
     for path in folder.glob(f"{key}-*.zip"):
         try:
             with ZipFile(path) as archive:
-                is_whole = "experiment.json" in archive.namelist()
+                is_complete = "experiment.json" in archive.namelist()
         except (OSError, BadZipFile):
-            is_whole = False
-        if not is_whole:
+            is_complete = False
+        if not is_complete:
             path.unlink(missing_ok=True)
