@@ -46,12 +46,12 @@ from trainbus.toolkit.sinks import (
     metric_name,
 )
 
-from . import _swanlab_session as session
-from . import _swanlab_state as state
-from ._swanlab_files import FileResolver
-from ._swanlab_media import media
-from ._swanlab_options import SwanlabOptions
-from ._swanlab_values import counted, plain, valid_key, valid_text
+from . import session
+from . import _state as state
+from .files import FileResolver
+from .charts import media
+from ._options import SwanlabOptions
+from ._values import counted, plain, valid_key, valid_text
 
 logger = logging.getLogger("trainbus.sinks.swanlab")
 

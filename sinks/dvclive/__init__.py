@@ -46,11 +46,11 @@ from trainbus.toolkit.sinks import (
     x_position,
 )
 
-from ._dvclive_live import open_live
-from ._dvclive_names import FileNames
-from ._dvclive_options import DvcliveOptions
-from ._dvclive_params import merged, params_of, plain
-from ._dvclive_plots import plot_of
+from .files import open_live
+from ._names import FileNames
+from ._options import DvcliveOptions
+from ._params import merged, params_of, plain
+from .charts import plot_of
 
 logger = logging.getLogger("trainbus.sinks.dvclive")
 

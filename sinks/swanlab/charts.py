@@ -18,7 +18,7 @@ from trainbus.events import (
 )
 from trainbus.toolkit.plots import png
 
-from ._swanlab_values import plain, valid_text
+from ._values import plain, valid_text
 
 _MAX_CELLS = 30
 

@@ -18,8 +18,8 @@ from trainbus.errors import SinkError
 from trainbus.interfaces import RunInfo
 from trainbus.toolkit.sinks import folder_of
 
-from ._swanlab_options import SwanlabOptions
-from ._swanlab_values import valid_text
+from ._options import SwanlabOptions
+from ._values import valid_text
 
 _STATES: dict[str, Any] = {"finished": "success", "failed": "crashed", "stopped": "aborted"}
 _MOST_WAITING = 1_000
