@@ -1,17 +1,25 @@
-"""Writes a run as CSV files: one row an epoch, as Ultralytics' `results.csv`, for each phase.
+"""Writes a run as CSV files: one row per epoch for each phase, as Ultralytics' `results.csv`.
 
-Guarantees: a column that comes later leaves the rows before it as they are; a step or an epoch
-that is measured again replaces its row; a name is a column whatever characters it has, and two
-names are two; numbers read back exactly.
+Guarantees: a new column leaves the rows before it as they are; a step or an epoch that is measured
+again replaces its row; rows keep the order in which they first came; any metric name is a column,
+and different names stay different; numbers read back exactly; a saved row survives a kill at any
+moment; however long a file is, only its last rows are in memory.
 """
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import math
+import os
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import msgspec
 import numpy as np
@@ -31,28 +39,45 @@ from trainbus.events import (
     TableLogged,
 )
 from trainbus.interfaces import FilePath, Options, RunInfo, Sink
-from trainbus.toolkit.sinks import Names, SeenRecords, check_folder, flat
+from trainbus.toolkit.sinks import (
+    Names,
+    SeenRecords,
+    check_folder,
+    flat,
+    folder_of,
+    make_folder,
+    writing_to,
+)
 
-from ._csv_table import Table, changes_of, encoded, replace
+_Key = tuple[str, ...]
 
 _KEYS = ("phase", "step", "epoch", "time", "name", "value")
-"""Columns of ours, which no metric may have."""
+"""Columns that no metric may have."""
 
 _ENDED = ("reason", "error.", "best.", "seconds")
-"""Beginnings of what the end of a run adds to `run.csv`."""
+"""Prefixes of the names that the end of a run adds to `run.csv`."""
 
 _LONGEST = 100_000
 """Characters of a cell; Python's reader refuses more than 131,072."""
 
 _PAIR = ("name", "value")
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
-"""Beginnings of what spreadsheets take for a formula, the wide forms of East Asia among them."""
+"""Prefixes by which spreadsheets recognize a formula, with the full-width forms of East Asia."""
 
 _FILES = {"final": ("phase", "epoch", "time"), "params": _PAIR, "run": _PAIR}
-"""Files of ours, which no phase may have, and their first columns."""
+"""Files that no phase may have, and their first columns."""
 
 _STEPS = "_steps"
-"""End of the name of a file of steps, which no phase may have."""
+"""Suffix of the name of a file of steps, which no phase may have."""
+
+_MAX_ROWS = 2_000
+_MAX_CELLS = 100_000
+"""Most rows and cells of a file that stay in memory."""
+
+_COST = 20.0
+"""Copying a file takes at most a twentieth of the time."""
+
+_CHUNK = 1_000
 
 
 class CsvOptions(Options, frozen=True, kw_only=True):
@@ -69,23 +94,24 @@ class CsvOptions(Options, frozen=True, kw_only=True):
     escape_formulas: Annotated[
         bool,
         Meta(
-            description="Whether a text that a spreadsheet would run as a formula gets a `'` in "
-            "front"
+            description="Whether to put a `'` in front of text that a spreadsheet would run as a "
+            "formula"
         ),
     ] = True
 
 
 class CsvSink(Sink):
-    """Keeps the numbers of a run in a folder of CSV files."""
+    """Writes the numbers of a run to a folder of CSV files."""
 
     Options = CsvOptions
     reads_files = False
     options: CsvOptions
 
+    _location: str | None = None
+
     def __init__(self, options: CsvOptions | None = None) -> None:
         super().__init__(options)
-        self._folder: Path | None = None
-        self._is_open = False
+        self._tables: dict[str, _Table] = {}
 
     def check(self) -> str:
         """Make sure that the folder can be written.
@@ -96,44 +122,38 @@ class CsvSink(Sink):
         return check_folder(self.options.dir)
 
     def open(self, run: RunInfo) -> None:
-        """Make the folder, and read what it holds of this run.
+        """Create the folder, and read what it holds of this run.
 
         Raises:
-            SinkError: the folder can't be written, or holds what is no table of this sink.
+            SinkError: the folder can't be written, or holds a file that is no table of this sink.
         """
-        folder = Path(self.options.dir.replace("{run}", run.id)).expanduser().absolute()
         self._columns = Names(lambda name: self._safe(_column(name)), longest=1000)
         self._names = Names(lambda name: self._safe(_clean(name)), longest=1000)
         self._phases, self._keys = Names(_phase, longest=100), Names(_file, longest=100)
-        self._tables: dict[str, Table] = {}
-        self._folder = folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._taken = SeenRecords(folder / ".trainbus-csv.json")
+        self._tables = {}
+        self._folder = folder = make_folder(folder_of(self.options.dir, run.id))
+        with writing_to(folder):
+            self._seen = SeenRecords(folder / ".trainbus-csv.json")
             began = self._table("run").get("began")
-            for left in folder.glob(changes_of("*.csv")):  # by a process that was killed
-                self._table(left.name[1:].removesuffix(changes_of(".csv")[1:]))
-        except OSError as error:
-            raise SinkError(f"can't write {folder}: {error.strerror}; set another `dir`") from error
+            for left in folder.glob(_changes_of("*.csv")):  # by a process that was killed
+                self._table(left.name[1:].removesuffix(_changes_of(".csv")[1:]))
         try:
             self._began = float(began) if began else None
         except ValueError as error:
-            text = f"expected seconds as `began` in {folder / 'run.csv'}, found {began!r}; mend it"
+            text = f"expected seconds as `began` in {folder / 'run.csv'}, found {began!r}; fix it"
             raise SinkError(text) from error
-        self._is_open = True
+        self._location = str(folder)
 
     def write(self, records: Sequence[Record]) -> None:
         """Write the rows of the records that are new.
 
         Raises:
-            SinkError: nothing was opened, or a file holds what is no table of this sink.
+            SinkError: a file is no table of this sink.
             OSError: the disk is full or gone.
         """
-        if not self._is_open:
-            raise SinkError("write came before open; call open(run) first")
-        last = self._taken.last
+        last = self._seen.last
         try:
-            new = list(self._taken.new(records))
+            new = list(self._seen.new(records))
             for record in new:
                 if self._began is None:
                     self._began = record.time
@@ -142,26 +162,25 @@ class CsvSink(Sink):
             for table in self._tables.values():
                 table.save()
             if new:
-                self._taken.save()
+                self._seen.save()
         except BaseException:
-            self._taken.last = last  # the rows have keys: taken again, they stay the same
+            self._seen.last = last  # rows have keys: written again, they stay the same
             raise
 
     def close(self) -> None:
-        """Let go of the rows, once all of them are in their places.
+        """Move all rows to their places in the files.
 
         Raises:
-            OSError: the disk is full or gone; the next sink of the run puts them there.
+            OSError: the disk is full or gone; the next sink of the run moves them.
         """
-        tables = self._tables if self._is_open else {}
-        self._is_open, self._tables = False, {}
+        tables, self._tables = self._tables, {}
         for table in tables.values():
             table.close()
 
     @property
     def location(self) -> str | None:
         """Path of the folder."""
-        return str(self._folder) if self._folder else None
+        return self._location
 
     def _take(self, record: Record) -> None:
         match record.event:
@@ -209,16 +228,15 @@ class CsvSink(Sink):
     def _since(self, record: Record) -> float:
         return round(record.time - (self._began or 0.0), 6)
 
-    def _table(self, name: str) -> Table:
+    def _table(self, name: str) -> _Table:
         if name not in self._tables:
-            assert self._folder is not None
             by_steps = ("step",) if name.endswith(_STEPS) else ()
             columns = _FILES.get(name, (*by_steps, "epoch", "time"))
-            self._tables[name] = Table(self._folder / f"{name}.csv", columns)
+            self._tables[name] = _Table(self._folder / f"{name}.csv", columns)
         return self._tables[name]
 
     def _list(self, name: str, values: Mapping[str, Any]) -> None:
-        """Put values under their names; those of a run that goes on replace what it had."""
+        """Put values under their names, in place of earlier ones."""
         table = self._table(name)
         for key, value in flat(values).items():
             cell = self._names(key)
@@ -233,18 +251,18 @@ class CsvSink(Sink):
         return self._safe(_clean(str(value)))
 
     def _safe(self, text: str) -> str:
-        """Return a text that no spreadsheet takes for a formula; numbers stay as they are."""
+        """Return text that no spreadsheet runs as a formula; numbers stay as they are."""
         if not self.options.escape_formulas or not text.startswith(_FORMULAS) or _is_number(text):
             return text
         return f"'{text}"
 
     def _sheet(self, key: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Write a file of its own, in the place of the one that had its key before."""
-        assert self._folder is not None
+        """Write a table to its own file, in place of the last one of the same key."""
         folder = self._folder / "tables"
         folder.mkdir(exist_ok=True)
         lines = [list(map(self._text, line)) for line in [header, *rows]]
-        replace(folder / f"{self._keys(key)}.csv", encoded(lines))
+        with _replacing(folder / f"{self._keys(key)}.csv") as file:
+            file.write(_as_csv(lines))
 
 
 def _fields(event: Any) -> dict[str, Any]:
@@ -266,7 +284,7 @@ def _is_number(text: str) -> bool:
 
 
 def _clean(text: str) -> str:
-    """Return a text without what readers of CSV refuse; line breaks are kept, and quoted."""
+    """Return text that every reader of CSV accepts; line breaks stay, as they are quoted."""
     return re.sub("[\0\ud800-\udfff]", "\ufffd", re.sub("\r\n?", "\n", text))[:_LONGEST]
 
 
@@ -276,10 +294,362 @@ def _column(name: str) -> str:
 
 
 def _file(name: str) -> str:
-    """Return a name for a file on any system; some see no difference between `A` and `a`."""
+    """Return a file name for any system; some do not distinguish `A` and `a`."""
     return re.sub(r"[^a-z0-9_.()@-]|^\.", "_", name.lower())
 
 
 def _phase(name: str) -> str:
     found = _file(name)
     return f"{found}_" if found in _FILES or found.endswith(_STEPS) else found
+
+
+class _Row:
+    """A row in memory; `at` is its place in the file in bytes, None if it is not there yet."""
+
+    __slots__ = ("at", "cells")
+
+    def __init__(self, cells: list[str], at: int | None) -> None:
+        self.cells, self.at = cells, at
+
+
+class _Table:
+    """The rows of a file, each with a key; a row that is put again replaces the earlier one.
+
+    The last rows are in memory and are written in place. A change of an earlier row goes to a
+    second file until the whole file is copied, with all such changes in their places.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        """Read the file, if it is there.
+
+        Args:
+            path: the file.
+            columns: its first columns; those before `time` are the key. Without `time` the key
+                is a name: there are few, and all rows are in memory.
+
+        Raises:
+            SinkError: the file is something else.
+        """
+        self._path = path
+        self._first = tuple(columns)
+        self._columns: dict[str, int] = {}
+        self._rows: dict[_Key, _Row] = {}
+        self._highest: dict[str, float] = {}
+        """Highest number of each kind of row; a row with a higher one is new."""
+        self._size = self._clean = 0
+        """Bytes of the file, and how many of them need not be written again."""
+        self._has_earlier = False
+        """Whether rows of the file are not in memory."""
+        self._must_copy = self._is_changed = False
+        self._copied, self._cost = -math.inf, 0.0
+        self._changes = _Changes(path.with_name(_changes_of(path.name)))
+        self._read()
+        self._is_changed = False
+        for key, cells in self._changes.read():
+            self._must_copy = True
+            self.put(key, cells)
+
+    def _read(self) -> None:
+        names: Sequence[str] = self._first
+        for number, (cells, begin, end) in enumerate(_lines(self._path)):
+            self._size = self._clean = end
+            if not number:
+                names = cells
+                self._add_columns(names)
+                continue
+            key = self._key(cells)
+            if key in self._rows:  # the file was edited
+                self._must_copy = True
+                self.put(key, dict(zip(self._columns, cells, strict=False)))
+            else:
+                self._is_new(key)
+                self._rows[key] = _Row(cells, begin)
+            if len(self._rows) >= 2 * _MAX_ROWS:
+                self._forget()
+        self._add_columns(names)
+        if tuple(self._columns)[: len(self._first)] != self._first:
+            text = f"expected the columns {self._first} in {self._path}; move the file away"
+            raise SinkError(text)
+        self._forget()
+
+    def _add_columns(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._columns.setdefault(name, len(self._columns))
+
+    def _key(self, cells: Sequence[str]) -> _Key:
+        """Return the key of a row that was read, as it was given to `put`."""
+        row = dict(zip(self._columns, cells, strict=False))
+        match self._first:
+            case ("phase", *_):
+                return row.get("phase", ""), row.get("epoch", "")
+            case ("epoch", *_):
+                return row.get("epoch", ""), "" if row.get("epoch") else row.get("time", "")
+        return (row.get(self._first[0], ""),)
+
+    def _is_new(self, key: _Key) -> bool:
+        """Return whether a key is the highest of its kind so far, and remember it."""
+        if "time" not in self._first:
+            return True
+        match self._first:
+            case ("phase", *_):
+                kind, text = key
+            case ("epoch", *_):
+                kind, text = ("epoch", key[0]) if key[0] else ("time", key[1])
+            case _:
+                kind, text = "step", key[0]
+        try:
+            number = float(text)
+        except ValueError:
+            number = -math.inf
+        is_new = kind not in self._highest or number > self._highest[kind]
+        if is_new:
+            self._highest[kind] = number
+        return is_new
+
+    def get(self, key: str) -> str | None:
+        """Return the value under a name."""
+        return self._rows[key,].cells[1] if (key,) in self._rows else None
+
+    def names(self) -> list[str]:
+        """Return the first parts of the keys that are in memory."""
+        return [key[0] for key in self._rows]
+
+    def put(self, key: _Key, cells: Mapping[str, str]) -> None:
+        """Put cells into the row of a key; its other cells stay."""
+        width = len(self._columns)
+        self._add_columns([*cells])
+        self._must_copy |= len(self._columns) > width
+        self._is_changed = True
+        row = self._rows.get(key)
+        if row is None:
+            is_new = self._is_new(key)
+            if not is_new and self._has_earlier:
+                self._changes.put(key, cells)
+                return
+            row = self._rows[key] = _Row([], None)
+        elif row.at is not None:
+            self._clean = min(self._clean, row.at)
+        self._fill(row.cells, cells)
+
+    def _fill(self, row: list[str], cells: Mapping[str, str]) -> None:
+        row += [""] * (len(self._columns) - len(row))
+        for name, cell in cells.items():
+            row[self._columns[name]] = cell
+
+    def save(self) -> None:
+        """Write the changes: the last rows in place, or the whole file if necessary.
+
+        Raises:
+            OSError: the disk is full or gone.
+        """
+        if not self._is_changed:
+            return
+        changes = len(self._changes.rows)
+        is_time = time.monotonic() - self._copied >= self._cost * _COST
+        is_due = changes >= _MAX_ROWS or (changes and is_time)
+        if self._must_copy or is_due or not self._path.exists():
+            self._copy()
+        else:
+            self._changes.save()
+            self._write_last()
+        self._is_changed = False
+        self._forget()
+
+    def close(self) -> None:
+        """Move the changes of earlier rows into the file.
+
+        Raises:
+            OSError: the disk is full or gone.
+        """
+        if self._changes.rows:
+            self._copy()
+
+    def _write_last(self) -> None:
+        """Write the rows in memory from the first new or changed one on."""
+        changed = []
+        for key, row in reversed(self._rows.items()):
+            if row.at is not None and row.at < self._clean:
+                break
+            changed.append((key, row))
+        if not changed:
+            return
+        changed.reverse()
+        old = {
+            key: dict(zip(self._columns, row.cells, strict=False))
+            for key, row in changed
+            if row.at is not None
+        }
+        if len(old) > 1:  # a kill could leave them half written
+            self._changes.save(old)
+        lines = self._encoded([row for _, row in changed])
+        with self._path.open("r+b") as file:
+            file.seek(self._clean)
+            file.writelines(lines)
+            file.truncate()
+            _sync(file)
+        self._place([row for _, row in changed], lines, self._clean)
+        if len(old) > 1:
+            self._changes.rewrite()
+
+    def _copy(self) -> None:
+        """Rewrite the file with all changes in their places and all columns in each row."""
+        begun = time.monotonic()
+        rows = [*self._rows.values()]
+        left = dict(self._changes.rows)
+        with _replacing(self._path) as file:
+            file.write(_as_csv([[*self._columns]]))
+            earlier = self._earlier(left)
+            while chunk := list(islice(earlier, _CHUNK)):
+                file.write(_as_csv(chunk))
+            begin = file.tell()
+            added = {key: _Row([], None) for key in left}
+            for key, row in added.items():
+                self._fill(row.cells, left[key])
+            rows += added.values()
+            lines = self._encoded(rows)
+            file.writelines(lines)
+        self._rows |= added
+        self._place(rows, lines, begin)
+        self._must_copy = False
+        self._changes.clear()
+        self._copied = time.monotonic()
+        self._cost = self._copied - begun
+
+    def _earlier(self, changes: dict[_Key, dict[str, str]]) -> Iterator[list[str]]:
+        """Yield the rows that are only in the file, with their changes, which are removed."""
+        if not self._has_earlier:
+            return
+        first = next((row.at for row in self._rows.values() if row.at is not None), self._size)
+        for number, (cells, begin, _) in enumerate(_lines(self._path)):
+            if begin >= first:
+                return
+            if number:
+                self._fill(cells, changes.pop(self._key(cells), {}))
+                yield cells
+
+    def _encoded(self, rows: Sequence[_Row]) -> list[bytes]:
+        for row in rows:
+            self._fill(row.cells, {})
+        return [_as_csv([row.cells]) for row in rows]
+
+    def _place(self, rows: Sequence[_Row], lines: Sequence[bytes], at: int) -> None:
+        for row, line in zip(rows, lines, strict=True):
+            row.at = at
+            at += len(line)
+        self._size = self._clean = at
+
+    def _forget(self) -> None:
+        """Drop all but the last rows from memory; they must be in the file."""
+        if "time" not in self._first:
+            return
+        most = max(min(_MAX_ROWS, _MAX_CELLS // len(self._columns)), 1)
+        gone = [*islice(self._rows, max(len(self._rows) - most, 0))]
+        for key in gone:
+            del self._rows[key]
+        self._has_earlier |= bool(gone)
+
+
+class _Changes:
+    """Changes of rows that are not in the file yet: one line of JSON each."""
+
+    def __init__(self, path: Path) -> None:
+        self.rows: dict[_Key, dict[str, str]] = {}
+        self._path = path
+        self._unsaved: dict[_Key, dict[str, str]] = {}
+        self._size = 0
+
+    def read(self) -> list[tuple[_Key, dict[str, str]]]:
+        """Return what an earlier process left; a line that a crash cut short is skipped."""
+        found: list[tuple[_Key, dict[str, str]]] = []
+        with suppress(OSError, ValueError):
+            for line in self._path.read_bytes().splitlines(keepends=True):
+                key, cells = json.loads(line)
+                found.append((tuple(key), cells))
+                self._size += len(line)
+        return found
+
+    def put(self, key: _Key, cells: Mapping[str, str]) -> None:
+        self.rows.setdefault(key, {}).update(cells)
+        self._unsaved.setdefault(key, {}).update(cells)
+
+    def save(self, more: Mapping[_Key, Mapping[str, str]] | None = None) -> None:
+        """Write the new changes, and more that are about to be written to the table."""
+        new = [*self._unsaved.items(), *(more or {}).items()]
+        if not new:
+            return
+        data = b"".join(json.dumps(each).encode() + b"\n" for each in new)
+        with self._path.open("r+b" if self._size else "wb") as file:
+            file.seek(self._size)
+            file.write(data)
+            file.truncate()
+            _sync(file)
+        self._size += len(data)
+        self._unsaved = {}
+
+    def rewrite(self) -> None:
+        """Keep only the changes that are not in the table."""
+        rows = self.rows
+        self.clear()
+        self.rows, self._unsaved = rows, dict(rows)
+        self.save()
+
+    def clear(self) -> None:
+        """Drop all changes: they are in the table."""
+        self._path.unlink(missing_ok=True)
+        self.rows, self._unsaved, self._size = {}, {}, 0
+
+
+def _changes_of(name: str) -> str:
+    """Return the name of the file with the changes of another."""
+    return f".{name}.changes"
+
+
+def _as_csv(lines: Sequence[Sequence[str]]) -> bytes:
+    """Return lines as CSV in UTF-8, with quotes where necessary."""
+    file = io.StringIO(newline="")
+    csv.writer(file, lineterminator="\n").writerows(lines)
+    return file.getvalue().encode()
+
+
+def _lines(path: Path) -> Iterator[tuple[list[str], int, int]]:
+    """Yield the lines of a file, each with its first and last byte; skip one that was cut short."""
+    if not path.exists():
+        return
+    end = 0
+
+    def read(file: io.BufferedReader) -> Iterator[str]:
+        nonlocal end
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            end += len(line)
+            yield line.decode()
+
+    try:
+        with path.open("rb") as file:
+            begin = 0
+            for cells in csv.reader(read(file)):
+                yield cells, begin, end
+                begin = end
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise SinkError(f"found no CSV in {path}: {error}; move the file away") from error
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Replace a file by what is written in this context: completely, or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            _sync(file)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())

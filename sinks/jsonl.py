@@ -1,7 +1,7 @@
-"""Writes every record as one line of JSON: the reference sink, and the one to copy.
+"""Writes each record as one line of JSON: the reference sink, and the one to copy.
 
-Guarantees: one line a record, in their order; each batch is one `write`; a record that was
-written for the run before, by this process or an earlier one, is not written again.
+Guarantees: one line per record, in order; one `write` per batch; a record that this process or an
+earlier one has written for the run is not written again.
 """
 
 from __future__ import annotations
@@ -13,10 +13,15 @@ from typing import Annotated
 
 from msgspec import DecodeError, Meta
 
-from trainbus.errors import SinkError
 from trainbus.events import Record, decode, encode
 from trainbus.interfaces import FilePath, Options, RunInfo, Sink
-from trainbus.toolkit.sinks import check_folder
+from trainbus.toolkit.sinks import (
+    SeenRecords,
+    append,
+    check_folder,
+    folder_of,
+    writing_to,
+)
 
 
 class JsonlOptions(Options, frozen=True, kw_only=True):
@@ -35,11 +40,8 @@ class JsonlSink(Sink):
     reads_files = False
     options: JsonlOptions
 
-    def __init__(self, options: JsonlOptions | None = None) -> None:
-        super().__init__(options)
-        self._path: Path | None = None
-        self._fd: int | None = None
-        self._last = (0, 0)
+    _location: str | None = None
+    _fd = -1
 
     def check(self) -> str:
         """Make sure that the file can be written.
@@ -55,16 +57,14 @@ class JsonlSink(Sink):
         Raises:
             SinkError: the file can't be written.
         """
-        path = Path(self.options.path.replace("{run}", run.id)).expanduser().absolute()
-        try:
+        path = folder_of(self.options.path, run.id)
+        with writing_to(path, option="path"):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._last = _last_position(path, run.id)
             self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             if _is_torn(path):  # else the next record would be lost with the half line before it
                 os.write(self._fd, b"\n")
-        except OSError as error:
-            raise SinkError(f"can't write {path}: {error.strerror}; set another `path`") from error
-        self._path = path
+        self._path, self._location = path, str(path)
 
     def write(self, records: Sequence[Record]) -> None:
         """Append the records that are new.
@@ -72,32 +72,21 @@ class JsonlSink(Sink):
         Raises:
             OSError: the disk is full or gone.
         """
-        if self._fd is None:
-            raise SinkError("write came before open; call open(run) first")
-        new, last = [], self._last
-        for record in records:
-            if record.position > last:
-                new.append(record)
-                last = record.position
-        if not new:
-            return
-        lines = b"".join(encode(record) + b"\n" for record in new)
-        written = os.write(self._fd, lines)
-        if written < len(lines):  # a full disk writes short, without an error
-            os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
-            raise OSError(28, "no space left on device", str(self._path))
-        self._last = last
+        seen = SeenRecords(last=self._last)
+        lines = b"".join(encode(record) + b"\n" for record in seen.new(records))
+        append(self._fd, lines, self._path)
+        self._last = seen.last  # not before: records that could not be written come again
 
     def close(self) -> None:
         """Close the file."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     @property
     def location(self) -> str | None:
         """Path of the file."""
-        return str(self._path) if self._path else None
+        return self._location
 
 
 def _last_position(path: Path, run: str) -> tuple[int, int]:
@@ -108,7 +97,7 @@ def _last_position(path: Path, run: str) -> tuple[int, int]:
             for line in lines:
                 try:
                     record = decode(line)
-                except DecodeError:  # a line cut short by a crash, or one that is not ours
+                except DecodeError:  # a line that a crash cut short, or another program's
                     continue
                 if record.run == run:
                     last = max(last, record.position)

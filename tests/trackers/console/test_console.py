@@ -16,7 +16,7 @@ import msgspec
 import pytest
 from trainbus.sinks.console import ConsoleOptions, ConsoleSink
 
-from trainbus import Bus, RunInfo, Sink, SinkError, config
+from trainbus import Bus, RunInfo, Sink, config
 from trainbus.events import (
     AlertRaised,
     Best,
@@ -349,13 +349,6 @@ def test_a_real_terminal_is_left_as_it_was(tmp_path: Path) -> None:
     assert "\x1b[2K" not in "".join(left)
 
 
-def test_write_before_open_is_refused() -> None:
-    """`write` without `open` says what to call."""
-    event = EpochStarted(epoch=0)
-    with pytest.raises(SinkError, match="call open"):
-        ConsoleSink().write([Record(seq=1, run="run", time=0.0, event=event)])
-
-
 def test_options_are_checked() -> None:
     """Only the two streams that there are can be asked for."""
     with pytest.raises(msgspec.ValidationError, match="Invalid enum value 'stdin'"):
@@ -394,7 +387,7 @@ def test_a_configured_console_prints_here(monkeypatch: pytest.MonkeyPatch) -> No
     assert epoch.startswith("epoch 1  ")
     assert "finished" == status
     assert receipt.startswith("trainbus: run ")
-    assert "  screen   console: 8 taken" in stream.getvalue().splitlines()
+    assert "  screen   console: 8 delivered" in stream.getvalue().splitlines()
 
 
 def test_an_epoch_shows_the_latest_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -528,12 +528,6 @@ def test_files_of_others_are_left_alone(
     assert data == path.read_bytes()
 
 
-def test_write_before_open_is_refused() -> None:
-    """`write` without `open` says what to call."""
-    with pytest.raises(SinkError, match="call open"):
-        CsvSink().write(records(RunStarted()))
-
-
 def test_a_configured_bus_feeds_it(tmp_path: Path) -> None:
     """A run of a bus from YAML, in the sidecar process, leaves its files where they are told."""
     text = f"sinks:\n  table:\n    type: csv\n    dir: {tmp_path}/{{run}}-csv\n"
