@@ -21,7 +21,6 @@ import wandb
 import xgboost as xgb
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
-from trainbus.adapters._xgboost_facts import variables_of_train
 from trainbus.adapters.xgboost import BusCallback
 from xgboost import collective
 from xgboost.callback import EarlyStopping, LearningRateScheduler, TrainingCheckPoint
@@ -42,6 +41,7 @@ from trainbus.events import (
 )
 from trainbus.testing import AdapterConformance, Training, check_grammar
 from trainbus.testing.child import run_in_child
+from trainbus.toolkit.adapters import variables_of
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(200, 4))
@@ -567,7 +567,7 @@ def test_train_has_the_variables_that_are_read() -> None:
 
     class Look(xgb.callback.TrainingCallback):  # type: ignore[misc]
         def before_training(self, model: Any) -> Any:
-            seen.update(variables_of_train())
+            seen.update(variables_of("xgboost.training", "train"))
             return model
 
     xgb.train(PARAMS, data(), 1, callbacks=[Look()])
