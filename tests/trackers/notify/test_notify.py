@@ -238,11 +238,11 @@ def test_a_flood_is_held_back_and_counted(server: Server, sinks: Any) -> None:
     sink = sinks(min_interval_secs=60)
     sink.write(records(*[alert(f"a{n}") for n in range(10)], every_s=10))
     assert ["shapes: a0", "shapes: a6"] == titles(server)
-    assert got(server)[1]["message"].endswith("\nleft out before this: 5 of alert")
+    assert got(server)[1]["message"].endswith("\nskipped since the last message: 5 × alert")
     more = records(*[alert("x")] * 10, alert("b"), RunEnded(status="finished"), every_s=10)[10:]
     sink.write(more)
     assert ["shapes: a0", "shapes: a6", "shapes: finished"] == titles(server)
-    assert got(server)[2]["message"].endswith("\nleft out before this: 4 of alert")
+    assert got(server)[2]["message"].endswith("\nskipped since the last message: 4 × alert")
 
 
 def test_which_way_is_better(server: Server, sinks: Any) -> None:
@@ -261,10 +261,10 @@ def test_a_goal_of_a_name_counts_more_than_that_of_a_prefix(server: Server, sink
     assert ["shapes: new best val/head[0]/acc 0.75"] == titles(server)
 
 
-def test_a_metric_without_a_goal_is_told(sinks: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_metric_without_a_goal_is_reported(sinks: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Where nobody knows which value is better, one line says what to set."""
     sinks(metric="loss")
-    assert ["found no goal, so no best value is told; set `metric` and `goal`"] == [
+    assert ["no metric has a goal, so best values are not sent; set `metric`, `goal`"] == [
         record.getMessage() for record in caplog.records
     ]
 
@@ -511,9 +511,3 @@ def test_a_state_that_can_not_be_kept_is_told(tmp_path: Path, sinks: Any) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(SinkError, match=r"can't write .*/file/x: .*; set another `state`"):
         sinks(state=str(tmp_path / "file" / "x"))
-
-
-def test_write_before_open_is_refused() -> None:
-    """`write` without `open` says what to call."""
-    with pytest.raises(SinkError, match="call open"):
-        NotifySink(NotifyOptions(urls=["x://y"])).write([])
