@@ -1,41 +1,38 @@
-"""Files that are kept with a run: Trackio's artifacts, in versions."""
+"""Files that are stored with a run, as versions of Trackio's artifacts."""
 
 from __future__ import annotations
 
-import logging
 import re
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 from trainbus.events import ArtifactLogged
-from trainbus.toolkit.sinks import Names
+from trainbus.toolkit.sinks import Names, to_json
 
-from ._trackio_database import Database
-from ._trackio_values import plain
-
-logger = logging.getLogger("trainbus.sinks.trackio")
+from .session import Database
 
 _OWN = r"latest$|v\d+$"
 """Aliases that Trackio itself gives."""
 
 
 class Artifacts:
-    """Stores files as versions of artifacts; the same files again are the same version."""
+    """Stores files as versions of artifacts; the same files again are the same version.
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    Args:
+        database: the run in its database.
+        lose: called with the name of an artifact and why a file of it can't be stored.
+    """
+
+    def __init__(self, database: Database, lose: Callable[[str, object], None]) -> None:
+        self._database, self._lose = database, lose
         self._names = Names(_valid_name)
 
-    def keep(self, event: ArtifactLogged, *, overwrite: bool = False) -> int:
-        """Store the files of an event as a version, in place of the last one if told to.
-
-        Returns:
-            How much of it is lost; of that there are warnings.
-        """
+    def store(self, event: ArtifactLogged, *, overwrite: bool = False) -> None:
+        """Store the files of an event as a new version, or in place of the last one."""
         import trackio
         from trackio.sqlite_storage import SQLiteStorage
 
-        lost = 0
         try:
             artifact = trackio.Artifact(self._names(event.name), event.kind)
             for number, path in enumerate(map(Path, event.paths)):
@@ -46,8 +43,7 @@ class Artifacts:
                 elif path.is_file():
                     artifact.add_file(path, inside)
                 else:
-                    lost += 1
-                    logger.warning("artifact %r: %s is gone", event.name, path)
+                    self._lose(event.name, f"no file at {path}")
             if artifact._pending_files or not event.paths:
                 SQLiteStorage.commit_artifact_version(
                     project=self._database.project,
@@ -55,18 +51,16 @@ class Artifacts:
                     type=event.kind,
                     description=None,
                     manifest=artifact._build_manifest(self._database.project),
-                    metadata=plain(event.metadata),
+                    metadata=to_json(event.metadata),
                     aliases=[_valid_name(a) for a in event.aliases if not re.match(_OWN, a)],
                     run_name=self._database.name,
                     run_id=self._database.run,
                     overwrite=overwrite,
                 )
         except (OSError, TypeError, ValueError, sqlite3.Error) as error:
-            lost += 1
-            logger.warning("artifact %r can't be kept in Trackio: %s", event.name, error)
-        return lost
+            self._lose(event.name, error)
 
 
 def _valid_name(name: str) -> str:
-    """Return a name that Trackio takes: letters, digits, `.`, `_` and `-`."""
+    """Return a name that Trackio accepts: letters, digits, `.`, `_` and `-`."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", name) or "artifact"

@@ -1,4 +1,4 @@
-"""The database of a project, and the rows of one run on their way into it."""
+"""The database of a project, and the rows of one run that are written to it."""
 
 from __future__ import annotations
 
@@ -7,26 +7,24 @@ import re
 import sqlite3
 import sys
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from trainbus.errors import MissingPackageError, SinkError
+from trainbus.errors import SinkError
 from trainbus.events import AlertRaised, Record
 from trainbus.interfaces import RunInfo
-from trainbus.toolkit.sinks import Names, Timeline
-
-from ._trackio_options import TrackioOptions
-from ._trackio_values import iso, plain, valid_text
+from trainbus.toolkit.sinks import Names, Timeline, required_package, to_json, utf8
 
 _LEVELS = {"info": "info", "warning": "warn", "error": "error"}
 
 
-def imported(folder: str | None) -> Any:
-    """Import Trackio, which keeps all it stores in the folder that it finds when it is imported.
+def import_trackio(folder: str | None) -> Any:
+    """Import Trackio, which reads the folder for its data once, when it is imported.
 
     Raises:
         MissingPackageError: trackio is not installed.
-        SinkError: it was imported before, with another folder.
+        SinkError: it has already been imported with another folder.
     """
     wanted = None if folder is None else Path(folder).expanduser().absolute()
     before = os.environ.get("TRACKIO_DIR")
@@ -34,10 +32,9 @@ def imported(folder: str | None) -> Any:
     if wanted is not None and is_new:
         os.environ["TRACKIO_DIR"] = str(wanted)
     try:
-        import trackio
-        from trackio.utils import TRACKIO_DIR
-    except ImportError as error:
-        raise MissingPackageError("trackio", extra="trackio") from error
+        with required_package("trackio"):
+            import trackio
+            from trackio.utils import TRACKIO_DIR
     finally:
         if before is not None:
             os.environ["TRACKIO_DIR"] = before
@@ -45,7 +42,7 @@ def imported(folder: str | None) -> Any:
             os.environ.pop("TRACKIO_DIR", None)
     if wanted is not None and wanted != TRACKIO_DIR.absolute():
         raise SinkError(
-            f"Trackio stores in {TRACKIO_DIR} in this process already, not in {wanted}; leave out "
+            f"Trackio already stores in {TRACKIO_DIR} in this process, not in {wanted}; remove "
             "`dir`, or set `isolation: process`"
         )
     return trackio
@@ -55,23 +52,23 @@ class Database:
     """A run in the database of its project.
 
     Args:
-        options: those of the sink.
-        run: the run; what the database has of it is found by its id.
+        project: name of the project; None for that of the training, made valid.
+        run: the run, which the database knows by its id.
 
     Raises:
         SinkError: the project or the folder can't be used.
     """
 
-    def __init__(self, options: TrackioOptions, run: RunInfo) -> None:
+    def __init__(self, project: str | None, run: RunInfo) -> None:
         from trackio import fragments, utils
         from trackio.sqlite_storage import SQLiteStorage
 
         self._fragments, self._folder = fragments, utils.TRACKIO_DIR
-        self._keys = Names(lambda key: valid_text(key).lstrip("_"))
+        self._keys = Names(lambda key: utf8(key).lstrip("_"))
         self._rows: list[dict[str, Any]] = []
         self.run = run.id
-        self.project = _project_name(options.project, run.started.project)
-        name = valid_text(re.sub(r"[/\\\x00]|^\.+$", "-", run.started.name or run.id))[:200]
+        self.project = _project_name(project, run.started.project)
+        name = utf8(re.sub(r"[/\\\x00]|^\.+$", "-", run.started.name or run.id))[:200]
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             names = {r["id"]: r["name"] for r in SQLiteStorage.get_run_records(self.project)}
@@ -88,16 +85,16 @@ class Database:
         """The highest step that has a value."""
 
     def key(self, record: Record) -> str:
-        """Return the key of a record, the same one whenever it comes."""
+        """Return the key of a record, which is the same each time it comes."""
         return f"{self.run}-{record.attempt}-{record.seq}"
 
     def configure(self, record: Record, values: Mapping[str, Any]) -> None:
-        """Change the config, which is stored with a row; an empty one shows nothing."""
-        self.config |= {self._keys(str(key)): plain(value) for key, value in values.items()}
+        """Change the config, which is stored with a row that has no values."""
+        self.config |= {self._keys(str(key)): to_json(value) for key, value in values.items()}
         self.log(record, 0, {}, config=dict(self.config))
 
     def place(self, event: Any) -> int:
-        """Return where an event stands; what has no place of its own stands at the last step."""
+        """Return the step of an event; one without a step or epoch is at the last step."""
         return Timeline(self.last)(event)
 
     def log(self, record: Record, step: int, values: Mapping[str, Any], **more: Any) -> None:
@@ -107,17 +104,17 @@ class Database:
         self._add(self._fragments.metric_record, record, entry)
 
     def log_system(self, record: Record, values: Mapping[str, Any]) -> None:
-        """Add a row of what was measured of the machine, on the axis of time."""
+        """Add a row of system metrics, whose x axis is time."""
         entry = {"metrics": values, "log_id": self.key(record)}
         self._add(self._fragments.system_metric_record, record, entry)
 
     def alert(self, record: Record, event: AlertRaised) -> None:
-        """Add an alert, at the last step that there is."""
+        """Add an alert at the last step."""
         entry = {
             "level": _LEVELS[event.level],
             "step": self.last,
-            "title": valid_text(event.title),
-            "text": valid_text(event.text) or None,
+            "title": utf8(event.title),
+            "text": utf8(event.text) or None,
             "alert_id": self.key(record),
         }
         self._add(self._fragments.alert_record, record, entry)
@@ -127,10 +124,10 @@ class Database:
         self._rows.append(build({**run, **entry}) | {"timestamp": iso(record.time)})
 
     def store(self) -> None:
-        """Store the rows that are not stored yet.
+        """Write the rows that are not stored yet.
 
         Raises:
-            SinkError: the database can't be written; they are kept.
+            SinkError: the database can't be written; the rows are kept.
         """
         if not self._rows:
             return
@@ -145,10 +142,15 @@ class Database:
         self._rows = []
 
 
+def iso(time: float) -> str:
+    """Return a time as Trackio writes it."""
+    return datetime.fromtimestamp(time, timezone.utc).isoformat()
+
+
 def _project_name(wanted: str | None, given: str | None) -> str:
     from trackio.sqlite_storage import SQLiteStorage
 
-    name = wanted or valid_text(given or "").strip() or "trainbus"
+    name = wanted or utf8(given or "").strip() or "trainbus"
     try:
         SQLiteStorage.validate_project_name(name)
     except ValueError as error:
