@@ -395,7 +395,7 @@ def test_trainbus_commands_run(command: str, folder: Path) -> None:
         line = line.replace("RUN_ID", made.name)
     done = run(folder, "sh", "-ec", line)
     expected = {
-        "replay": "16 records would be sent" if "--dry-run" in line else "finished, 16 records",
+        "replay": "0 records would be sent" if "--dry-run" in line else "finished, 16 records",
         "verify": "r0-a1.jsonl: 16 records, finished",
         "show": "validation/accuracy",
         "validate": "trainbus.yaml: ok, 2 sinks: tracking (wandb), local (jsonl)\n",

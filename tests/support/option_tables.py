@@ -14,10 +14,10 @@ from trainbus import registry
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "sinks"
 KINDS: dict[Any, str] = {
-    str: "text",
+    str: "string",
     int: "integer",
     float: "number",
-    bool: "true or false",
+    bool: "boolean",
     dict: "mapping",
     Mapping: "mapping",
 }
@@ -35,8 +35,8 @@ def table(name: str) -> str:
         cells = (f"`{field.encode_name}`", _kind(hints[field.name]), default, about)
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     if not rows:
-        return "None of its own.\n"
-    return "\n".join(["| option | type | default | |", "|---|---|---|---|", *rows]) + "\n"
+        return "It has no options of its own.\n"
+    return "\n".join(["| option | type | default | meaning |", "|---|---|---|---|", *rows]) + "\n"
 
 
 def shown(page: Path) -> str:
