@@ -23,7 +23,14 @@ def blocks(page: Path) -> list[str]:
     return PYTHON.findall(page.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("example", examples(), ids=title)
+def needing(framework: str, *values: object) -> object:
+    """Return the values of a parametrized test that needs a framework."""
+    marks = () if framework == "plain loop" else (pytest.mark.needs(framework),)
+    name = "-".join(str(getattr(value, "stem", value)) for value in values)
+    return pytest.param(*values, marks=marks, id=name.removesuffix("_basic"))
+
+
+@pytest.mark.parametrize("example", [needing(title(each), each) for each in examples()])
 def test_the_example_runs(example: Path, tmp_path: Path) -> None:
     """With `config/local.yaml` it leaves one run that obeys the grammar, in 30 lines at most."""
     done = run_script(example, tmp_path)
@@ -51,8 +58,7 @@ def test_the_page_begins_with_the_example(page: Path) -> None:
 
 @pytest.mark.parametrize(
     ("page", "number"),
-    [(page, n) for page in PAGES for n in range(1, len(blocks(page)))],
-    ids=lambda value: value.stem if isinstance(value, Path) else str(value),
+    [needing(page.stem, page, n) for page in PAGES for n in range(1, len(blocks(page)))],
 )
 def test_other_blocks_run(page: Path, number: int, tmp_path: Path) -> None:
     """Every further block of a page is a script that ends well and leaves a whole run."""

@@ -40,6 +40,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))
+@pytest.mark.needs("torch", "ultralytics")
 def test_benchmarks_run(name: str, tmp_path: Path) -> None:
     """The short form ends well, with every line that the long one has."""
     done = subprocess.run(

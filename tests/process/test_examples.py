@@ -123,6 +123,7 @@ def code_lines(text: str) -> set[int]:
     return found - set(range(first.lineno, (first.end_lineno or 0) + 1))
 
 
+@pytest.mark.needs("ultralytics")
 def test_demo_succeeds(demo: Example) -> None:
     """It ends well, and so does its W&B run."""
     assert 0 == demo.process.returncode, demo.process.stderr[-4000:]
@@ -133,6 +134,7 @@ def test_demo_succeeds(demo: Example) -> None:
     )
 
 
+@pytest.mark.needs("ultralytics")
 def test_demo_says_where_everything_is(demo: Example) -> None:
     """The receipt names the folder of the W&B run and the file of all records; both exist."""
     assert [str(demo.wandb_run.dir)] == re.findall(r"wandb sync (.+)", demo.receipt)
@@ -142,6 +144,7 @@ def test_demo_says_where_everything_is(demo: Example) -> None:
     assert [str(len(demo.records))] * 4 == taken
 
 
+@pytest.mark.needs("ultralytics")
 def test_demo_logs_a_row_an_epoch(demo: Example) -> None:
     """Losses, learning rates and metrics of each epoch are in one row, at its number."""
     expected = {
@@ -156,6 +159,7 @@ def test_demo_logs_a_row_an_epoch(demo: Example) -> None:
     assert [set()] * len(others) == [expected & row.keys() for row in others]
 
 
+@pytest.mark.needs("ultralytics")
 def test_demo_describes_the_model_once(demo: Example) -> None:
     """Its size and speed come with the first epoch, and not again."""
     expected = {"model/parameters", "model/GFLOPs", "model/speed_PyTorch(ms)"}
@@ -164,6 +168,7 @@ def test_demo_describes_the_model_once(demo: Example) -> None:
     assert set() == expected - described[0].keys()
 
 
+@pytest.mark.needs("ultralytics")
 def test_demo_logs_every_plot_once(demo: Example) -> None:
     """Each picture that Ultralytics drew is in the history, `results` among them, and opens."""
     run = demo.wandb_run
@@ -180,6 +185,7 @@ def test_demo_logs_every_plot_once(demo: Example) -> None:
     assert all(wandb_file.media_path(run, value).stat().st_size for _, value in found)
 
 
+@pytest.mark.needs("ultralytics")
 def test_demo_logs_the_best_model(demo: Example) -> None:
     """The artifact is called best, holds the weights, and says what they are."""
     (model,) = [artifact for artifact in demo.wandb_run.artifacts if "model" == artifact.type]
@@ -191,6 +197,7 @@ def test_demo_logs_the_best_model(demo: Example) -> None:
     assert "metrics/mAP50(B)" in model.metadata["metrics"]
 
 
+@pytest.mark.needs("ultralytics")
 def test_demo_logs_four_curves(demo: Example) -> None:
     """Each chart has a table with a hundred points of every class and of the mean."""
     run = demo.wandb_run

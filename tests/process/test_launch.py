@@ -87,6 +87,7 @@ UNKNOWN = """
 """
 
 
+@pytest.mark.needs("torch", "tensorboard")
 def test_what_is_recorded_by_others_alone_is_told_once(tmp_path: Path) -> None:
     """A script with W&B and TensorBoard of its own, and a child, gets one line, at its end."""
     done = python(tmp_path, UNKNOWN)
@@ -219,6 +220,7 @@ def yolo(root: Path, data: Path, *, version: str | None = None) -> Sequence[str]
     return [line for line in done.stderr.splitlines() if "not logged" in line]
 
 
+@pytest.mark.needs("ultralytics")
 def test_the_yolo_command_gives_what_attach_gives(
     tmp_path: Path, data: Path, train: object
 ) -> None:
@@ -242,6 +244,7 @@ def test_the_yolo_command_gives_what_attach_gives(
     assert [] == check_grammar(records)
 
 
+@pytest.mark.needs("ultralytics")
 def test_a_model_that_is_attached_already_is_logged_once(tmp_path: Path, data: Path) -> None:
     """A script that has its own bus keeps it: `trainbus run` adds no second run."""
     config = tmp_path / "own.yaml"
@@ -272,6 +275,7 @@ BaseTrainer.train = stop
 
 
 @pytest.mark.parametrize("version", [None, "8.4.90"])
+@pytest.mark.needs("ultralytics")
 def test_multi_gpu_children_are_one_run(tmp_path: Path, data: Path, version: str | None) -> None:
     """Ultralytics' own child script, in two processes: one run, with rank 0's metrics once.
 
@@ -354,6 +358,7 @@ def rows(folder: Path) -> list[dict[str, float]]:
     ]
 
 
+@pytest.mark.needs("lightning")
 def test_a_lightning_script_gives_what_attach_gives(tmp_path: Path) -> None:
     """A script that knows nothing of trainbus fills W&B as one with two lines of it does."""
     by = {name: tmp_path / name for name in ("attach", "auto")}
@@ -380,6 +385,7 @@ def test_a_lightning_script_gives_what_attach_gives(tmp_path: Path) -> None:
     assert len(rows(by["auto"])) >= 3
 
 
+@pytest.mark.needs("torch")
 def test_torchrun_gives_one_run(tmp_path: Path) -> None:
     """Two processes of `torchrun` are one run, with rank 0's metrics once."""
     (tmp_path / "script.py").write_text(LIGHTNING.replace("ATTACH", ""))

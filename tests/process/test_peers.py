@@ -142,6 +142,7 @@ def options(launcher: str, port: str) -> list[str]:
 
 
 @LAUNCHERS
+@pytest.mark.needs("torch")
 def test_two_processes_have_one_run(launcher: str, port: str, tmp_path: Path) -> None:
     """Rank 0 logs, once; rank 1 writes nothing, and the note of the job is gone afterwards."""
     done = start(tmp_path, "well", *options(launcher, port))
@@ -157,6 +158,7 @@ def test_two_processes_have_one_run(launcher: str, port: str, tmp_path: Path) ->
 
 
 @LAUNCHERS
+@pytest.mark.needs("torch")
 def test_a_failure_of_rank_1_is_the_cause(launcher: str, port: str, tmp_path: Path) -> None:
     """The run ends with what rank 1 died of, however rank 0 came to know."""
     done = start(tmp_path, "fail", *options(launcher, port))
@@ -172,6 +174,7 @@ def test_a_failure_of_rank_1_is_the_cause(launcher: str, port: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("how", ["fail on 0", "fail on 0 and clean up"])
+@pytest.mark.needs("torch")
 def test_a_failure_of_rank_0_is_its_own(how: str, port: str, tmp_path: Path) -> None:
     """What rank 0 raises is the end, and not the connection that breaks in rank 1 thereupon."""
     start(tmp_path, how, "--master_port", port)
@@ -181,6 +184,7 @@ def test_a_failure_of_rank_0_is_its_own(how: str, port: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("how", ["kill", "exit"])
+@pytest.mark.needs("torch")
 def test_a_rank_that_says_nothing_leaves_the_run_failed_or_stopped(
     how: str, port: str, tmp_path: Path
 ) -> None:
@@ -192,6 +196,7 @@ def test_a_rank_that_says_nothing_leaves_the_run_failed_or_stopped(
     assert not (end.reason or "").startswith("rank")
 
 
+@pytest.mark.needs("torch")
 def test_a_rank_that_leaves_well_writes_nothing(port: str, tmp_path: Path) -> None:
     """`sys.exit(0)` of rank 1 is no failure, and leaves no journal."""
     start(tmp_path, "leave", "--master_port", port)
@@ -199,6 +204,7 @@ def test_a_rank_that_leaves_well_writes_nothing(port: str, tmp_path: Path) -> No
     assert ["r0-a1.jsonl"] == journals(run)
 
 
+@pytest.mark.needs("torch")
 def test_jobs_of_one_port_do_not_mix(port: str, tmp_path: Path) -> None:
     """The second job on a port reports to its own run, also when the first left its note behind."""
     start(tmp_path, "fail", "--master_port", port)
@@ -210,6 +216,7 @@ def test_jobs_of_one_port_do_not_mix(port: str, tmp_path: Path) -> None:
     assert [2, 1, 2] == [len(journals(run)) for run in found]
 
 
+@pytest.mark.needs("torch")
 def test_jobs_that_one_process_spawns_do_not_mix(tmp_path: Path) -> None:
     """Jobs that one process spawns, one after another, have a run each and their own causes."""
     start(tmp_path, "fail,well,fail")

@@ -38,6 +38,7 @@ def run(folder: Path, how: str, timeout: float = 60.0) -> subprocess.CompletedPr
     ("how", "code", "error"),
     [("return", 0, ""), ("exit", 3, ""), ("raise", 1, "ValueError: no\n"), ("kill", -9, "")],
 )
+@pytest.mark.needs("torch")
 def test_a_forked_program_ends_as_a_started_one(
     how: str, code: int, error: str, tmp_path: Path
 ) -> None:
@@ -50,6 +51,7 @@ def test_a_forked_program_ends_as_a_started_one(
     assert bool(error) == (done.stderr != "said\n")
 
 
+@pytest.mark.needs("torch")
 def test_a_program_that_hangs_is_no_killed_one(tmp_path: Path) -> None:
     """What is still running after the timeout raises, and the next program runs."""
     with pytest.raises(subprocess.TimeoutExpired):

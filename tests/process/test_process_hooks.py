@@ -271,6 +271,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.needs("torch")
 def test_workers_of_a_data_loader_neither_hang_nor_write(method: str, tmp_path: Path) -> None:
     """What workers emit is left out, in the parent's journal as in one of their own."""
     (tmp_path / "config.yaml").write_text("sinks: {kept: {type: jsonl, path: kept.jsonl}}\n")

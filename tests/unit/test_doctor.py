@@ -146,6 +146,7 @@ for found in examine():
 """
 
 
+@pytest.mark.needs("torch", "ultralytics", "keras", "lightning", "mlflow")
 def test_what_every_plugin_relies_on_is_there(tmp_path: Path) -> None:
     """The frameworks and trackers that tests install are those the plugins were tested with."""
     done = subprocess.run(

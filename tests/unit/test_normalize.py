@@ -268,6 +268,7 @@ def test_values_keep_what_can_be_kept(expected: Any, value: Any) -> None:
     assert type(expected) is type(found)
 
 
+@pytest.mark.needs("attrs", "omegaconf", "pydantic", "transformers")
 def test_configurations_of_other_packages_are_plain() -> None:
     """What attrs, pydantic, OmegaConf and transformers make of settings is names and values."""
     import attrs
@@ -291,6 +292,7 @@ def test_configurations_of_other_packages_are_plain() -> None:
     assert 7 == plain({"model": BertConfig(hidden_size=7)})["model"]["hidden_size"]
 
 
+@pytest.mark.needs("torch")
 def test_an_optimizer_is_its_type_and_settings() -> None:
     """What all groups share stands once, what one has for itself under its number."""
     import torch
@@ -305,6 +307,7 @@ def test_an_optimizer_is_its_type_and_settings() -> None:
     assert {"dtype": "torch.bfloat16", "device": "cpu", "weights": [1.0, 1.0]} == plain(dtype)
 
 
+@pytest.mark.needs("torch")
 def test_tensors_in_events_are_arrays() -> None:
     """An adapter may hand over a tensor of any dtype where an event has an array."""
     import torch

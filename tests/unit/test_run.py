@@ -240,6 +240,7 @@ def torch_tensors() -> tuple[Any, Any]:
     return whole, torch.ones(2, 2, device="meta")
 
 
+@pytest.mark.needs("torch")
 def test_tensors_of_any_kind_are_values(bus: Bus, memory: MemorySink) -> None:
     """A tensor in a graph, of a dtype that numpy has not, is a matrix, a curve, or a picture."""
     whole, _ = torch_tensors()
@@ -259,6 +260,7 @@ def test_tensors_of_any_kind_are_values(bus: Bus, memory: MemorySink) -> None:
     assert (["a", "b"], ["a", "b"]) == (matrix.classes, curve.classes)
 
 
+@pytest.mark.needs("torch")
 def test_nothing_that_is_logged_raises(
     bus: Bus, memory: MemorySink, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -367,6 +369,7 @@ def test_a_picture_is_not_white(
     assert expected == only(memory, ImageLogged).array[0].tolist()
 
 
+@pytest.mark.needs("pandas", "polars")
 def test_data_frames_are_tables(bus: Bus, memory: MemorySink) -> None:
     """A data frame keeps the names of its columns, and of its rows where they have any."""
     import polars
@@ -389,6 +392,7 @@ def test_data_frames_are_tables(bus: Bus, memory: MemorySink) -> None:
     assert {"train/mean": 0.5} == only(memory, MetricsLogged).values
 
 
+@pytest.mark.needs("omegaconf")
 def test_configurations_of_any_kind_are_params(bus: Bus, memory: MemorySink) -> None:
     """A namespace, a dataclass and a configuration with holes are plain names and values."""
     from argparse import Namespace
@@ -404,6 +408,7 @@ def test_configurations_of_any_kind_are_params(bus: Bus, memory: MemorySink) -> 
     assert [{"lr": 0.1}, plain, {}, {"params": 5}] == found
 
 
+@pytest.mark.needs("optuna")
 def test_a_pruned_trial_is_stopped(bus: Bus, memory: MemorySink) -> None:
     """Optuna ends a trial by an exception, which passes through: nothing has failed."""
     import optuna
