@@ -1,4 +1,4 @@
-"""Where Prometheus finds the values of a run: a port, a file of node_exporter, a Pushgateway."""
+"""The ways to Prometheus: a port to scrape, a file for node_exporter, a group in a Pushgateway."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 from urllib.error import HTTPError
 
 from trainbus.errors import SinkError
+from trainbus.toolkit.sinks import writing_to
 
-from ._prometheus_values import Values
+from .rows import Values
 
 _PORT = 9464
 _THREAD = "trainbus prometheus"
@@ -23,11 +24,11 @@ class Server:
     """Answers scrapes until it is closed.
 
     Args:
-        registry: what is shown.
-        values: of a run; whether it is over says whether a scrape was the last.
-        address: where it listens.
-        port: the port, None for Prometheus' own.
-        next_ports: ports behind it to try while it is in use.
+        registry: the registry that scrapes read.
+        values: values of the run; a scrape after its end is the last one.
+        address: address to listen on.
+        port: the port; None for 9464, the default of Prometheus exporters.
+        next_ports: number of next ports to try if it is in use.
 
     Raises:
         SinkError: it can't listen there.
@@ -64,7 +65,7 @@ class Server:
         return Handler
 
     def close(self, linger_secs: float) -> None:
-        """Stop listening, after a scrape of a run that is over, or that many seconds."""
+        """Stop listening after a scrape of the ended run, or after that many seconds."""
         self._seen_over.wait(linger_secs)
         self._server.shutdown()
         self._server.server_close()
@@ -82,7 +83,7 @@ def _listen(address: str, port: int, next_ports: int, handler: Any) -> Any:
             return HttpServer((address, number), handler)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
-                raise _refused(address, number, error) from error
+                raise _unusable(address, number, error) from error
             if number == last:
                 found = f"port {port}" if last == port else f"every port from {port} to {last}"
                 text = f"{found} of {address} is in use, expected a free one"
@@ -91,7 +92,7 @@ def _listen(address: str, port: int, next_ports: int, handler: Any) -> Any:
 
 
 def check_port(address: str, port: int | None) -> str:
-    """Return that a port is free.
+    """Make sure that a port is free, and return a line saying so.
 
     Raises:
         SinkError: it is not.
@@ -102,7 +103,7 @@ def check_port(address: str, port: int | None) -> str:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((address, number))
     except OSError as error:
-        raise _refused(address, number, error) from error
+        raise _unusable(address, number, error) from error
     return f"port {number} is free"
 
 
@@ -110,7 +111,7 @@ def _family(address: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
-def _refused(address: str, port: int, error: OSError) -> SinkError:
+def _unusable(address: str, port: int, error: OSError) -> SinkError:
     text = f"can't listen on port {port} of {address} ({error.strerror or error})"
     return SinkError(f"{text}; set another `port` or `address`")
 
@@ -129,7 +130,7 @@ class Textfile:
         """
         from prometheus_client import write_to_textfile
 
-        with self._telling():
+        with writing_to(self.path, option="textfile"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_to_textfile(str(self.path), registry)
 
@@ -139,16 +140,8 @@ class Textfile:
         Raises:
             SinkError: it can't be removed.
         """
-        with self._telling():
+        with writing_to(self.path, option="textfile"):
             self.path.unlink(missing_ok=True)
-
-    @contextmanager
-    def _telling(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            text = f"can't write {self.path} ({error.strerror or error}); set another `textfile`"
-            raise SinkError(text) from error
 
 
 class Gateway:
@@ -163,32 +156,32 @@ class Gateway:
         """Push the group.
 
         Raises:
-            SinkError: the Pushgateway can't be reached, or refuses it.
+            SinkError: the Pushgateway can't be reached, or rejects it.
         """
         from prometheus_client import push_to_gateway
 
-        with self._telling():
+        with self._reaching():
             push_to_gateway(self._url, registry=registry, **self._group)
 
     def forget(self) -> None:
         """Remove the group.
 
         Raises:
-            SinkError: the Pushgateway can't be reached, or refuses it.
+            SinkError: the Pushgateway can't be reached, or rejects it.
         """
         from prometheus_client import delete_from_gateway
 
-        with self._telling():
+        with self._reaching():
             delete_from_gateway(self._url, **self._group)
 
     @contextmanager
-    def _telling(self) -> Iterator[None]:
+    def _reaching(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             if isinstance(error, HTTPError):
                 error.close()
             status = getattr(error, "code", None)
-            is_passing = status is None or status >= 500 or status in (408, 425, 429)
-            text = f"the Pushgateway at {self._url} takes nothing ({error}); see whether it runs"
-            raise SinkError(f"{text} there", retry=is_passing) from error
+            is_temporary = status is None or status >= 500 or status in (408, 425, 429)
+            text = f"the Pushgateway at {self._url} failed ({error}); check that it runs there"
+            raise SinkError(text, retry=is_temporary) from error

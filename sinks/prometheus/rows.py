@@ -1,4 +1,4 @@
-"""What Prometheus is shown of one run: the last values, each a series with the run's id."""
+"""The values of one run that Prometheus reads: the last ones, each a series with the run's id."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trainbus.events import (
     event_name,
 )
 from trainbus.interfaces import RunInfo
-from trainbus.toolkit.sinks import Names, metric_name
+from trainbus.toolkit.sinks import Names, metric_name, model_values, utf8
 
 logger = logging.getLogger("trainbus.sinks.prometheus")
 
@@ -32,28 +32,28 @@ _INFO = ("name", "project", "group", "job_type", "task", "framework", "framework
 _STATES = ("running", "finished", "failed", "stopped")
 _FAMILIES = {
     "trainbus_metric": (("metric", "phase"), "Last value of a metric"),
-    "trainbus_best": (("metric",), "Best value of the metric that the run is ranked by"),
+    "trainbus_best": (("metric",), "Best value of the metric that the trainer ranks by"),
     "trainbus_model": (("property",), "Size and speed of the model"),
-    "trainbus_epoch": ((), "Epoch that was begun last, counted from 1"),
-    "trainbus_epoch_duration_seconds": ((), "How long the last completed epoch took"),
+    "trainbus_epoch": ((), "Epoch that began last, counted from 1"),
+    "trainbus_epoch_duration_seconds": ((), "Duration of the last completed epoch"),
     "trainbus_step": ((), "Optimizer updates done"),
-    "trainbus_run_info": ((*_INFO, "attempt"), "What the run is; always 1"),
-    "trainbus_run_status": (("status",), "1 for the status that the run has, 0 for the others"),
-    "trainbus_records_total": (("event",), "Records of this attempt that were taken"),
+    "trainbus_run_info": ((*_INFO, "attempt"), "Description of the run; always 1"),
+    "trainbus_run_status": (("status",), "1 for the status of the run, 0 for the others"),
+    "trainbus_records_total": (("event",), "Records of this attempt that were delivered"),
     "trainbus_alerts_total": (("level",), "Alerts of this attempt"),
-    "trainbus_last_checkpoint_timestamp_seconds": (("kind",), "When a checkpoint was saved last"),
-    "trainbus_last_record_timestamp_seconds": ((), "When the last record was emitted"),
-    "trainbus_sink_lag_seconds": ((), "Time since the last record that was taken was emitted"),
+    "trainbus_last_checkpoint_timestamp_seconds": (("kind",), "Time of the last checkpoint"),
+    "trainbus_last_record_timestamp_seconds": ((), "Time of the last record"),
+    "trainbus_sink_lag_seconds": ((), "Time since the last delivered record was emitted"),
 }
-"""Family → its labels besides `run`, and its help text."""
+"""Family → its labels other than `run`, and its help text."""
 
 
 class Values:
-    """The last values of a run, which are read in other threads.
+    """The last values of a run, which other threads read.
 
     Args:
         run: the run.
-        max_metrics: series of metrics that it may have.
+        max_metrics: maximum series of metrics.
     """
 
     def __init__(self, run: RunInfo, max_metrics: int) -> None:
@@ -62,30 +62,30 @@ class Values:
         self._run, self._max_metrics = run.id, max_metrics
         self._mutex = threading.Lock()
         self._values: dict[str, dict[tuple[str, ...], float]] = {}
-        self._label = Names(_clean, _LONGEST)
-        info = [_clean(str(getattr(run.started, name) or ""))[:_LONGEST] for name in _INFO]
+        self._label = Names(utf8, _LONGEST)
+        info = [utf8(str(getattr(run.started, name) or ""))[:_LONGEST] for name in _INFO]
         self._set("trainbus_run_info", 1, *info, str(run.attempt))
         self._set_status("running")
 
     def take(self, record: Record) -> None:
-        """Take a record in."""
+        """Take the values of a record."""
         with self._mutex:
             self._take(record)
 
     def restore(self, path: Path) -> None:
-        """Take over the metrics of the attempt before from its file: they do not come again."""
+        """Restore the metrics of the last attempt from its file: its records do not come again."""
         from prometheus_client.parser import text_string_to_metric_families as parse
 
         series = self._values.setdefault("trainbus_metric", {})
-        with suppress(OSError, ValueError, LookupError):  # no file, or not one of ours
+        with suppress(OSError, ValueError, LookupError):  # no file, or another program's
             for family in parse(path.read_text("utf-8")):
                 for sample in family.samples:
                     labels = sample.labels
                     if sample.name == "trainbus_metric" and labels.get("run") == self._run:
                         series[labels["metric"], labels["phase"]] = sample.value
 
-    def collector(self, *, is_live: bool = True) -> Any:
-        """Return what a registry asks for the values; the lag is among those that are `is_live`."""
+    def collector(self, *, is_live: bool) -> Any:
+        """Return a collector of the values for a registry; `is_live` adds the lag."""
         return _Collector(self, is_live=is_live)
 
     def _take(self, record: Record) -> None:
@@ -98,7 +98,8 @@ class Values:
             case MetricsLogged():
                 self._take_metrics(event)
             case ModelDescribed():
-                self._take_model(event)
+                for name, value in list(model_values(event).items())[: self._max_metrics]:
+                    self._set("trainbus_model", value, self._label(name.removeprefix("model/")))
             case EpochStarted():
                 self._set("trainbus_epoch", event.epoch + 1)
             case EpochEnded(outcome="completed") if event.duration_s is not None:
@@ -116,35 +117,22 @@ class Values:
 
     def _take_metrics(self, event: MetricsLogged) -> None:
         series = self._values.setdefault("trainbus_metric", {})
-        phase, left_out = self._label(event.phase), 0
+        phase, dropped = self._label(event.phase), 0
         for name, value in event.values.items():
             key = (self._label(metric_name(name, final=event.final)), phase)
             if key in series or len(series) < self._max_metrics:
                 series[key] = float(value)
             else:
-                left_out += 1
-        if left_out:
+                dropped += 1
+        if dropped:
             if not self.lost:
-                text = "found more than %s metrics, of which no more are shown; set `max_metrics`"
+                text = "dropping the metrics after the first %s; set `max_metrics`"
                 logger.warning(text, self._max_metrics)
             self.lost += 1
         if event.epoch is not None and not event.final:
             self._set("trainbus_epoch", event.epoch + 1)
         if event.step is not None:
             self._set("trainbus_step", event.step)
-
-    def _take_model(self, event: ModelDescribed) -> None:
-        found: dict[str, float | None] = {
-            "parameters": event.parameters,
-            "gradients": event.gradients,
-            "layers": event.layers,
-            "gflops": event.gflops,
-            **{f"speed_ms/{name}": value for name, value in event.speed_ms.items()},
-            **event.extra,
-        }
-        for name, value in list(found.items())[: self._max_metrics]:
-            if value is not None:
-                self._set("trainbus_model", value, self._label(name))
 
     def _set(self, family: str, value: float, *labels: str) -> None:
         self._values.setdefault(family, {})[labels] = float(value)
@@ -157,12 +145,12 @@ class Values:
             self._set("trainbus_run_status", state == status, state)
 
     def families(self, *, is_live: bool) -> list[Any]:
-        """Return everything as the library's families."""
+        """Return all values as families of prometheus_client."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         with self._mutex:
             values = {name: dict(series) for name, series in self._values.items()}
-        if is_live:  # in a file it would stand still
+        if is_live:  # in a file it would not change
             for at in values.get("trainbus_last_record_timestamp_seconds", {}).values():
                 values["trainbus_sink_lag_seconds"] = {(): max(time.time() - at, 0.0)}
         found = []
@@ -184,8 +172,3 @@ class _Collector:
 
     def collect(self) -> Iterable[Any]:
         return self._values.families(is_live=self._is_live)
-
-
-def _clean(text: str) -> str:
-    """Return a text as UTF-8 can hold it."""
-    return text.encode("utf-8", "backslashreplace").decode()
