@@ -1,26 +1,40 @@
-"""Turns a LightGBM training into events; a boosting round stands for an epoch.
+"""Turns a LightGBM training into events; each boosting round is an epoch.
 
 Attaches to an estimator of the scikit-learn API, or to a `BusCallback` in the callbacks of `train`.
-Exact in what was measured in which round, also where a training goes on with an earlier model.
-LightGBM tells a callback nothing of the end: where nothing stands around the training, the bus ends
-one that stops early or fails. A `cv`, which trains several models at once, is left alone.
+Every metric belongs to the round it was measured in, also when training continues an earlier
+model. LightGBM does not call callbacks when training ends: if the training is not wrapped, the bus
+ends a run that stops early or fails. `cv`, which trains several models at once, is not reported.
 """
 
 from __future__ import annotations
 
+import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+import weakref
+from collections.abc import Callable, Mapping
 from functools import partial
-from inspect import signature
 from types import MethodType, ModuleType
 from typing import Any
 
-from trainbus.errors import AttachError
-from trainbus.events import EpochEnded, EpochStarted, Resumed, RunStarted
+from trainbus.events import Best, EpochEnded, EpochStarted, Resumed, RunStarted
 from trainbus.interfaces import Detach, Emit
-from trainbus.toolkit.adapters import Reporter, guarded, patch, version, wrap
-
-from ._lightgbm_facts import Training, callbacks_of_train, machines
+from trainbus.toolkit.adapters import (
+    Hooks,
+    Origin,
+    argument,
+    best_of,
+    early_stop,
+    guarded,
+    patch,
+    phase_of,
+    users_of,
+    variables_of,
+    version,
+    with_argument,
+    wrap,
+    wrong_target,
+)
 
 TESTED_VERSIONS = "4.7.0"
 REQUIRED_NAMES = (
@@ -31,11 +45,11 @@ REQUIRED_NAMES = (
 )
 
 _FIRST = -(10**6)
-"""Order of our callbacks: what stands before them can end the training in its last round."""
+"""Order of our callbacks: an earlier one could end the training in its last round."""
 
 
 def attach(target: Any, emit: Emit) -> Detach:
-    """Have the trainings of an estimator, or those that a `BusCallback` is given to, emit events.
+    """Report the trainings of an estimator, or those that a `BusCallback` is passed to.
 
     Clones and unpickled copies of the estimator are not attached.
 
@@ -44,7 +58,7 @@ def attach(target: Any, emit: Emit) -> Detach:
         emit: where the events go.
 
     Returns:
-        A function that leaves the target as it was.
+        A function that restores the target.
 
     Raises:
         AttachError: the object is neither.
@@ -54,23 +68,17 @@ def attach(target: Any, emit: Emit) -> Detach:
     if isinstance(target, BusCallback):
         return target.report.connect(emit)
     if not isinstance(target, lightgbm.LGBMModel):
-        raise AttachError(
-            f"expected a LightGBM estimator, found {type(target).__qualname__}; "
-            "for lightgbm.train add BusCallback(bus) to its callbacks"
+        raise wrong_target(
+            target,
+            "a LightGBM estimator",
+            "for lightgbm.train add BusCallback(bus) to its callbacks",
         )
-    callback = BusCallback(guest=True)
-    silence = callback.report.connect(emit)
-    unwrap = wrap(target, "fit", partial(_fit, callback))
-
-    def detach() -> None:
-        silence()
-        unwrap()
-
-    return detach
+    callback = BusCallback(origin=Origin.ATTACH)
+    return callback.report.connect(emit, wrap(target, "fit", partial(_call, callback)))
 
 
 def hook(module: ModuleType, attach: Callable[[object], None]) -> None:
-    """Have every `train` of the program, also those of estimators, emit events.
+    """Attach to every `train` call of the program, also those of estimators.
 
     Args:
         module: the package, which was imported.
@@ -82,79 +90,72 @@ def hook(module: ModuleType, attach: Callable[[object], None]) -> None:
             patch(home, "train", partial(_train, attach))
 
 
-class BusCallback:
+class BusCallback(Hooks):
     """Callback of `lightgbm.train` that reports to a bus: `callbacks=[BusCallback(bus)]`.
 
-    LightGBM calls it after each round. `before` is its part that is called before each round:
-    without it in the callbacks, the run starts when the first round is over.
+    LightGBM calls it after each round, and `before`, its other part, before each round: without
+    that in the callbacks, the run starts when the first round has ended.
     """
 
-    def __init__(self, bus: Any = None, *, guest: bool = False) -> None:
+    def __init__(self, bus: Any = None, *, origin: Origin = Origin.USER) -> None:
         self.order = _FIRST
         self.before_iteration = False
-        self.guest = guest
-        """Whether the adapter put it into the callbacks, and not the user."""
         self.before = _Before(self)
-        self.report = Reporter()
         self.is_watched = False
-        """Whether the adapter stands around the training, and sees how it ends."""
-        self._training = Training({})
-        if bus is not None:
-            bus.attach(self)
+        """Whether the training is wrapped, so that its end is noticed."""
+        super().__init__(bus, origin=origin)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the training out: who is copied or unpickled begins its own."""
-        return {"guest": self.guest, "report": self.report}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(guest=state["guest"])  # type: ignore[misc]
-        self.report = state["report"]
+    def reset(self) -> None:
+        """Forget the training."""
+        self._training = _Training({})
 
     def __call__(self, env: Any) -> None:
-        """Tell what was measured after a round."""
+        """Record the metrics of a round that ended."""
         self._end_round(env)
 
     def rank(self) -> int:
-        """Return the rank of this process in the training that is under way."""
+        """Return the rank of this process in the training in progress."""
         return self._training.rank
 
     @guarded
-    def begin_round(self, env: Any) -> None:
-        """Say that a round begins, and with the first one the run."""
+    def start_round(self, env: Any) -> None:
+        """Record that a round starts; the first one starts the run."""
         if env.iteration == env.begin_iteration:
             self._start(env)
         if self.report.is_open:
             self.report.start_epoch(env.iteration)
 
     @guarded
-    def finish(self) -> None:
-        """Say that the training is over and went well."""
-        if not self.report.is_open:
-            return
-        best = self._training.best()
-        self.report.end(self._training.reason(best), best)
-        self._training = Training({})
+    def end(self) -> None:
+        """Record that the training ended without an error."""
+        if self.report.is_open:
+            best = self._training.best()
+            self.report.end(self._training.reason(best), best)
+            self.reset()
 
     def _start(self, env: Any) -> None:
         import lightgbm
 
-        if self._training.best() is not None:  # an earlier one stopped early, and nobody said so
-            self.finish()
-        self._training = now = Training(env.params)
+        if self._training.best() is not None:  # a training before that stopped early
+            self.end()
+        self._training = now = _Training(env.params)
         if now.rank or not isinstance(env.model, lightgbm.Booster):
             self.report.is_open = False
             return
-        now.begin(env)
+        now.start(env)
         done = env.begin_iteration
+        # LightGBM does not pass the other callbacks to a callback.
+        variables = variables_of("lightgbm.engine", "train")
+        names = ("callbacks_before_iter", "callbacks_after_iter")
         self.report.start(
             RunStarted(
                 params={k: v for k, v in env.params.items() if v is not None},
                 framework="lightgbm",
                 framework_version=version("lightgbm"),
-                world_size=max(len(machines(env.params)), 1),
+                world_size=max(len(_machines(env.params)), 1),
                 resumed=Resumed(epoch=done - 1, step=done) if done else None,
             ),
-            loggers=callbacks_of_train(),
+            loggers=[each for name in names for each in variables.get(name, ())],
             remedy="leave it out of the callbacks",
         )
 
@@ -167,19 +168,19 @@ class BusCallback:
         if not report.is_open:
             return
         if is_late:
-            report.tell(EpochStarted(epoch=epoch))
+            report.record(EpochStarted(epoch=epoch))
         self._training.last = epoch
-        self._log(env)
-        if is_late:  # there was no call at the beginning of the round: it began where one ended
-            took = self._training.lap()
-            report.tell(EpochEnded(epoch=epoch, duration_s=took, outcome="completed"))
+        self._record_metrics(env)
+        if is_late:  # `before` is missing: the round began where the previous one ended
+            seconds = self._training.since_last_round()
+            report.record(EpochEnded(epoch=epoch, duration_s=seconds, outcome="completed"))
         else:
             report.end_epoch()
         if epoch == env.end_iteration - 1 and not self.is_watched:
-            self.finish()
+            self.end()
 
     @guarded
-    def _log(self, env: Any) -> None:
+    def _record_metrics(self, env: Any) -> None:
         for phase, values in self._training.measured(env).items():
             self.report.metrics(values, phase, epoch=env.iteration)
 
@@ -193,56 +194,127 @@ class _Before:
         self._after = after
 
     def __call__(self, env: Any) -> None:
-        self._after.begin_round(env)
-
-
-def _fit(guest: BusCallback, fit: MethodType, /, *args: Any, **kwargs: Any) -> Any:
-    """Fit an estimator with a callback of ours, or the user's where there are."""
-    return _call(fit, guest, _place(fit), args, kwargs)
+        self._after.start_round(env)
 
 
 def _train(
     attach: Callable[[object], None], train: Callable[..., Any], /, *args: Any, **kwargs: Any
 ) -> Any:
-    """Train with a callback of ours, or the user's where there are."""
-    place = _place(train)
-    ours = [each for each in _given(place, args, kwargs) if isinstance(each, BusCallback)]
-    if any(each.guest for each in ours):
+    """Train with a callback of ours; add one if there is none."""
+    callbacks = argument(train, "callbacks", args, kwargs) or ()
+    ours = [each for each in callbacks if isinstance(each, BusCallback)]
+    if any(each.report.origin is not Origin.USER for each in ours):
         return train(*args, **kwargs)  # the estimator is attached
-    added = BusCallback(guest=True)
+    added = BusCallback(origin=Origin.HOOK)
     if not ours:
         attach(added)
-        if added.report.emit is None:  # it said why
+        if added.report.emit is None:  # attaching failed, and was logged
             return train(*args, **kwargs)
-    return _call(train, added, place, args, kwargs)
+    return _call(added, train, *args, **kwargs)
 
 
-def _call(train: Callable[..., Any], guest: BusCallback, place: int, args: Any, kwargs: Any) -> Any:
-    """Train with the guest, or the user's callbacks of ours where there are; tell how it ends."""
-    given = _given(place, args, kwargs)
-    ours = [each for each in given if isinstance(each, BusCallback) and not each.guest] or [guest]
+def _call(
+    added: BusCallback, train: Callable[..., Any] | MethodType, /, *args: Any, **kwargs: Any
+) -> Any:
+    """Train with the user's callbacks of ours, else with the added one; record how it ends."""
+    given = list(argument(train, "callbacks", args, kwargs) or ())
+    ours = users_of(given, BusCallback) or [added]
     callbacks = list(dict.fromkeys([*given, *ours, *(each.before for each in ours)]))
-    if len(args) > place:
-        args = [*args[:place], callbacks, *args[place + 1 :]]
-    else:
-        kwargs = {**kwargs, "callbacks": callbacks}
+    args, kwargs = with_argument(train, "callbacks", callbacks, args, kwargs)
     for each in ours:
         each.is_watched = True
         train = partial(each.report.watch(each.rank), train)
     try:
         result = train(*args, **kwargs)
         for each in ours:
-            each.finish()
+            each.end()
         return result
     finally:
         for each in ours:
             each.is_watched = False
 
 
-def _place(function: Callable[..., Any]) -> int:
-    names = list(signature(function).parameters)
-    return names.index("callbacks") if "callbacks" in names else sys.maxsize
+class _Training:
+    """One training, as seen by callbacks."""
+
+    def __init__(self, params: Mapping[str, Any]) -> None:
+        self.rank = rank(params)
+        self.last = self._end = 0
+        """The last round that ended, from 0, and the number of rounds requested."""
+        self._model: Callable[[], Any] = lambda: None
+        self._best: dict[tuple[str, str], tuple[float, int]] = {}
+        self._ended: float | None = None
+
+    def start(self, env: Any) -> None:
+        """Take the model and the number of rounds from a callback's argument."""
+        self._model, self._end = weakref.ref(env.model), env.end_iteration
+
+    def since_last_round(self) -> float | None:
+        """Return the seconds since the previous call, None for the first one."""
+        before, self._ended = self._ended, time.monotonic()
+        return None if before is None else self._ended - before
+
+    def measured(self, env: Any) -> dict[str, dict[str, Any]]:
+        """Return the metrics of a round by phase, and remember the best of them."""
+        trained = getattr(env.model, "_train_data_name", "training")
+        values: dict[str, dict[str, Any]] = {}
+        rate = _first(env.params, "learning_rate", "shrinkage_rate", "eta")
+        if rate is not None:
+            values["train"] = {"learning_rate": rate}
+        for data, metric, value, maximize, *_ in env.evaluation_result_list or ():
+            phase = "train" if data == trained else phase_of(data)
+            values.setdefault(phase, {})[f"{data}/{metric}"] = value
+            before = self._best.get((data, metric))
+            is_better = before is None or (value > before[0] if maximize else value < before[0])
+            if phase != "train" and is_better:
+                self._best[data, metric] = (value, env.iteration)
+        return values
+
+    def best(self) -> Best | None:
+        """Return the best round of early stopping; LightGBM does not say by which metric."""
+        model = self._model()
+        epoch = getattr(model, "best_iteration", 0) - 1
+        if epoch < 0:
+            return None
+        names = [name for name, (_, at) in self._best.items() if at == epoch] or list(self._best)
+        scores = getattr(model, "best_score", {})
+        found = (best_of(f"{d}/{m}", scores.get(d, {}).get(m), epoch) for d, m in names)
+        return next((best for best in found if best is not None), None)
+
+    def reason(self, best: Best | None) -> str | None:
+        """Return why there were fewer rounds than requested."""
+        if self.last + 1 >= self._end:
+            return None
+        if best is None or best.epoch is None or best.epoch >= self.last:
+            return "early stop by a callback"
+        return early_stop(best.metric, self.last - best.epoch, "rounds")
 
 
-def _given(place: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    return list((args[place] if len(args) > place else kwargs.get("callbacks")) or ())
+def _machines(params: Mapping[str, Any]) -> list[str]:
+    """Return the addresses of the machines that train together."""
+    return [m for m in str(_first(params, "machines", "workers", "nodes") or "").split(",") if m]
+
+
+def rank(params: Mapping[str, Any]) -> int:
+    """Return the index of this process in the list of machines, which is LightGBM's own rule."""
+    port = str(_first(params, "local_listen_port", "local_port", "port") or 12400)
+    for index, machine in enumerate(_machines(params)):
+        host, _, its_port = machine.strip().rpartition(":")
+        if its_port == port and _is_here(host):
+            return index
+    return 0
+
+
+def _is_here(host: str) -> bool:
+    """Return whether an address belongs to this machine, which then connects from that address."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # a datagram socket sends nothing here
+            return bool(probe.getsockname()[0] == probe.getpeername()[0])
+    except OSError:
+        return False
+
+
+def _first(params: Mapping[str, Any], *names: str) -> Any:
+    """Return the value of a parameter that has aliases."""
+    return next((params[name] for name in names if params.get(name) is not None), None)

@@ -22,8 +22,7 @@ import pytest
 import wandb
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
-from trainbus.adapters._lightgbm_facts import rank
-from trainbus.adapters.lightgbm import BusCallback
+from trainbus.adapters.lightgbm import BusCallback, rank
 
 import trainbus
 from support.feeding import feeding
