@@ -1,4 +1,4 @@
-"""trainbus: attach once to any trainer; every metric, plot, curve and model reaches any tracker."""
+"""Attach once to any trainer; every metric, plot, curve and model reaches any tracker."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def load(path: str | os.PathLike[str]) -> Bus:
     """Return a bus with the sinks that a YAML file configures.
 
     Raises:
-        ConfigError: the file can't be read or used; it says where and what was expected.
+        ConfigError: the file can't be read or is not valid; the error lists every problem in it.
     """
-    from trainbus import config  # yaml is only needed here
+    from trainbus import config  # imports yaml, which nothing else needs
 
     return config.load(path)

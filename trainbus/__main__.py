@@ -1,4 +1,4 @@
-"""Makes `python -m trainbus` the same as `trainbus`."""
+"""Runs the `trainbus` command as `python -m trainbus`."""
 
 from trainbus.cli.app import main
 

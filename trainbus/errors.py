@@ -1,4 +1,4 @@
-"""Every error that trainbus raises on purpose: it says what was found, expected, and what to do."""
+"""The errors that trainbus raises: each says what was found, what was expected and what to do."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 
 
 class TrainbusError(Exception):
-    """Base of every deliberate error of trainbus."""
+    """Base class of all errors that trainbus raises."""
 
 
 class ConfigError(TrainbusError):
-    """A configuration that can't be used; `problems` holds one line for each fault found."""
+    """The configuration is not valid; `problems` has one line for each problem found."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("\n".join(problems))
@@ -19,7 +19,7 @@ class ConfigError(TrainbusError):
 
 
 class UnknownPluginError(TrainbusError):
-    """No sink or adapter is registered under a name."""
+    """No installed package registers a sink or adapter under this name."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         names = sorted(known)
@@ -30,15 +30,15 @@ class UnknownPluginError(TrainbusError):
 
 
 class PluginError(TrainbusError):
-    """An installed plugin could not be loaded, or is not what its entry point promises."""
+    """An installed plugin can't be imported, or is not what its entry point requires."""
 
 
 class AttachError(TrainbusError):
-    """`attach` was given an object that its framework does not train with."""
+    """`attach` was called with an object that can't train."""
 
 
 class NoAdapterError(AttachError):
-    """`attach` was given an object of a framework that no installed adapter knows."""
+    """`attach` was called with an object of a framework that no installed adapter supports."""
 
     def __init__(self, target: object, known: Iterable[str]) -> None:
         cls = type(target)
@@ -52,7 +52,10 @@ class NoAdapterError(AttachError):
 class MissingPackageError(TrainbusError):
     """A plugin needs a package that is not installed.
 
-    `extra` of `distribution` brings it: name your own distribution where the plugin is in one.
+    Args:
+        package: import name of the package.
+        extra: extra of `distribution` that installs the package.
+        distribution: distribution that contains the plugin.
     """
 
     def __init__(self, package: str, *, extra: str, distribution: str = "trainbus") -> None:
@@ -62,9 +65,10 @@ class MissingPackageError(TrainbusError):
 
 
 class SinkError(TrainbusError):
-    """A sink can't be opened or can't take what it was given.
+    """A sink can't be opened, or rejects a record.
 
-    `retry` says whether the same may go well later, such as after a server has come back.
+    Args:
+        retry: whether the same call may succeed later, for example once a server is back.
     """
 
     def __init__(self, *args: object, retry: bool = False) -> None:
@@ -73,14 +77,14 @@ class SinkError(TrainbusError):
 
 
 class JournalError(TrainbusError):
-    """A journal, or a part of one, that can't be written, read, or trusted."""
+    """A journal, or a part of one, can't be written, can't be read, or is not trusted."""
 
 
 class SubscribeError(TrainbusError):
-    """A subscriber that can't be called the way the bus calls it."""
+    """The bus can't call this subscriber."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `, did you mean 'x'?` with the nearest of `known`, or an empty string."""
+    """Return `, did you mean 'x'?` with the most similar name in `known`, or an empty string."""
     nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f", did you mean {nearest[0]!r}?" if nearest else ""

@@ -1,12 +1,12 @@
-"""The neutral schema: what can happen in a training, as a closed set of frozen types.
+"""The event schema: everything that trainbus records about a training, as frozen types.
 
-An *event* is what happened; a *record* is an event in its envelope (run id, attempt, seq, time,
-rank). Values are plain Python and numpy: adapters convert tensors before they emit.
+An *event* describes what happened; a *record* is an event with its envelope (run id, attempt, seq,
+time, rank). Values are plain Python and numpy: adapters convert tensors before they emit.
 
 Conventions:
-    - `epoch` counts from 0. `step` counts the optimizer updates done.
-    - A value measured at one optimizer step carries `step` (and the epoch it lies in). A value that
-      sums up an epoch carries `epoch` and leaves `step` as None.
+    - `epoch` counts from 0. `step` is the number of optimizer updates done.
+    - A value measured at one optimizer step has `step` and the epoch of that step. A value for a
+      whole epoch has `epoch`, and its `step` is None.
     - In JSON, NaN and ±Inf are the strings `NaN`, `Infinity`, `-Infinity` (as in protobuf's JSON
       mapping), and an array is `{"dtype", "shape", "data"}`.
 """
@@ -26,27 +26,27 @@ from numpy.typing import NDArray
 SCHEMA_VERSION = 1
 
 Phase: TypeAlias = str
-"""What a metric was measured in: `train`, `validation`, `test`, `system`, or a name of your own."""
+"""Phase of a metric: `train`, `validation`, `test`, `system`, or a name of your own."""
 
 Array: TypeAlias = NDArray[Any]
 
 
 class _Base(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type"):
-    """What every event is built on."""
+    """Base class of all events."""
 
 
 class Resumed(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Where a resumed training goes on; `run` is None where the framework can't tell the id."""
+    """Where a resumed training continues; `run` is None if the framework doesn't know it."""
 
     run: str | None = None
     epoch: int | None = None
     step: int | None = None
     save_dir: str | None = None
-    """Where the earlier training saved, if that is not where the resumed one does."""
+    """Save directory of the earlier training, if the resumed one has another."""
 
 
 class Best(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The best value that a run reached, and the epoch it was reached in."""
+    """The best value that a run reached, and its epoch."""
 
     metric: str
     value: float
@@ -54,7 +54,7 @@ class Best(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What ended a run that failed."""
+    """The exception that ended a run."""
 
     type: str
     message: str
@@ -64,8 +64,8 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class RunStarted(_Base, frozen=True, kw_only=True, tag="run.started"):
     """A training is set up and about to begin.
 
-    `goals` says which metrics the trainer ranks by, and which way: name or `prefix*` → max or min.
-    `own_loggers` are the import names of trackers that the framework's own loggers feed as well.
+    `goals` maps a metric that the trainer ranks by (a name or `prefix*`) to `max` or `min`.
+    `own_loggers` has the import names of the trackers that the framework's own loggers log to.
     """
 
     name: str | None = None
@@ -87,8 +87,8 @@ class RunStarted(_Base, frozen=True, kw_only=True, tag="run.started"):
     def goal_of(self, metric: str) -> Literal["max", "min"] | None:
         """Return whether the highest or the lowest value of a metric is the best one.
 
-        An exact name counts more than a `prefix*`, and a longer prefix more than a shorter one;
-        nothing else in a name is a pattern.
+        An exact name takes precedence over a `prefix*`, and a longer prefix over a shorter one. No
+        other character of a goal is special.
         """
         if metric in self.goals:
             return self.goals[metric]
@@ -97,15 +97,15 @@ class RunStarted(_Base, frozen=True, kw_only=True, tag="run.started"):
 
 
 class ParamsUpdated(_Base, frozen=True, kw_only=True, tag="params.updated"):
-    """Parameters that changed after the start, such as an automatic batch size."""
+    """Parameters changed after the start, such as an automatic batch size."""
 
     params: dict[str, Any]
 
 
 class ModelDescribed(_Base, frozen=True, kw_only=True, tag="model.described"):
-    """Size and speed of the model, as far as known.
+    """Size and speed of the model; unknown fields are None or empty.
 
-    `speed_ms` maps what was timed to milliseconds an image; `gflops` is 10⁹ operations an image.
+    `speed_ms` maps a stage to milliseconds per image; `gflops` is 10⁹ operations per image.
     """
 
     parameters: int | None = None
@@ -124,7 +124,7 @@ class EpochStarted(_Base, frozen=True, kw_only=True, tag="epoch.started"):
 
 
 class EpochEnded(_Base, frozen=True, kw_only=True, tag="epoch.ended"):
-    """An epoch is over: completed, or given up to be retried (memory) or redone (NaN recovery)."""
+    """An epoch ended: completed, or aborted to retry it (out of memory) or to recover from NaN."""
 
     epoch: int
     duration_s: float | None = None
@@ -134,8 +134,8 @@ class EpochEnded(_Base, frozen=True, kw_only=True, tag="epoch.ended"):
 class MetricsLogged(_Base, frozen=True, kw_only=True, tag="metrics.logged"):
     """Named numbers.
 
-    `final` marks an evaluation of the chosen weights after training, which is no epoch.
-    `on_request` marks step values that were measured only because a sink asked with `every`.
+    `final` marks an evaluation of the selected weights after training, which belongs to no epoch.
+    `on_request` marks step values that are only measured because a sink has an `every` interval.
     """
 
     values: dict[str, float]
@@ -147,7 +147,7 @@ class MetricsLogged(_Base, frozen=True, kw_only=True, tag="metrics.logged"):
 
 
 class ImageLogged(_Base, frozen=True, kw_only=True, tag="image.logged"):
-    """A picture: the path of a file, or an array (H, W) or (H, W, C), uint8, or float in 0…1."""
+    """An image: the path of a file, or an array (H, W) or (H, W, C), uint8, or float in 0…1."""
 
     key: str
     path: str | None = None
@@ -158,7 +158,7 @@ class ImageLogged(_Base, frozen=True, kw_only=True, tag="image.logged"):
 
 
 class CurveLogged(_Base, frozen=True, kw_only=True, tag="curve.logged"):
-    """One curve a class over a common axis: x (N,), ascending; y (C, N); classes, C names."""
+    """One curve per class over a shared axis: x (N,), ascending; y (C, N); classes, C names."""
 
     key: str
     x: Array
@@ -172,7 +172,7 @@ class CurveLogged(_Base, frozen=True, kw_only=True, tag="curve.logged"):
 
 
 class ConfusionMatrixLogged(_Base, frozen=True, kw_only=True, tag="confusion_matrix.logged"):
-    """Counts (or shares, if normalized) (C, C): row i, column j is true class i predicted as j."""
+    """Counts (C, C), or fractions if normalized: row i, column j is true class i predicted as j."""
 
     key: str
     matrix: Array
@@ -183,7 +183,7 @@ class ConfusionMatrixLogged(_Base, frozen=True, kw_only=True, tag="confusion_mat
 
 
 class TableLogged(_Base, frozen=True, kw_only=True, tag="table.logged"):
-    """Rows of plain values under named columns."""
+    """Rows of plain values, one for each column."""
 
     key: str
     columns: list[str]
@@ -193,7 +193,7 @@ class TableLogged(_Base, frozen=True, kw_only=True, tag="table.logged"):
 
 
 class HistogramLogged(_Base, frozen=True, kw_only=True, tag="histogram.logged"):
-    """Counts (N,) of the values that fell between edges (N + 1,)."""
+    """Counts (N,) of values in the bins between edges (N + 1,)."""
 
     key: str
     counts: Array
@@ -212,7 +212,7 @@ class TextLogged(_Base, frozen=True, kw_only=True, tag="text.logged"):
 
 
 class CheckpointSaved(_Base, frozen=True, kw_only=True, tag="checkpoint.saved"):
-    """The trainer wrote a checkpoint; `final` marks the last time that this path is written."""
+    """The trainer wrote a checkpoint; `final` means that it won't write to this path again."""
 
     path: str
     kind: Literal["best", "last", "periodic"]
@@ -224,7 +224,7 @@ class CheckpointSaved(_Base, frozen=True, kw_only=True, tag="checkpoint.saved"):
 
 
 class ArtifactLogged(_Base, frozen=True, kw_only=True, tag="artifact.logged"):
-    """Files to be kept together under a name."""
+    """Files that belong together under one name."""
 
     name: str
     kind: str = "file"
@@ -234,7 +234,7 @@ class ArtifactLogged(_Base, frozen=True, kw_only=True, tag="artifact.logged"):
 
 
 class AlertRaised(_Base, frozen=True, kw_only=True, tag="alert.raised"):
-    """Something that a person should see now."""
+    """Something that a person should know at once."""
 
     title: str
     text: str = ""
@@ -242,7 +242,7 @@ class AlertRaised(_Base, frozen=True, kw_only=True, tag="alert.raised"):
 
 
 class RunEnded(_Base, frozen=True, kw_only=True, tag="run.ended"):
-    """The training is over; `reason` says why in a word or a short sentence."""
+    """The run is over; `reason` says why, in a word or a short sentence."""
 
     status: Literal["finished", "failed", "stopped"]
     reason: str | None = None
@@ -258,14 +258,14 @@ _ON_PURPOSE = {
     "lightning.pytorch.utilities.exceptions._TunerExitException": "end of the tuning",
     "pytorch_lightning.utilities.exceptions._TunerExitException": "end of the tuning",
 }
-"""Exception that a framework ends a training by on purpose → why; compared by name."""
+"""Names of the exceptions with which frameworks end a training on purpose → reason."""
 
 
 def ended_by(error: BaseException | None, *, best: Best | None = None) -> RunEnded:
-    """Return a run's end: finished without an exception, stopped on purpose, else failed.
+    """Return a run's end: finished without an exception, stopped on purpose, or failed.
 
-    Ctrl-C and exits are on purpose, and so are the exceptions by which frameworks end a training,
-    such as Optuna's `TrialPruned`: nothing has failed.
+    Ctrl-C and `SystemExit` count as stopped, and so do the exceptions with which frameworks end a
+    training on purpose, such as Optuna's `TrialPruned`.
     """
     if error is None:
         return RunEnded(status="finished", best=best)
@@ -284,19 +284,19 @@ def ended_by(error: BaseException | None, *, best: Best | None = None) -> RunEnd
 
 
 def _message(error: BaseException) -> str:
-    """Return the text of an error, whose class may fail to make it."""
+    """Return the message of an error, even if its `__str__` raises."""
     try:
         return str(error)
     except Exception as fault:
         frame = fault.__traceback__ and fault.__traceback__.tb_next
         makes_text = getattr(type(error).__str__, "__code__", None)
         if frame is not None and frame.tb_frame.f_code is not makes_text:
-            raise  # by a signal handler of the program, which runs between any two lines
+            raise  # raised by a signal handler of the program, which can run between any two lines
         return "(its text can't be made)"
 
 
 class UnknownEvent:
-    """An event of a newer schema: its name and its data, kept so that it can be passed on whole."""
+    """An event of a newer schema: its name and all of its data, so that it can be passed on."""
 
     __slots__ = ("data", "name")
 
@@ -338,11 +338,11 @@ _NAMES = {cls: name for name, cls in _BY_NAME.items()}
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """An event in its envelope.
+    """An event with its envelope.
 
-    `attempt` counts the trainings of one run from 1: a resumed training is a further one. `seq`
-    counts the records of an attempt from 1 without gaps, `time` is seconds since the Unix epoch,
-    `rank` is the rank of the process that emitted it.
+    `attempt` counts the trainings of a run from 1: resuming starts the next attempt. `seq` counts
+    the records of an attempt from 1 without gaps, `time` is seconds since the Unix epoch, and
+    `rank` is the rank of the process that emitted the event.
     """
 
     seq: int
@@ -355,12 +355,16 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def position(self) -> tuple[int, int]:
-        """Attempt and seq: where the record stands in its run; it never falls."""
+        """(attempt, seq): the record's place in its run; it never decreases."""
         return self.attempt, self.seq
 
 
 def event_name(event: object) -> str:
-    """Return the schema's name of an event or event type, such as `metrics.logged`."""
+    """Return the schema name of an event or event type, such as `metrics.logged`.
+
+    Raises:
+        TypeError: it is no event.
+    """
     name = _NAMES.get(type(event))
     if name is not None:
         return name
@@ -373,11 +377,11 @@ def event_name(event: object) -> str:
 
 
 class Codec:
-    """Writes and reads records as JSON.
+    """Encodes records as JSON and decodes them.
 
     Args:
-        store: keeps an array outside the line and returns its name there, None to have it inside.
-        load: returns what is kept under a name: an array of a dtype and shape, or, without them,
+        store: saves an array outside the line and returns its name, or None to keep it in the line.
+        load: returns what was saved under a name: an array if a dtype and shape are passed, else
             the JSON of an event.
     """
 
@@ -398,20 +402,20 @@ class Codec:
         """Return a record as one line of JSON, without the line feed.
 
         Raises:
-            TypeError: a value in it is neither plain Python nor numpy.
+            TypeError: a value is neither plain Python nor numpy.
         """
         line = self._encoder.encode(record)
-        # msgspec writes a non-finite float as null; only then is the slower walk needed.
+        # msgspec writes a non-finite float as null; only then is the slower path needed.
         if b"null" in line:
             hook = partial(_encode_other, self._store)
             line = self._encoder.encode(_spell(msgspec.to_builtins(record, enc_hook=hook)))
         return line
 
     def decode(self, line: bytes | str) -> Record:
-        """Return the record that `encode` wrote; an unknown event type is an `UnknownEvent`.
+        """Return the record that `encode` wrote; an unknown event type becomes an `UnknownEvent`.
 
         Raises:
-            msgspec.DecodeError: the line is no JSON, or not a record.
+            msgspec.DecodeError: the line is not JSON, or not a record.
         """
         try:
             envelope = _ENVELOPE.decode(line)
@@ -421,11 +425,11 @@ class Codec:
                 event = self._event(tag.type, envelope.event)
             else:
                 event = self._event(tag.type, self._load(tag.blob))
-        # No UTF-8, an array that is none, nesting without end, or a blob that is not there.
+        # Invalid UTF-8, a malformed array, too deep nesting, or a missing blob.
         except (ValueError, KeyError, TypeError, RecursionError, OSError, OverflowError) as error:
             if isinstance(error, msgspec.DecodeError):
                 raise
-            raise msgspec.DecodeError(f"found no record: {error}") from error
+            raise msgspec.DecodeError(f"not a record: {error}") from error
         return Record(
             seq=envelope.seq,
             run=envelope.run,
@@ -488,23 +492,23 @@ def _decode_other(load: Callable[..., Any] | None, expected: type, value: Any) -
     if (get_origin(expected) or expected) is np.ndarray:
         if load is not None and "blob" in value:
             return load(value["blob"], np.dtype(value["dtype"]), tuple(value["shape"]))
-        # float() reads the spelled-out non-finite numbers, which numpy does not in every dtype.
+        # float() parses NaN and Infinity, which numpy does not for every dtype.
         dtype, shape = np.dtype(value["dtype"]), value["shape"]
-        # What a line declares never decides how much memory is taken.
+        # A corrupt or hostile line must not decide how much memory is allocated.
         is_sound = dtype.kind in _KINDS and dtype.subdtype is None
         if not is_sound or not all(type(n) is int and n >= 0 for n in shape):
-            raise ValueError(f"refused an array of {dtype} {shape}")
+            raise ValueError(f"rejected an array of {dtype} {shape}")
         if math.prod(shape) * dtype.itemsize > _MAX_ARRAY:
-            raise ValueError(f"refused an array of {dtype} {shape}: it has no room in a line")
+            raise ValueError(f"rejected an array of {dtype} {shape}: too large for a line")
         data = _unspell(value["data"]) if dtype.kind == "f" else value["data"]
         if np.size(data) != math.prod(shape):
             raise ValueError(f"an array of {dtype} {shape} has {np.size(data)} values")
         return np.array(data, dtype=dtype).reshape(shape)
-    raise NotImplementedError(f"no way to read a {expected.__qualname__}")
+    raise NotImplementedError(f"can't decode a {expected.__qualname__}")
 
 
 def _unspelled(table: TableLogged) -> TableLogged:
-    """Return a table in whose columns of numbers the spelled-out ones are numbers again."""
+    """Return a table with NaN and ±Infinity as numbers, in columns without other text."""
     odd = {i for row in table.rows for i, cell in enumerate(row) if cell in _SPELLED}
     odd -= {
         i

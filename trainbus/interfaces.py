@@ -1,8 +1,8 @@
-"""The whole plugin contract: what a sink is, what an adapter is, and what each is given.
+"""The plugin contract: the interfaces of sinks and adapters, and the objects they receive.
 
-A sink is a class with one method that matters, `write`. An adapter is a function,
-`attach(target, emit) -> detach`. Both are found by their entry points, `trainbus.sinks` (the YAML
-`type`) and `trainbus.adapters` (the import name of the framework).
+A sink is a class with one required method, `write`. An adapter is a function,
+`attach(target, emit) -> detach`. Both are registered as entry points: `trainbus.sinks` (named
+after the YAML `type`) and `trainbus.adapters` (named after the framework's import name).
 """
 
 from __future__ import annotations
@@ -19,140 +19,140 @@ from trainbus.events import ArtifactLogged, CheckpointSaved, Event, Record, RunS
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of a sink's options: each field is a YAML key; unknown keys and wrong types are errors.
+    """Base class of a sink's options: each field is a YAML key; unknown keys and types are errors.
 
     Describe a field with `Annotated[str, msgspec.Meta(description="…")]`; the JSON Schema shows it.
-    `Meta(pattern=…, extra={"expected": "…"})` puts a service's naming rule into validation.
+    `Meta(pattern=…, extra={"expected": "…"})` validates a service's naming rule.
     """
 
 
 FilePath: TypeAlias = Annotated[str, Meta(extra={"path": True})]
-"""Type of an option that is a path: the sink gets an absolute one, whatever the file says.
+"""Type of an option that is a path: the sink always receives an absolute path.
 
-A relative path is relative to the folder of the configuration file, or, for a bus that is made in
-code, to the working directory at that time; `~` is the home folder. A URI stays as it is. Describe
-it as any field: `Annotated[FilePath, msgspec.Meta(description="…")]`.
+A relative path is resolved against the folder of the configuration file, or, for a bus created in
+code, against the working directory at that time; `~` is the home folder. A URI is left unchanged.
+Describe it like any other field: `Annotated[FilePath, msgspec.Meta(description="…")]`.
 """
 
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """The run that a sink is opened for; `attempt` counts its trainings from 1."""
+    """The run that a sink is opened for; `attempt` counts the trainings of the run from 1."""
 
     id: str
     started: RunStarted
     attempt: int = 1
     reopened: bool = False
-    """Whether an earlier process delivered records of this attempt."""
+    """Whether an earlier process already delivered records of this attempt."""
     resume_after: int = 0
-    """Seq of the last record that need not come again."""
+    """Seq of the last record that is not delivered again."""
     pid: int | None = None
-    """The training process, None where it is the sink's own."""
+    """Id of the training process; None if the sink runs in it."""
     base: str | None = None
-    """Folder for what a sink writes where no option says so; None for the working directory."""
+    """Folder for files whose location no option sets; None for the working directory."""
 
     @property
     def resumed(self) -> bool:
-        """Whether an earlier training had the same id."""
+        """Whether this run continues an earlier training."""
         return self.attempt > 1
 
 
 class Sink(ABC):
-    """Takes the records of one run to one place.
+    """Sends the records of a run to one destination.
 
-    A sink is opened once a run, before its first record, and closed after its last; `close` also
-    comes when nothing was opened, and may come twice. Records arrive in order, cut into batches at
-    any point, and the same record may come again after a crash: what is stored must depend on
-    neither (`record.position` tells a record that came before). `open` and `write` may run in
-    different threads, never at the same time. Whatever a sink raises is caught, counted and
-    reported; training goes on.
+    A sink is opened once per run, before the first record, and closed after the last; `close` may
+    also be called without `open`, and more than once. Records arrive in order, in batches of any
+    size, and a record may arrive again after a crash: neither may change the stored result
+    (`record.position` identifies repeated records). `open` and `write` may run in different
+    threads, but never at the same time. Exceptions of a sink are caught, counted and logged;
+    training continues.
     """
 
     Options: ClassVar[type[Options]] = Options
-    """The class of the sink's options; an instance of it is the constructor's only argument."""
+    """Class of the sink's options; the constructor takes one instance of it."""
 
     service: ClassVar[str | None] = None
-    """Import name of the tracker, so that a framework's own logger for it can be switched off."""
+    """Import name of the tracker, used to turn off a framework's own logger for it."""
 
     packages: ClassVar[tuple[str, ...]] = ()
-    """Import names of further packages that it can't do without, besides `service`."""
+    """Import names of other required packages, besides `service`."""
 
     durable_only_after_close: ClassVar[bool] = False
-    """Whether what was taken is safe only after `close`: after a crash the whole attempt comes
-    again, to a new sink, which must leave out what is stored already."""
+    """Whether records are stored durably only after `close`: after a crash, a new sink receives the
+    whole attempt again, and must skip what is already stored."""
 
     reads_files: ClassVar[bool] = True
-    """Whether files that records name are opened: their paths are then those of copies, which are
-    as the files were when they were logged, and where a file without a copy has changed since, a
-    path at which nothing is; else the paths are those that the trainer wrote to."""
+    """Whether the sink opens files named in records. If so, paths point to copies made when the
+    files were logged; a file that has no copy and has changed since gets a path that does not
+    exist. Otherwise paths are those that the trainer wrote to."""
 
     shares_process: ClassVar[bool] = True
-    """Whether sinks of this type can be open for two runs at once in one process; else a second
-    run that is open at the same time has a process of its own."""
+    """Whether two sinks of this type can be open in one process at the same time. If not, each run
+    that is open at the same time gets its own process."""
 
     lost: int = 0
-    """Records of this run that were taken but can't be shown; `open` sets it back to 0."""
+    """Records of this run that the tracker can't show; `open` resets it to 0."""
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
 
     def check(self) -> str | None:
-        """Try what `open` needs, without starting a run: package, login, address, rights.
+        """Check what `open` needs, without starting a run: package, login, address, permissions.
 
         Returns:
-            What was found, in a few words; None where there is nothing to try.
+            The result, in a few words; None if there is nothing to check.
 
         Raises:
-            TrainbusError: `open` would fail; the text says what to do.
+            TrainbusError: `open` would fail; the message says what to do.
         """
         return None
 
     def open(self, run: RunInfo) -> None:  # noqa: B027
-        """Prepare to take the records of `run`; import heavy packages here, not at the top."""
+        """Prepare to receive the records of `run`; import heavy packages here, not at the top."""
 
     @abstractmethod
     def write(self, records: Sequence[Record]) -> None:
-        """Take the records; `match record.event` on the event classes and ignore the others."""
+        """Store the records; `match record.event` on the event classes and ignore all others."""
 
     def flush(self) -> None:  # noqa: B027
-        """Hand on everything that was taken so far."""
+        """Send everything that is still buffered."""
 
     def close(self) -> None:  # noqa: B027
-        """Let go of everything; the records of this run are over."""
+        """Release all resources; no more records of this run follow."""
 
     def upload(self, records: Sequence[Record]) -> None:
-        """Take checkpoints and artifacts in a thread of their own, beside `write`.
+        """Upload checkpoints and artifacts in a separate thread, in parallel with `write`.
 
-        Only a sink whose uploads take long need have this: without it such records come to `write`.
+        Only sinks with slow uploads need this; otherwise `write` receives these records.
         """
         raise NotImplementedError
 
     def wants_files(self, event: CheckpointSaved | ArtifactLogged) -> bool:
-        """Return whether the files of an event are sent: a copy of them is kept until then.
+        """Return whether this sink sends the files of an event; if so, the journal keeps a copy.
 
-        A checkpoint of these that the trainer has overwritten before it is sent does not come.
+        A checkpoint that the trainer overwrites before it is sent is skipped.
         """
         return False
 
     @property
     def in_process(self) -> bool:
-        """Whether the sink must live in the training process, of which it uses something."""
+        """Whether the sink must run in the training process, because it uses state of it."""
         return False
 
     @property
     def location(self) -> str | None:
-        """Where a person finds what arrived: a path, an address, or a command."""
+        """Where to find the stored run: a path, a URL, or a command."""
         return None
 
 
 class Emit(Protocol):
-    """What an adapter is given: called with an event, it hands the event to the bus.
+    """The handle with which an adapter emits events.
 
-    It never raises into training, unless a sink is configured with `on_error: raise`. It may be
+    It never raises into training, unless a sink is configured with `on_error: raise`. It can be
     pickled and deep-copied, as frameworks do with callbacks.
     """
 
     def __call__(self, event: Event, /) -> None:
-        """Hand an event to the bus."""
+        """Emit an event."""
 
     @property
     def services(self) -> frozenset[str]:
@@ -160,29 +160,29 @@ class Emit(Protocol):
 
     @property
     def run_id(self) -> str | None:
-        """Id of the run that is open, None when none is."""
+        """Id of the open run, None if no run is open."""
 
     def every(self, phase: str) -> int | None:
-        """Return the interval in steps at which a sink asks for step values, None if none does."""
+        """Return the smallest step interval that a sink requests for a phase, None if none does."""
 
     def failed_on(self, rank: int, error: BaseException) -> None:
-        """Tell what ended a process of a distributed training whose run rank 0 has.
+        """Record the error that ended another rank of a distributed training.
 
-        Rank 0 only sees its connection break; its run ends with what is told here.
+        Rank 0 only sees a lost connection; with this, its run ends with the actual cause.
         """
 
     def leave_out(self, what: str) -> None:
-        """Say once what can't be recorded and what to do, and count it in the receipt."""
+        """Warn once that something can't be recorded, and count it in the receipt."""
 
 
 Detach: TypeAlias = Callable[[], None]
-"""Takes an adapter's hooks out of the framework again; calling it twice does nothing more."""
+"""Removes an adapter's hooks from the framework; a second call does nothing."""
 
 Adapter: TypeAlias = Callable[[Any, Emit], Detach]
-"""`attach(target, emit) -> detach`: hang hooks into a framework's object that emit events."""
+"""`attach(target, emit) -> detach`: register hooks with a framework's object that emit events."""
 
 Hook: TypeAlias = Callable[[ModuleType, Callable[[object], object]], None]
-"""`hook(module, attach)`: have the framework call `attach` with every trainer that it makes.
+"""`hook(module, attach)`: make the framework call `attach` with every trainer it creates.
 
-It is called under `trainbus run`, once the module it is registered for was imported.
+`trainbus run` calls it once the module that it is registered for has been imported.
 """

@@ -1,8 +1,8 @@
-"""Turns what frameworks and users hand over into plain values that always encode.
+"""Converts the values of frameworks and users to plain values that can always be encoded.
 
-Nothing here raises on a value: what can't be kept as it is becomes text. No package that makes such
-values is imported: what one of its objects is, is told by the object, or by the package if the
-program has imported it.
+No value makes this raise: a value that has no plain form becomes text. No package is imported to
+recognize its objects: they are recognized by their attributes, or by the classes of a package that
+the program has already imported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MAX_DEPTH = 16
 _MAX_TEXT = 64 * 1024
 _MAX_ITEMS = 10_000
 _MAX_TOTAL = 1_000_000
-_MAX_BITS = 8192  # Python refuses to write much longer integers as decimals
+_MAX_BITS = 8192  # Python does not convert much longer integers to decimals
 _FUNCTIONS = (type, FunctionType, BuiltinFunctionType, MethodType)
 _FLOATS = {float}
 _CELLS = {float, int, bool, str, type(None)}
@@ -52,28 +52,28 @@ _NUMBERS: dict[type[Any], tuple[str, ...]] = {
 
 
 def plain(value: Any) -> Any:
-    """Return `value` as None, bool, int, float, str, list or dict with str keys, all the way down.
+    """Return `value` as None, bool, int, float, str, list or dict with str keys, recursively.
 
-    Numbers of any kind become numbers, everything that `mapping` knows a dict, sequences and
-    tensors lists, an enum's member its value or name, dates ISO 8601, classes and functions their
-    name, paths and everything unknown text. More than 16 levels, 10,000 items of one container,
-    1,000,000 of all together or 64 KiB of one text are cut.
+    Numbers of any type become plain numbers, objects that `mapping` supports become dicts, and
+    sequences and tensors become lists. Enum members become their value or name, dates ISO 8601,
+    classes and functions their name, paths and all other objects text. Values are truncated at
+    16 levels, 10,000 items per container, 1,000,000 items in total and 64 KiB per string.
     """
     return _plain(value, (), [_MAX_TOTAL])
 
 
 def plain_mapping(value: Any, name: str = "value") -> dict[str, Any]:
-    """Return a configuration as a plain dict; what has no named parts stands under `name`."""
+    """Return a configuration as a plain dict; a value without named fields is stored as `name`."""
     found = {} if value is None else plain(value)
     return found if isinstance(found, dict) else {name: found}
 
 
 def mapping(value: Any) -> dict[Any, Any] | None:
-    """Return the named parts of an object, as they are; None for what has none.
+    """Return the named fields of an object, with their values unchanged; None if it has none.
 
-    They are those of a mapping (of OmegaConf too, with what is missing or can't be resolved as it
-    is written), a namespace, an instance of a dataclass or of a class of attrs, pydantic or
-    msgspec, a named tuple, a configuration of transformers, and an optimizer's type and settings.
+    Supported are mappings (those of OmegaConf too; missing and unresolvable values appear as they
+    are written), namespaces, instances of dataclasses and of attrs, pydantic and msgspec classes,
+    named tuples, configurations of transformers, and optimizers (type and settings).
     """
     if isinstance(value, Mapping):
         return _items(value)
@@ -92,9 +92,10 @@ def mapping(value: Any) -> dict[Any, Any] | None:
 
 
 def to_array(value: Any) -> Array | None:
-    """Return a tensor, or numbers in sequences, as an array of bools, ints or floats; else None.
+    """Return a tensor, or nested sequences of numbers, as an array of bools, ints or floats.
 
-    A tensor may be on any device, of any dtype of real numbers, sparse, or part of a graph.
+    Tensors can be on any device, of any real dtype, sparse, or part of a graph. Anything else
+    returns None.
     """
     try:
         found = _ndarray(value)
@@ -102,7 +103,7 @@ def to_array(value: Any) -> Array | None:
             found = np.ma.filled(found.astype(np.float64), np.nan)
         if found.dtype.kind == "V" or (found.dtype.kind == "f" and found.dtype.itemsize > 8):
             found = found.astype(np.float32 if found.dtype.kind == "V" else np.float64)
-    except Exception:  # no numbers, ragged, without data (as on torch's meta device), or broken
+    except Exception:  # not numeric, ragged, without data (as on torch's meta device), or broken
         return None
     return found if found.dtype.kind in "biuf" else None
 
@@ -115,16 +116,16 @@ def to_number(value: Any) -> bool | int | float | None:
             return float(found)
         if isinstance(found, int):
             return found if type(found) in (bool, int) else int(found)
-    except AttributeError:  # it may still be a number of the standard library
+    except AttributeError:  # it may still be a Decimal or a Fraction
         if _is(value, "decimal", "Decimal") or _is(value, "fractions", "Fraction"):
             return to_float(value)
-    except Exception:  # no number, more than one element, or one that can't be read
+    except Exception:  # not a number, more than one element, or unreadable
         return None
     return None
 
 
 def to_float(number: float) -> float:
-    """Return a number as a float, infinite where it is too large for one."""
+    """Return a number as a float; one that is too large becomes infinite."""
     try:
         return float(number)
     except OverflowError:
@@ -132,43 +133,43 @@ def to_float(number: float) -> float:
 
 
 def name_of(key: Any) -> str:
-    """Return what names a value as text, whatever it is."""
+    """Return a key of any type as a string."""
     return _text(key if isinstance(key, str) else str(plain(key)))
 
 
 def metrics(values: Any) -> tuple[dict[str, float], list[str]]:
-    """Return the values that are numbers, as floats, and the names of those that are not."""
+    """Return the numeric values as floats, and the names of the other values."""
     kept: dict[str, float] = {}
-    refused: list[str] = []
+    rejected: list[str] = []
     for name, value in _take(values.items()):
         number = to_number(value)
         if number is None:
-            refused.append(name_of(name))
+            rejected.append(name_of(name))
         else:
             kept[name_of(name)] = to_float(number)
-    return kept, refused
+    return kept, rejected
 
 
 def event(value: Any) -> tuple[Any, list[str]]:
-    """Return an event that encodes and can be read again, and what had to be left out of it.
+    """Return an event that can be encoded and decoded, and a line for each value removed from it.
 
     Raises:
-        msgspec.ValidationError: a field that the event can't do without has another type.
+        msgspec.ValidationError: a required field has a wrong type.
     """
-    refused: list[str] = []
+    rejected: list[str] = []
     if type(value) is MetricsLogged and _is_plain(value):
-        return value, refused
-    value = _struct(value, refused)
-    said = [f"metric {name!r}: expected a number" for name in refused]
+        return value, rejected
+    value = _struct(value, rejected)
+    problems = [f"metric {name!r}: expected a number" for name in rejected]
     try:
-        return _convert(value), said
+        return _convert(value), problems
     except msgspec.ValidationError:
         value, wrong = _without_mistyped(value)
-        return _convert(value), said + wrong
+        return _convert(value), problems + wrong
 
 
 def _is_plain(value: MetricsLogged) -> bool:
-    """Return whether there is nothing to do for the most frequent of all events."""
+    """Return whether metrics, the most frequent event, need no conversion."""
     values = value.values
     try:
         return (
@@ -183,52 +184,52 @@ def _is_plain(value: MetricsLogged) -> bool:
             and abs(value.epoch or 0) < 2**63
             and abs(value.step or 0) < 2**63
         )
-    except TypeError:  # a key that is no text
+    except TypeError:  # a key that is not a string
         return False
 
 
-def _struct(value: Any, refused: list[str]) -> Any:
+def _struct(value: Any, rejected: list[str]) -> Any:
     changed: dict[str, Any] = {}
     for field in value.__struct_fields__:
         found = getattr(value, field)
         try:
-            new = _field(value, field, found, refused)
-        except Exception:  # an object that does not even tell what it is
+            new = _field(value, field, found, rejected)
+        except Exception:  # even its type or length can't be determined
             new = [_repr(found)] if field in _PATHS else _repr(found)
         if new is not found:
             changed[field] = new
     return msgspec.structs.replace(value, **changed) if changed else value
 
 
-def _field(value: Any, field: str, found: Any, refused: list[str]) -> Any:
+def _field(value: Any, field: str, found: Any, rejected: list[str]) -> Any:
     kind = type(found)
     if found is None or kind is bool or kind is float or (kind is int and abs(found) < 2**63):
         return found
     if kind is str:
         return found if found.isascii() else _utf8(found)
     if field in _PATHS and not isinstance(found, os.PathLike):
-        return [_repr(found)]  # the text of an object is no place to write to: this is refused
+        return [_repr(found)]  # the repr of an object is no path; a list fails validation
     if isinstance(found, _PARTS):
-        return _struct(found, refused)
+        return _struct(found, rejected)
     if field in _ARRAYS and not isinstance(found, str):
         array = found if isinstance(found, np.ndarray) else to_array(found)
         if array is not None:
             return _array(array)
     if field in _NUMBERS.get(type(value), ()):
-        return _metrics(found, field, refused)
+        return _metrics(found, field, rejected)
     if field in _NAMES:
         return _names(found)
     if field == "rows":
         found = [list(row) if isinstance(row, tuple) else row for row in found]
         if _are_plain(found):
             return found
-    if type(found) is list:  # classes and rows must stay as many as they are
+    if type(found) is list:  # the number of classes and rows must not change
         return [plain(item) for item in found]
     return plain(found)
 
 
 def _names(found: Any) -> Any:
-    """Return names as texts: frameworks number columns, and keep classes by their index."""
+    """Return names as strings: frameworks number columns, and map indices to classes."""
     if isinstance(found, Mapping):
         found = list(found.values())
     if isinstance(found, str) or not isinstance(found, Iterable):
@@ -237,13 +238,13 @@ def _names(found: Any) -> Any:
 
 
 def _convert(value: Any) -> Any:
-    """Return the event with the types of the schema: what is written otherwise is never read."""
+    """Return the event with the schema's types: other types could be written, but not read back."""
     fields = {name: _builtins(getattr(value, name)) for name in value.__struct_fields__}
     return msgspec.convert(fields, type(value), strict=False, dec_hook=_to_array)
 
 
 def _without_mistyped(value: Any) -> tuple[Any, list[str]]:
-    """Return the event with the defaults of the fields whose values have another type."""
+    """Return the event with values of the wrong type replaced by defaults, and a line for each."""
     changed, wrong = {}, []
     for field in msgspec.structs.fields(value):
         try:
@@ -255,7 +256,7 @@ def _without_mistyped(value: Any) -> tuple[Any, list[str]]:
                 if field.default is msgspec.NODEFAULT:
                     changed[field.name] = field.default_factory()
                 wrong.append(f"{field.name}: {error}")
-            elif isinstance(value, RunEnded):  # whatever it says, the run is over
+            elif isinstance(value, RunEnded):  # the run is over, whatever the status
                 changed[field.name] = "failed"
                 wrong.append(f"{field.name}: {error}")
     return msgspec.structs.replace(value, **changed), wrong
@@ -266,26 +267,26 @@ def _builtins(value: Any) -> Any:
 
 
 def _to_array(kind: type, value: Any) -> Any:
-    """Return what stands where an array is expected as one, for numbers in lists."""
+    """Return the value of an array field as an array; it may be a list of numbers."""
     array = value if isinstance(value, np.ndarray) else np.asarray(value)
     if array is not value and array.dtype.kind not in "biuf":
         raise ValueError(f"Expected an array of numbers, got {type(value).__name__}")
     return array
 
 
-def _metrics(values: Any, field: str, refused: list[str]) -> Any:
+def _metrics(values: Any, field: str, rejected: list[str]) -> Any:
     try:
         if all(type(v) is float and type(k) is str and k.isascii() for k, v in values.items()):
             return values
         kept, names = metrics(values)
-    except Exception:  # no mapping, or one that can't be read
+    except Exception:  # not a mapping, or one that can't be read
         kept, names = {}, [field]
-    refused += names
+    rejected += names
     return kept
 
 
 def _are_plain(rows: list[Any]) -> bool:
-    """Return whether there is nothing to do for the rows of a table."""
+    """Return whether the rows of a table need no conversion."""
     try:
         kinds = set(map(type, chain.from_iterable(rows)))
         if set(map(type, rows)) != {list} or not kinds <= _CELLS:
@@ -297,12 +298,12 @@ def _are_plain(rows: list[Any]) -> bool:
         return int not in kinds or all(
             -(2**63) <= cell < 2**63 for row in rows for cell in row if type(cell) is int
         )
-    except TypeError:  # a row that is no list
+    except TypeError:  # a row that is not a list
         return False
 
 
 def _plain(value: Any, inside: tuple[int, ...], left: list[int]) -> Any:
-    """Return a value in containers with the ids `inside`, of which `left[0]` more may be taken."""
+    """Return a plain value; `inside` has the ids of its containers, `left[0]` the items left."""
     try:
         kind = type(value)
         if value is None or kind is bool or kind is float:
@@ -328,7 +329,7 @@ def _plain(value: Any, inside: tuple[int, ...], left: list[int]) -> Any:
 
 
 def _named(value: Any) -> str | None:
-    """Return the text that stands for an object better than its repr, None if none does."""
+    """Return the text that describes an object better than its repr, None if there is none."""
     if hasattr(value, "__fspath__"):
         return str(value)
     if isinstance(value, np.generic) and value.dtype.kind in "mMSU":
@@ -354,7 +355,7 @@ def _container(value: Any, inside: tuple[int, ...], left: list[int]) -> Any:
     if found is None:
         return _text(_repr(value))
     if id(value) in inside or len(inside) >= _MAX_DEPTH or left[0] <= 0:
-        return f"<{type(value).__qualname__}: left out>"  # its repr may be as endless as itself
+        return f"<{type(value).__qualname__}: left out>"  # its repr may not terminate either
     inside = (*inside, id(value))
     left[0] -= len(found)
     if isinstance(found, dict):
@@ -363,7 +364,7 @@ def _container(value: Any, inside: tuple[int, ...], left: list[int]) -> Any:
 
 
 def _members(value: Any) -> dict[Any, Any] | list[Any] | None:
-    """Return what is in a container, by name or in order; None for what is none."""
+    """Return the items of a container, by name or in order; None if it is no container."""
     if isinstance(value, np.ndarray):
         return value[:_MAX_ITEMS].tolist()  # type: ignore[no-any-return]
     if type(value) in (list, tuple, set, frozenset):
@@ -385,7 +386,7 @@ def _members(value: Any) -> dict[Any, Any] | list[Any] | None:
 def _items(value: Any) -> dict[Any, Any]:
     try:
         return {key: value[key] for key in islice(value.keys(), _MAX_ITEMS)}
-    except Exception:  # one that can't be had is no reason to lose the others
+    except Exception:  # one unreadable item must not cost the others
         return {key: _at(value, key) for key in islice(value.keys(), _MAX_ITEMS)}
 
 
@@ -393,7 +394,7 @@ def _at(value: Any, key: Any) -> Any:
     try:
         return value[key]
     except Exception as error:
-        try:  # such as `???` and `${db.host}`, as they are written
+        try:  # unresolved values of OmegaConf, such as `???` and `${db.host}`
             package = sys.modules["omegaconf"]
             return package.OmegaConf.to_container(value, resolve=False)[key]
         except Exception:
@@ -401,7 +402,7 @@ def _at(value: Any, key: Any) -> Any:
 
 
 def _fields(value: Any) -> list[str] | None:
-    """Return the names of the fields that an object's class declares, None if it declares none."""
+    """Return the names of the fields declared by an object's class, None if it declares none."""
     kind = type(value)
     if hasattr(kind, "__dataclass_fields__"):
         return [field.name for field in sys.modules["dataclasses"].fields(value)]
@@ -417,9 +418,9 @@ def _fields(value: Any) -> list[str] | None:
 
 
 def _optimizer(value: Any) -> dict[str, Any] | None:
-    """Return the type and the settings of an optimizer of PyTorch or Keras, None for other objects.
+    """Return the type and settings of an optimizer of PyTorch or Keras, None for other objects.
 
-    Settings are those that its parameter groups share, and under `group_<i>` those of one alone.
+    Settings shared by all parameter groups come first; `group_<i>` has those of one group.
     """
     inner = getattr(value, "optimizer", None)
     value = inner if hasattr(value, "param_groups") and hasattr(inner, "param_groups") else value
@@ -438,7 +439,7 @@ def _optimizer(value: Any) -> dict[str, Any] | None:
 
 
 def _is(value: Any, module: str, name: str) -> bool:
-    """Return whether an object is of a class in a module that may not be imported."""
+    """Return whether an object is an instance of a class, without importing the class's module."""
     kind = getattr(sys.modules.get(module), name, None)
     return isinstance(kind, type) and isinstance(value, kind)
 
@@ -451,7 +452,7 @@ def _ndarray(value: Any) -> Array:
     if isinstance(value, list | tuple):
         try:
             found = np.asarray(value)
-        except Exception:  # tensors that numpy refuses; what is ragged fails again
+        except Exception:  # tensors that numpy can't convert; ragged lists fail again below
             found = None
         if found is None or found.dtype.kind in "OV":
             found = np.stack([_ndarray(item) for item in value])
@@ -462,7 +463,7 @@ def _ndarray(value: Any) -> Array:
             try:
                 return np.asarray(convert())
             except Exception:
-                continue  # another way may do
+                continue  # another method may work
     if not any(hasattr(value, name) for name in ("__array__", "__array_interface__", "__float__")):
         raise TypeError(f"expected numbers, found {type(value).__qualname__}")
     return np.asarray(value)
@@ -477,12 +478,12 @@ def _of_torch(value: Any) -> Array:
     found = found.cpu()
     try:
         return np.asarray(found.numpy())
-    except (TypeError, RuntimeError):  # numpy has no bfloat16, and none of the 8-bit floats
+    except (TypeError, RuntimeError):  # numpy has neither bfloat16 nor 8-bit floats
         return np.asarray(found.float().numpy())
 
 
 def _array(value: Array) -> Array:
-    """Return the array if JSON has numbers for it, else one with text in it."""
+    """Return the array if JSON can represent its numbers, else an array of strings."""
     if isinstance(value, np.ma.MaskedArray):
         value = np.ma.filled(value.astype(np.float64), np.nan)
     kind, size = value.dtype.kind, value.dtype.itemsize
@@ -509,7 +510,7 @@ def _utf8(value: str) -> str:
 
 def _repr(value: Any) -> str:
     try:
-        # Where an object lies in memory is another place in every process.
+        # Memory addresses differ in every process.
         return _utf8(_ADDRESS.sub("", repr(value)[:1000]))
-    except Exception as error:  # a broken __repr__ is no reason to lose the rest of the event
+    except Exception as error:  # a broken __repr__ must not cost the rest of the event
         return f"<{type(value).__qualname__}: {type(error).__name__} in repr>"

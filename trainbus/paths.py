@@ -1,7 +1,7 @@
-"""Makes paths absolute: they name the same file in every process and at any time.
+"""Makes paths absolute, so that they name the same file in every process and at any time.
 
-A training may change its working directory at any time, and another process may open a sink again.
-Relative paths in events are resolved when they are logged, those in options when a bus is made.
+A training can change its working directory, and another process can reopen a sink. Relative paths
+in events are resolved when they are logged, those in options when the bus is created.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from trainbus.interfaces import Options
 T = TypeVar("T", bound=msgspec.Struct)
 
 _WITH_PATHS = frozenset({RunStarted, ImageLogged, CheckpointSaved, ArtifactLogged})
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 def with_absolute_paths(event: Event) -> Event:
-    """Return an event whose paths do not depend on the working directory.
+    """Return the event with paths that do not depend on the working directory.
 
-    Addresses such as `s3://…` stay as they are. So do paths for which no working directory can be
-    found, because it was deleted: `is_absolute` is False for them.
+    URLs such as `s3://…` are left unchanged. So are relative paths if the working directory was
+    deleted: `is_absolute` is False for them.
     """
-    if type(event) not in _WITH_PATHS:  # nearly all of them
+    if type(event) not in _WITH_PATHS:  # nearly all events
         return event
     match event:
         case ImageLogged() | CheckpointSaved():
@@ -50,15 +50,15 @@ def with_absolute_paths(event: Event) -> Event:
 
 
 def is_absolute(path: str) -> bool:
-    """Return whether a path is the same in every working directory."""
-    return os.path.isabs(path) or _ADDRESS.match(path) is not None
+    """Return whether a path is absolute or a URL."""
+    return os.path.isabs(path) or _URL.match(path) is not None
 
 
 def _absolute(path: Any) -> Any:
     if not path or is_absolute(path):
         return path
     try:
-        # `..` is kept: behind a link it leads elsewhere than the text says.
+        # `..` is kept: after a symbolic link, the path without it is another one.
         return str(Path(path).absolute())
     except (OSError, ValueError):
         return path
@@ -80,10 +80,10 @@ def working_directory() -> Path | None:
 
 
 def resolved(path: str, base: Path | None) -> str:
-    """Return a path as an absolute one.
+    """Return a path as an absolute path.
 
-    A URI stays as it is, and so does what can't be resolved: the home folder of nobody, or a
-    relative path where the working directory was deleted. Whoever opens it finds out.
+    URIs are left unchanged, and so are paths that can't be resolved: the home folder of an unknown
+    user, or a relative path if the working directory was deleted. Opening them then fails.
 
     Args:
         path: the path; `~` is the home folder.
@@ -98,7 +98,7 @@ def resolved(path: str, base: Path | None) -> str:
 
 
 def resolve_options(options: Any, base: Path | None) -> Any:
-    """Return a sink's options in which each `FilePath` is absolute; what is no `Options` stays."""
+    """Return a sink's options with every `FilePath` absolute; other objects are left unchanged."""
     if not isinstance(options, Options):
         return options
     changed = {}

@@ -1,4 +1,4 @@
-"""Finds sinks and adapters by their entry points; built-in ones come the same way."""
+"""Finds sinks and adapters by their entry points; the built-in ones too."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sink_class(name: str) -> type[Sink]:
 
     Raises:
         UnknownPluginError: no installed package registers the name.
-        PluginError: what is registered can't be imported, or is no sink.
+        PluginError: the registered object can't be imported, or is not a sink.
     """
     known = plugins(SINKS)
     if name not in known:
@@ -44,17 +44,17 @@ def sink_class(name: str) -> type[Sink]:
 
 
 def adapter_for(target: object) -> Adapter:
-    """Return the adapter for the framework that `target`'s class, or a base of it, comes from.
+    """Return the adapter for the framework that defines `target`'s class or one of its bases.
 
     Raises:
-        NoAdapterError: no installed adapter is named after any of them.
-        PluginError: the adapter can't be imported, or is no function.
+        NoAdapterError: no installed adapter is named after any of these frameworks.
+        PluginError: the adapter can't be imported, or is not a function.
     """
     known = plugins(ADAPTERS)
     for cls in type(target).__mro__:
         framework, *rest = cls.__module__.split(".")
         if [framework, *rest[:1]] == ["trainbus", "adapters"] and len(rest) > 1:
-            framework = rest[1]  # a callback that the adapter itself gives out
+            framework = rest[1]  # a callback class that the adapter defines
         if framework in known:
             found = _load(known[framework])
             if not callable(found):
@@ -68,16 +68,16 @@ def adapter_for(target: object) -> Adapter:
 
 
 def packages_of(point: EntryPoint, plugin: Any) -> list[str]:
-    """Return the import names of the packages that a sink or adapter can't do without."""
+    """Return the import names of the packages that a sink or adapter requires."""
     if point.group == ADAPTERS:
         return [point.name]
     return list(dict.fromkeys(name for name in (plugin.service, *plugin.packages) if name))
 
 
 def missing_package(point: EntryPoint, plugin: Any) -> str | None:
-    """Return one line about a package of a plugin that is not installed, None if all are.
+    """Return one line about a required package that is not installed, None if all are.
 
-    Nothing of the packages is imported.
+    The packages are not imported.
     """
     missing = (package for package in packages_of(point, plugin) if not _is_installed(package))
     package = next(missing, None)
@@ -85,9 +85,9 @@ def missing_package(point: EntryPoint, plugin: Any) -> str | None:
 
 
 def not_installed(point: EntryPoint, package: str) -> str:
-    """Return one line that says that a package of a plugin is not installed, and what installs it.
+    """Return one line that says that a required package is not installed, and how to install it.
 
-    That is known where the plugin's distribution has an extra of the plugin's name.
+    The command is known if the plugin's distribution has an extra named after the plugin.
     """
     extras = point.dist.metadata.get_all("Provides-Extra", []) if point.dist else []
     if point.dist is None or point.name not in [extra.replace("-", "_") for extra in extras]:
@@ -98,7 +98,7 @@ def not_installed(point: EntryPoint, package: str) -> str:
 def _is_installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except (ImportError, ValueError):  # a part of the name is missing, or its import is blocked
+    except (ImportError, ValueError):  # a parent package is missing, or its import is blocked
         return False
 
 

@@ -1,4 +1,4 @@
-"""Strings that are shown to people."""
+"""Formats strings for people: safe for a terminal, quoted, on one line."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ _MAX_SHOWN = 60
 
 
 def printable(text: str) -> str:
-    """Return the text with everything that could move a terminal's cursor written as an escape."""
+    """Return the text with escapes in place of the characters that could control a terminal."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def quoted(text: str) -> str:
-    """Return a text in quotes on one line, cut short where it is long."""
+    """Return a text in quotes on one line, truncated if it is long."""
     return repr(text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 1] + "…")
 
 
 def joined(path: str, key: str) -> str:
-    """Return a key path with one more key, in quotes where it isn't a plain word."""
+    """Return a key path extended by a key, which is quoted if it is not a plain word."""
     word = key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else quoted(key)
     return f"{path}.{word}" if path else word

@@ -23,7 +23,7 @@ from support.journals import folder_in, write_journal
 from support.plugins import make_plugin
 from support.wandb_file import find_runs, read_finished
 from trainbus import Bus, JournalSpec, Receipt, Record, RunInfo, Sink, SinkReport, SinkSpec, config
-from trainbus.delivery.receipt import split_unsaved
+from trainbus.delivery.receipt import write_receipt
 from trainbus.delivery.sidecar import Sidecar
 from trainbus.delivery.sidecar_protocol import FinishRun, Mailbox, StopRun
 from trainbus.delivery.worker import SinkWorker
@@ -359,7 +359,7 @@ def test_a_sink_that_ends_the_process_is_set_aside(how: str, plugins: Path, tmp_
     )
     assert 1 == done.returncode, done.stderr
     assert "set aside" in done.stdout
-    assert f"kept     jsonl: {emitted} taken" in done.stdout
+    assert f"kept     jsonl: {emitted} delivered" in done.stdout
     assert [*range(1, emitted + 1)] == seqs(tmp_path / "again.jsonl", run)
 
 
@@ -416,7 +416,7 @@ def test_the_log_of_a_printing_sink_is_bounded(
         assert 2**19 < len(log) < 3 * 2**20
         assert log.startswith(f"line 0 of {receipt.run} ".encode())
         assert log.rstrip().endswith(f"the last line of {receipt.run}".encode())
-        assert b"output is left out here" in log
+        assert b"output omitted" in log
 
 
 # A process that is stopped
@@ -510,22 +510,31 @@ def test_much_that_waits_in_memory_reaches_the_sinks(
     assert "replay" not in found["text"]
 
 
-def test_a_receipt_advises_no_replay_of_what_is_nowhere() -> None:
+def test_a_receipt_advises_no_replay_of_what_is_nowhere(tmp_path: Path) -> None:
     """Records that are neither on disk nor in a sink are lost; those on disk are pending."""
-    reports = [
-        SinkReport(name="one", kind="k", taken=10, pending=90),
-        SinkReport(name="two", kind="k", taken=70, pending=30),
-        SinkReport(name="all", kind="k", taken=100),
-    ]
-    found = split_unsaved(reports, 40)
-    assert [(50, 40), (0, 30), (0, 0)] == [(r.pending, r.unsaved) for r in found]
-    receipt = Receipt(run="r", status="finished", emitted=100, sinks=found[:2], journal="/j")
+
+    def receipt_of(*reports: SinkReport) -> Receipt:
+        return write_receipt(
+            folder_in(tmp_path),
+            status="finished",
+            attempt=1,
+            emitted=100,
+            reports=reports,
+            unsaved=40,
+        )
+
+    one = SinkReport(name="one", kind="k", taken=10, pending=90)
+    two = SinkReport(name="two", kind="k", taken=70, pending=30)
+    every = SinkReport(name="all", kind="k", taken=100)
+    receipt = receipt_of(one, two, every)
+    assert [(50, 40), (0, 30), (0, 0)] == [(r.pending, r.unsaved) for r in receipt.sinks]
+    assert 0 == receipt.lost
+    receipt = receipt_of(one, two)
     assert 30 == receipt.lost
     assert "to send the rest" in str(receipt)
-    receipt = Receipt(run="r", status="finished", emitted=100, sinks=found[1:2], journal="/j")
-    assert "two      k: 70 taken, 30 LOST" in str(receipt)
+    receipt = receipt_of(two)
+    assert "two      k: 70 delivered, 30 LOST" in str(receipt)
     assert "replay" not in str(receipt)
-    assert 0 == Receipt(run="r", status="finished", emitted=100, sinks=found).lost
 
 
 # No process and no thread

@@ -12,8 +12,8 @@ import numpy as np
 
 from trainbus import events as ev
 from trainbus.journal.directory import RunFolder
-from trainbus.journal.encoding import seal
-from trainbus.journal.reader import Entry, RecordFile, RunReader
+from trainbus.journal.encoding import Entry, seal
+from trainbus.journal.reader import RecordFile, RunReader
 from trainbus.journal.writer import JournalWriter
 
 SAMPLE: tuple[ev.Event, ...] = (

@@ -32,8 +32,8 @@ from trainbus.events import (
     RunStarted,
 )
 from trainbus.journal.directory import RunFolder
+from trainbus.journal.encoding import Entry
 from trainbus.journal.file_access import FileResolver
-from trainbus.journal.reader import Entry
 from trainbus.journal.writer import JournalWriter
 
 
@@ -182,7 +182,7 @@ def test_another_file_is_refused(event: Event, change: str, work: Path, tmp_path
     assert line.startswith(f"{work}/m.pt: expected 11 bytes, written at 20")
     size = (work / "m.pt").stat().st_size
     assert f", found {size} bytes, written at " in line
-    assert line.endswith("it is no longer the file that was logged, and is not sent")
+    assert line.endswith("the file has changed since it was logged, and is not sent")
 
 
 def test_another_picture_is_refused_while_a_training_runs(
@@ -237,7 +237,7 @@ def test_a_journal_of_before_is_read(work: Path, tmp_path: Path) -> None:
         found: Any = files.resolve(entry).event
         assert expected == content(found.path)
     (line,) = files.changed
-    assert line.startswith("'m.pt' was logged without its folder, expected an absolute path")
+    assert line.startswith("'m.pt' is not sent: found a relative path, expected an absolute one")
 
 
 # Checkpoints that are overwritten -----------------------------------------------------------------

@@ -12,8 +12,9 @@ from support import golden
 from support.exact import exact
 from trainbus.events import EVENT_TYPES, ArtifactLogged, CheckpointSaved, ImageLogged, Record
 from trainbus.journal.directory import RunFolder
+from trainbus.journal.encoding import Entry
 from trainbus.journal.file_access import FileResolver
-from trainbus.journal.reader import Entry, RunReader
+from trainbus.journal.reader import RunReader
 
 KEPT = RunFolder(Path(__file__).parents[1] / "data" / "journal-1")
 

@@ -24,8 +24,9 @@ from trainbus.events import (
 )
 from trainbus.journal.blobs import Blob
 from trainbus.journal.directory import RunFolder
+from trainbus.journal.encoding import Entry
 from trainbus.journal.file_access import FileResolver
-from trainbus.journal.reader import Entry, RunReader
+from trainbus.journal.reader import RunReader
 from trainbus.recording.run_id import MARKER
 from trainbus.testing import MemorySink
 

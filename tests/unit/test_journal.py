@@ -34,9 +34,9 @@ from trainbus.errors import JournalError
 from trainbus.journal import writer as journals_module
 from trainbus.journal.blobs import Blob
 from trainbus.journal.directory import RunFolder
-from trainbus.journal.encoding import unseal
+from trainbus.journal.encoding import Entry, unseal
 from trainbus.journal.file_access import FileResolver
-from trainbus.journal.reader import Entry, RunReader
+from trainbus.journal.reader import RunReader
 from trainbus.journal.recovery import write_end
 from trainbus.journal.writer import JournalWriter
 
@@ -276,7 +276,7 @@ def test_same_content_is_stored_once(
     ]
 
 
-@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("wants_files", [True, False])
 @pytest.mark.parametrize("final", [True, False])
 def test_only_a_final_checkpoint_that_is_wanted_is_copied(
     folder: RunFolder, tmp_path: Path, final: bool, wants_files: bool
@@ -350,7 +350,7 @@ def test_long_event_without_room_as_a_blob(rows: int, is_kept: bool, folder: Run
     assert (first == table) == is_kept
     if not is_kept:
         assert isinstance(first, ev.AlertRaised)
-        assert first.text.startswith("1 table.logged could not be kept")
+        assert first.text.startswith("1 table.logged dropped")
 
 
 def test_budget_leaves_out_step_metrics_alone(folder: RunFolder) -> None:
@@ -377,7 +377,7 @@ def test_budget_leaves_out_step_metrics_alone(folder: RunFolder) -> None:
     told = [int(alert.text.split()[0]) for alert in alerts]
     assert lost == sum(told)
     assert records[-2].event == alerts[-1]
-    assert "metrics.logged could not be kept: the journal has its 5000 bytes" in alerts[-1].text
+    assert "metrics.logged dropped: the journal has reached 5000 bytes" in alerts[-1].text
 
 
 def test_budget_makes_no_copies_that_do_not_fit(folder: RunFolder, tmp_path: Path) -> None:
@@ -558,7 +558,7 @@ def test_memory_limit_drops_step_metrics_first(
     assert 100 - len(steps) == lost
     assert 0 < lost < 100
     alert: Any = records[-2].event
-    assert f"{lost} metrics.logged could not be kept: No space left on device" == alert.text
+    assert f"{lost} metrics.logged dropped: No space left on device" == alert.text
     assert isinstance(records[-1].event, ev.RunEnded)
 
 

@@ -24,9 +24,9 @@ from trainbus import events as ev
 from trainbus.errors import JournalError
 from trainbus.journal.blobs import Blob, Blobs, blob_name
 from trainbus.journal.directory import RunFolder, is_run_id, open_within, run_id
-from trainbus.journal.encoding import seal
+from trainbus.journal.encoding import Entry, seal
 from trainbus.journal.file_access import FileResolver
-from trainbus.journal.reader import Entry, RecordFile, RunReader
+from trainbus.journal.reader import RecordFile, RunReader
 from trainbus.journal.recovery import recover
 
 _DEADLINE_S = 60.0
@@ -189,7 +189,7 @@ def test_name_that_leads_elsewhere_is_refused(folder: RunFolder, name: str) -> N
     """A blob's name that could be a path is not used."""
     put_blob(folder, SECRET, "a.png")
     _OPENED.paths.clear()
-    with pytest.raises(JournalError, match="refused a blob named"):
+    with pytest.raises(JournalError, match="rejected a blob named"):
         Blobs(folder).find(Blob(path="p", sha256=DIGEST, name=name, size=len(SECRET)))
     files = FileResolver(folder, [])
     found = files.resolve(picture("/x/a.png", sha256=DIGEST, name=name))
@@ -217,7 +217,7 @@ def test_linked_records_file_is_refused(folder: RunFolder, tmp_path: Path, which
     path = folder.records(1) if which == "records" else folder.end(1)
     path.symlink_to(target)
     file = RecordFile(folder, path)
-    with pytest.raises(JournalError, match=r"refused .*jsonl"):
+    with pytest.raises(JournalError, match=r"rejected .*jsonl"):
         file.read()
     file.close()
 
@@ -266,7 +266,7 @@ def test_pipe_as_a_blob_is_refused(folder: RunFolder) -> None:
     (folder.blobs / DIGEST / "folder").mkdir()
     assert in_time(lambda: find("pipe"), pipe)
     find("folder")
-    assert ["no plain file", "no plain file"] == [fault.split("is ")[-1] for fault in faults]
+    assert ["not a regular file", "not a regular file"] == [fault.split("is ")[-1] for fault in faults]
     os.mkfifo(folder.blobs / DIGEST / "event.json")
     assert_refused(folder, {"seq": 2, "event": {"type": "text.logged", "blob": DIGEST}})
 
@@ -317,7 +317,7 @@ def test_blob_of_another_size_is_refused(folder: RunFolder, size: int) -> None:
     _OPENED.paths.clear()
     blob = Blob(path="p", sha256=DIGEST, name="a.png", size=size)
     tracemalloc.start()
-    with pytest.raises(JournalError, match=f"has not the {size} bytes"):
+    with pytest.raises(JournalError, match=f"expected {size} bytes"):
         Blobs(folder).find(blob)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -336,9 +336,9 @@ def test_blob_of_another_content_is_refused(folder: RunFolder) -> None:
     for path in folder.blobs.rglob("*.*"):
         data = path.read_bytes()
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(JournalError, match="another digest"):
+    with pytest.raises(JournalError, match="digest does not match"):
         Blobs(folder).find(Blob(path="p", sha256=digests[0], name="a.png", size=len(SECRET)))
-    with pytest.raises(JournalError, match="another digest"):
+    with pytest.raises(JournalError, match="digest does not match"):
         Blobs(folder).load(digests[1], np.dtype("u1"), (4,))
     assert_refused(folder, {"seq": 2, "event": {"type": "text.logged", "blob": digests[2]}})
 
@@ -563,7 +563,7 @@ def test_paths_of_the_host_reach_no_sink(folder: RunFolder, tmp_path: Path) -> N
     assert [str(nowhere / name) for name in ("secret", "passwd", "secret")] == kept.paths
     assert not nowhere.exists()
     assert ["/etc/passwd", secret, secret, "/etc/passwd"] == files.refused
-    assert ["'../outside/secret'"] == [text.partition(" was logged")[0] for text in files.changed]
+    assert ["'../outside/secret'"] == [text.partition(" is not sent")[0] for text in files.changed]
     assert started.save_dir is None
     assert started.resumed is None or started.resumed.save_dir is None
 
@@ -676,7 +676,7 @@ def test_tags_in_a_configuration_are_refused(
     burst = tmp_path / "burst"
     path = tmp_path / "trainbus.yaml"
     path.write_text(place % tag.format(burst=burst))
-    fault = "found a YAML tag (`!…`), expected a value without: tags aren't allowed"
+    fault = "found a YAML tag (`!…`), expected a plain value"
     assert [f"{path}:{where}{fault}"] == config.check(path)
     assert not burst.exists()
 

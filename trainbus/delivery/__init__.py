@@ -1,1 +1,1 @@
-"""Records to sinks: each gets every record it can take, in order, and a receipt counts them."""
+"""Delivers records to sinks: each sink receives every record, in order, or the loss is counted."""

@@ -1,4 +1,4 @@
-"""How far a sink is in a run, kept on disk."""
+"""The position of a sink in a run, and its counts, stored on disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MANY = 500
 
 
 class Cursor(msgspec.Struct, kw_only=True):
-    """How far a sink is, and what it made of the records of that attempt."""
+    """The position of a sink, and counts of the records of that attempt."""
 
     attempt: int = 0
     seq: int = 0
@@ -27,18 +27,18 @@ class Cursor(msgspec.Struct, kw_only=True):
     lost: int = 0
     superseded: int = 0
     closed: bool = True
-    """Whether the sink was closed after the last record it took."""
+    """Whether the sink was closed after its last record."""
     uploads: list[int] = []
-    """Seqs up to `seq` whose upload was not over."""
+    """Seqs up to `seq` whose upload has not finished."""
     location: str | None = None
 
 
 class Ledger:
-    """Keeps the account of one sink; its uploads may be counted by a thread of their own.
+    """Updates and saves the cursor of one sink; the upload thread may use it too.
 
     Args:
         path: file of the cursor.
-        clock: seconds.
+        clock: monotonic time in seconds.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float]) -> None:
@@ -51,18 +51,18 @@ class Ledger:
         self._unsaved = 0
 
     def read(self) -> Cursor | None:
-        """Return the cursor that was saved last, None if there is none that can be read."""
+        """Return the saved cursor, None if there is none or it can't be read."""
         try:
             return msgspec.json.decode(self._path.read_bytes(), type=Cursor)
         except (OSError, msgspec.DecodeError):
             return None
 
     def start(self, cursor: Cursor) -> None:
-        """Go on from a cursor, which is saved from now on."""
+        """Start from a cursor; only from now on `save` writes it."""
         self.cursor, self._is_begun = cursor, True
 
     def count_taken(self, items: Sequence[QueuedRecord], offset: int | None) -> None:
-        """Count what the sink took or did not want, and where to read on, if that is known."""
+        """Count delivered and skipped records; `offset` is where to read next, if known."""
         with self._mutex:
             self._count(items)
             self.cursor.seq = max(self.cursor.seq, items[-1].record.seq)
@@ -71,14 +71,14 @@ class Ledger:
         self._unsaved += len(items)
 
     def start_upload(self, seq: int) -> None:
-        """Note that the files of a record are on their way."""
+        """Note that the upload of a record has started."""
         with self._mutex:
             if seq not in self.cursor.uploads:
                 self.cursor.uploads = [*self.cursor.uploads, seq]
             self.cursor.seq = max(self.cursor.seq, seq)
 
     def finish_upload(self, items: Sequence[QueuedRecord]) -> None:
-        """Count records whose files are there."""
+        """Count records whose upload has finished."""
         with self._mutex:
             done = {item.record.seq for item in items}
             self.cursor.uploads = [s for s in self.cursor.uploads if s not in done]
@@ -91,14 +91,14 @@ class Ledger:
         self.cursor.superseded += sum(item.is_superseded for item in items)
 
     def count_rejected(self, seq: int) -> None:
-        """Count a record that the sink can't take."""
+        """Count a record that the sink rejected."""
         with self._mutex:
             self.cursor.dead += 1
             self.cursor.seq = max(self.cursor.seq, seq)
             self.cursor.uploads = [s for s in self.cursor.uploads if s != seq]
 
     def save(self, after_s: float) -> None:
-        """Save the cursor, if it has changed and was saved that long ago."""
+        """Save the cursor if it has changed and was last saved `after_s` seconds ago or earlier."""
         now = self._clock()
         due = self._unsaved >= _MANY or now - self._saved_at >= after_s
         if not self._is_begun or not due or (after_s and not self._unsaved):
@@ -106,6 +106,6 @@ class Ledger:
         with self._mutex:
             data = msgspec.json.encode(self.cursor)
         self._saved_at, self._unsaved = now, 0
-        with suppress(OSError):  # a full disk: records may then come twice after a crash
+        with suppress(OSError):  # a full disk: after a crash records may be delivered twice
             make_folder(self._path.parent)
             write_atomically(self._path, data)

@@ -1,8 +1,8 @@
-"""What the training process and a sidecar say to each other, and through what.
+"""The messages between the training process and a sidecar, and the mailboxes for them.
 
-Messages go through files without a name that lie in memory: writing one never blocks, however much
-it carries and whatever the other process does, a process that dies leaves what it said to be read,
-and neither a full disk nor a stopped reader stands in the way.
+Messages are written to anonymous files in memory. So a write never blocks, whatever its size and
+whatever the other process does; it fails neither on a full disk nor if the reader has stopped; and
+the messages of a process that has died can still be read.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ except ImportError:  # not on Windows, where sinks run in threads
 
 _HEAD = 32
 _PARTS = 1000
-"""Parts of one `writev`; systems allow 1024."""
+"""Buffers per `writev`; systems allow 1024."""
 _BIG = 2**20
 _MARKS = 2**16
 _FIRST_SLOT = 8
 
 
 class Hello(msgspec.Struct, kw_only=True, tag="hello"):
-    """To the sidecar, first: which process it works for."""
+    """To the sidecar, first: the training process."""
 
     pid: int
     argv: list[str]
@@ -43,22 +43,22 @@ class Hello(msgspec.Struct, kw_only=True, tag="hello"):
 
 
 class SinkTask(msgspec.Struct, kw_only=True):
-    """One sink of a run: the type that it is registered under, its options, what is done before."""
+    """One sink of a run: its registered type, its options and its transforms."""
 
     name: str
     type: str
     options: dict[str, Any]
     transforms: TransformSpec
     slot: int | None = None
-    """Where its calls are marked; None for a sink that this process does not deliver to."""
+    """Slot in `Marks` for its calls; None for a sink that this process does not deliver to."""
     base: str | None = None
-    """Folder for what it writes where no option says so."""
+    """Folder for files whose location no option sets."""
     error: str | None = None
     """Why no process delivers to it."""
 
 
 class ReplayTask(msgspec.Struct, kw_only=True):
-    """What is different for a run that is sent again."""
+    """Settings of a replay."""
 
     after: tuple[int, int] | None = None
     trusted: list[str] = []
@@ -72,27 +72,29 @@ class OpenRun(msgspec.Struct, kw_only=True, tag="open"):
     attempt: int
     sinks: list[SinkTask]
     flush_secs: float
+    config: str | None = None
+    """File that the sinks are configured in, for the receipt of a run whose training is gone."""
     variables: dict[str, str | None]
-    """What has changed in the training's environment; None for what is gone."""
+    """Environment variables that have changed in the training process; None for deleted ones."""
     replay: ReplayTask | None = None
 
 
 class FinishRun(msgspec.Struct, kw_only=True, tag="finish"):
-    """To the sidecar: no more records come, but for the lines that go with this message."""
+    """To the sidecar: no more records follow, apart from the lines sent with this message."""
 
     run: int
     emitted: int
 
 
 class StopRun(msgspec.Struct, kw_only=True, tag="stop"):
-    """To the sidecar: time is up; report within `secs`."""
+    """To the sidecar: the time limit has passed; report within `secs` seconds."""
 
     run: int
     secs: float
 
 
 class SinkOpened(msgspec.Struct, kw_only=True, tag="opened"):
-    """To the training: a sink is open, or `error` says why not."""
+    """To the training process: a sink is open, or `error` says why not."""
 
     run: int
     sink: str
@@ -100,13 +102,13 @@ class SinkOpened(msgspec.Struct, kw_only=True, tag="opened"):
 
 
 class LogWarning(msgspec.Struct, kw_only=True, tag="warning"):
-    """To the training: a warning for the user."""
+    """To the training process: a warning to log."""
 
     text: str
 
 
 class RunProgress(msgspec.Struct, kw_only=True, tag="progress"):
-    """To the training: how many records of a replay a sink is done with."""
+    """To the training process: how many records of a replay a sink has processed."""
 
     run: int
     sink: str
@@ -114,13 +116,13 @@ class RunProgress(msgspec.Struct, kw_only=True, tag="progress"):
 
 
 class RunDone(msgspec.Struct, kw_only=True, tag="done"):
-    """To the training: what each sink got of a run that this process has closed."""
+    """To the training process: a run is closed, with the report of each sink."""
 
     run: int
     reports: list[SinkReport]
     emitted: int
     is_hung: bool = False
-    """Whether a call of a sink has not come back, so that this process is of no more use."""
+    """Whether a call of a sink has not returned, so that this process can't be used again."""
     damaged: list[str] = []
     refused: list[str] = []
     changed: list[str] = []
@@ -133,18 +135,18 @@ T = TypeVar("T")
 
 
 class Received(NamedTuple, Generic[T]):
-    """A message, and the lines of a journal that go with it."""
+    """A message, and the journal lines sent with it."""
 
     message: T
     lines: list[bytes]
 
 
 class Mailbox(Generic[T]):
-    """Messages in one direction, from one process to one other.
+    """Messages in one direction between two processes.
 
     Args:
         kind: type of the messages.
-        fd: descriptor of the file, in the process that did not make it.
+        fd: descriptor of the file, in the process that did not create it.
     """
 
     def __init__(self, kind: Any, fd: int | None = None) -> None:
@@ -154,10 +156,10 @@ class Mailbox(Generic[T]):
         self._is_writing = False
 
     def put(self, message: T, lines: Sequence[bytes] = ()) -> bool:
-        """Write a message; False if there is no memory for it."""
-        if self._is_writing:  # a signal came while another message was written
+        """Write a message; return False if there is not enough memory."""
+        if self._is_writing:  # called by a signal handler during another write
             return False
-        # The json module writes infinite numbers as such, and msgspec makes them null.
+        # The json module keeps infinite numbers; msgspec encodes them as null.
         body = json.dumps(msgspec.to_builtins(message)).encode()
         begun = os.fstat(self.fd).st_size
         try:
@@ -177,13 +179,13 @@ class Mailbox(Generic[T]):
         return True
 
     def take(self) -> list[Received[T]]:
-        """Return the messages that have come."""
+        """Return the messages that have arrived."""
         found: list[Received[T]] = []
         at = self._at
         while len(head := os.pread(self.fd, _HEAD, at)) == _HEAD:
             size, more = int(head[:16], 16), int(head[16:], 16)
             if os.fstat(self.fd).st_size < at + _HEAD + size + more:
-                break  # it is being written
+                break  # still being written
             body = _read(self.fd, at + _HEAD, size)
             lines = _read(self.fd, at + _HEAD + size, more).splitlines(keepends=True)
             message: T = msgspec.convert(json.loads(body), self._kind)
@@ -191,7 +193,7 @@ class Mailbox(Generic[T]):
             if more > _BIG:
                 _free(self.fd, at, at + _HEAD + size + more)
             at += _HEAD + size + more
-        # A signal handler may have read further meanwhile.
+        # A signal handler may have read more messages in the meantime.
         self._at = max(self._at, at)
         return found
 
@@ -203,10 +205,10 @@ class Mailbox(Generic[T]):
 
 
 class Marks:
-    """What a sidecar is doing, in memory that is still there when it has died.
+    """State of a sidecar in shared memory, which can still be read after it has died.
 
     Args:
-        fd: descriptor of the file, in the process that did not make it.
+        fd: descriptor of the file, in the process that did not create it.
     """
 
     def __init__(self, fd: int | None = None) -> None:
@@ -217,7 +219,7 @@ class Marks:
 
     @property
     def saved(self) -> int:
-        """How much of what the process printed is in the logs, in bytes."""
+        """Number of printed bytes that are saved in the logs."""
         return int.from_bytes(self._map[:_FIRST_SLOT], "little")
 
     @saved.setter
@@ -225,16 +227,16 @@ class Marks:
         self._map[:_FIRST_SLOT] = size.to_bytes(_FIRST_SLOT, "little")
 
     def mark(self, slot: int, lane: int, is_called: bool) -> None:
-        """Note that a sink is being called, in one of its two lanes, or no more."""
+        """Note whether a call of a sink is in progress, in one of its two queues."""
         self._map[_FIRST_SLOT + 2 * slot + lane] = is_called
 
     def is_called(self, slot: int) -> bool:
-        """Return whether a call of the sink has begun and not come back."""
+        """Return whether a call of the sink is in progress."""
         at = _FIRST_SLOT + 2 * slot
         return any(self._map[at : at + 2])
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Release the memory."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             self._map.close()
@@ -242,12 +244,10 @@ class Marks:
 
 
 def anonymous_file() -> int:
-    """Return a descriptor of a file without a name, in memory where there is such a thing.
-
-    What is written to it is appended.
+    """Create an anonymous file for appending, in memory if supported; return its descriptor.
 
     Raises:
-        OSError: it can't be made.
+        OSError: it can't be created.
     """
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("trainbus")
@@ -277,7 +277,7 @@ def _read(fd: int, at: int, size: int) -> bytes:
 
 
 def _free(fd: int, start: int, end: int) -> None:
-    """Give the memory of what was read back, as far as the system can."""
+    """Free the memory of messages that have been read, if the system supports it."""
     remove = getattr(mmap, "MADV_REMOVE", None)
     start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (end - start) // mmap.PAGESIZE * mmap.PAGESIZE

@@ -1,4 +1,4 @@
-"""One sink as configured."""
+"""The configuration of one sink: how to create it, and what is applied to its records."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Isolation: TypeAlias = Literal["auto", "process", "thread", "inline"]
 
 
 class SinkSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One sink as configured: how to make it, and what is done to records on the way to it.
+    """The configuration of one sink.
 
-    `options` are those of a registered sink, named by `kind`, which another process can make again;
-    None for a sink that is an object of this process.
+    `kind` and `options` describe a registered sink, which another process can create too. `options`
+    is None for a sink that is an object of this process.
     """
 
     name: str
@@ -36,35 +36,35 @@ class SinkSpec(msgspec.Struct, frozen=True, kw_only=True):
     sink: Sink | None = None
     isolation: Isolation | None = None
     base: str | None = None
-    """Folder that what a sink writes by default is relative to; None for the working directory."""
+    """Folder for files whose location no option sets; None for the working directory."""
 
     def sample(self) -> Sink | None:
-        """Return a sink that is not opened, to ask what it is like; None where that can't be."""
+        """Return an unopened sink to read its properties from; None if it can't be created."""
         if self.options is None:
             return self.sink
         try:
             return self.make()
-        except Exception:  # the worker says what is wrong with it
+        except Exception:  # the worker reports the error
             return None
 
     @property
     def key(self) -> str:
-        """Name of the cursor: another kind or other options are another place to deliver to."""
+        """Name of the cursor: another type or other options mean another destination."""
         about = msgspec.json.encode([self.name, self.kind, self.options], order="sorted")
         return f"{blob_name(self.name)[:80]}-{hashlib.sha256(about).hexdigest()[:8]}"
 
 
-def isolation_of(route: SinkSpec, isolation: Isolation) -> Isolation:
-    """Return where a sink runs: the last resort of `auto` is a thread."""
-    mode = route.isolation or isolation
+def isolation_of(spec: SinkSpec, isolation: Isolation) -> Isolation:
+    """Return where a sink runs; `auto` is a process if possible, else a thread."""
+    mode = spec.isolation or isolation
     if mode == "auto":
-        sample = route.sample()
-        is_free = route.options is not None and sample is not None and not sample.in_process
+        sample = spec.sample()
+        is_free = spec.options is not None and sample is not None and not sample.in_process
         return "process" if is_free else "thread"
-    if mode == "process" and route.options is None:
+    if mode == "process" and spec.options is None:
         logger.warning(
             "sink %r is an object of this process, so it runs in a thread instead of a process",
-            route.name,
+            spec.name,
         )
         return "thread"
     return mode

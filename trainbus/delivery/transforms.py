@@ -1,9 +1,9 @@
-"""What a sink's configuration filters, renames and thins out, before the sink sees it.
+"""Filters, renames and samples records before a sink receives them, as its configuration says.
 
-Patterns match the names that a person sees in the tracker: metric names, and the keys of images,
-curves, confusion matrices, tables, histograms and texts. Everything else (starts, ends,
-checkpoints, artifacts, alerts) always passes. `*` matches any text, `?` one character; the first
-`*` of a `rename` pattern is put where the `*` of its new name stands.
+Patterns match the names that a tracker shows: metric names, and the keys of images, curves,
+confusion matrices, tables, histograms and texts. All other events (starts, ends, checkpoints,
+artifacts, alerts) always pass. `*` matches any text, `?` one character; the text that the first
+`*` of a `rename` pattern matches replaces the `*` in the new name.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ class TransformSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Sequence[str],
         Meta(
             min_length=1,
-            description="Names that the sink gets; `*` matches any text, `?` one character",
-            extra={"expected": "a list of one pattern or more, or nothing would ever arrive"},
+            description="Names to send to the sink; `*` matches any text, `?` one character",
+            extra={"expected": "a list of one pattern or more (else nothing is sent)"},
         ),
     ] = ("*",)
-    exclude: Annotated[Sequence[str], Meta(description="Names that the sink does not get")] = ()
+    exclude: Annotated[Sequence[str], Meta(description="Names not to send to the sink")] = ()
     phase: Annotated[
         Sequence[str],
         Meta(
             min_length=1,
-            description="Phases, such as `validation`, whose metrics the sink gets",
-            extra={"expected": "a list of one phase or more, or no metric would ever arrive"},
+            description="Phases, such as `validation`, whose metrics are sent to the sink",
+            extra={"expected": "a list of one phase or more (else no metric is sent)"},
         ),
     ] = ("*",)
     rename: Annotated[
         Mapping[str, Annotated[str, Meta(min_length=1)]],
-        Meta(description="Name → its name in this sink; `*` in both stands for the same text"),
+        Meta(description="Name → name in this sink; a `*` in both stands for the same text"),
     ] = {}
     every: Annotated[
         Mapping[str, Annotated[int, Meta(ge=1)]],
-        Meta(description="Phase, such as `train` → steps from one value to the next"),
+        Meta(description="Phase, such as `train` → minimum number of steps between two values"),
     ] = {}
 
 
 class Transform:
-    """The transforms of one sink at work on one run; it remembers which steps it let through."""
+    """Applies the transforms of one sink to one run; remembers the last step of each phase."""
 
     def __init__(self, spec: TransformSpec) -> None:
         self._spec = spec
@@ -62,7 +62,7 @@ class Transform:
         self._changes_names = bool(list(spec.include) != ["*"] or spec.exclude or spec.rename)
 
     def __call__(self, record: Record) -> Record | None:
-        """Return the record as the sink shall see it, or None where nothing is left of it."""
+        """Return the record for the sink, or None if it is filtered out."""
         event: Any = record.event
         if not self._changes_names and type(event) is not MetricsLogged:
             return record
@@ -94,7 +94,7 @@ class Transform:
         return msgspec.structs.replace(record, event=msgspec.structs.replace(event, key=new))
 
     def name(self, key: str) -> str:
-        """Return what a metric or key is called in this sink."""
+        """Return the name of a metric or key in this sink."""
         for pattern, new in self._renames:
             found = pattern.fullmatch(key)
             if found:
@@ -102,12 +102,12 @@ class Transform:
         return key
 
     def _goals(self, started: RunStarted) -> dict[str, Literal["max", "min"]]:
-        """Return the goals under the names that the metrics have in this sink."""
+        """Return the goals with the names that the metrics have in this sink."""
         goals = {self.name(k): v for k, v in started.goals.items()}
         prefixes = {k: v for k, v in started.goals.items() if k.endswith("*")}
         by_prefix = msgspec.structs.replace(started, goals=prefixes)
         for old, new in self._spec.rename.items():
-            # What a name, or a part of the names, loses that had its goal by a shorter prefix.
+            # A renamed metric keeps the goal that a shorter prefix gave to its old name.
             is_part = old.endswith("*") and new.endswith("*")
             stem = old[:-1] if is_part else old
             goal = by_prefix.goal_of(stem)
@@ -137,9 +137,9 @@ class Transform:
 
 
 def _pattern(glob: str) -> re.Pattern[str]:
-    """Return a pattern as an expression that captures what each `*` stands for.
+    """Return a pattern as a regular expression that captures the text of each `*`.
 
-    Not fnmatch, where brackets are special: names such as `head[0]/loss` have them.
+    fnmatch is no option: it treats brackets as special, and names such as `head[0]/loss` have them.
     """
     special = {"*": "(.*)", "?": "."}
     return re.compile("".join(special.get(c) or re.escape(c) for c in glob), re.DOTALL)

@@ -1,1 +1,1 @@
-"""Records on disk: whatever ends a process, every whole record can be read back."""
+"""Stores records on disk: every complete record can be read back, however the process ended."""

@@ -1,9 +1,9 @@
-"""Keeps what is too large for a line of the journal: files, arrays, and long events.
+"""Stores what is too large for a line of the journal: files, arrays and long events.
 
-A blob is `blobs/<sha256 of its content>/<name>`: written, synced and renamed before the record that
-names it is written, so that a record never names what is not there, and what the trainer does to
-its own file afterwards does no harm. A link to the trainer's file would not protect it: trainers
-overwrite their files in place.
+A blob is `blobs/<sha256 of its content>/<name>`. It is written, synced and renamed before the
+record that names it is written: a record never names a missing blob, and the trainer may change its
+own file afterwards. A hard link to that file would not be enough, as trainers overwrite files in
+place.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from trainbus.redaction.patterns import text
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
-_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")  # what Windows can't store
+_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")  # not allowed on Windows
 _CHUNK = 2**20
 _MAX_LOADED = 2**31
 
 
 class Blob(msgspec.Struct, frozen=True, kw_only=True):
-    """A file of a record: the path that the event names, and where its content is kept."""
+    """A copy of a file named in a record: the original path, and the copy's name and digest."""
 
     path: str
     sha256: str
@@ -49,13 +49,13 @@ class Blobs:
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
         self.written = 0
-        """Bytes that were written by this process."""
+        """Bytes written by this process."""
 
     def add_file(self, path: str, max_bytes: float = math.inf) -> Blob | None:
-        """Keep a copy of a file; None if it is no plain file, or larger than `max_bytes`.
+        """Copy a file; return None if it is not a regular file, or larger than `max_bytes`.
 
         Raises:
-            OSError: it can't be read, or the copy can't be written.
+            OSError: the file can't be read, or the copy can't be written.
         """
         if not os.path.isfile(path) or os.path.getsize(path) > max_bytes:
             return None
@@ -64,7 +64,7 @@ class Blobs:
         return Blob(path=path, sha256=digest, name=name, size=size)
 
     def add_array(self, array: Array) -> str:
-        """Keep an array, as numpy's `.npy`, and return its digest.
+        """Store an array as a `.npy` file, and return its digest.
 
         Raises:
             OSError: it can't be written.
@@ -75,7 +75,7 @@ class Blobs:
         return self._add(buffer, "array.npy")[0]
 
     def add_event(self, data: bytes) -> str:
-        """Keep the JSON of an event that is too long for a line, and return its digest.
+        """Store the JSON of an event that is too long for a line, and return its digest.
 
         Raises:
             OSError: it can't be written.
@@ -83,33 +83,33 @@ class Blobs:
         return self._add(io.BytesIO(data), "event.json")[0]
 
     def find(self, blob: Blob) -> Path:
-        """Return the path of a blob that is there and has the size and content it should have.
+        """Return the path of a blob after checking its size and content.
 
         Raises:
-            JournalError: it is missing or damaged, or the names lead elsewhere.
+            JournalError: the blob is missing or damaged, or its name is not valid.
         """
         path = self._path(blob.sha256, blob.name)
         digest = hashlib.sha256()
         with self._open(path) as file:
             if os.fstat(file.fileno()).st_size != blob.size:
-                raise JournalError(f"blob {blob.sha256} has not the {blob.size} bytes it should")
+                raise JournalError(f"blob {blob.sha256} is damaged: expected {blob.size} bytes")
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
         if digest.hexdigest() != blob.sha256:
-            raise JournalError(f"blob {blob.sha256} is damaged: its content has another digest")
+            raise JournalError(f"blob {blob.sha256} is damaged: its digest does not match")
         return path
 
     def load(
         self, digest: str, dtype: np.dtype[Any] | None = None, shape: tuple[int, ...] = ()
     ) -> Any:
-        """Return what is kept under a digest: an array of `dtype` and `shape`, or an event's JSON.
+        """Return the content of a blob: an array of `dtype` and `shape`, or an event's JSON.
 
         Raises:
-            JournalError: it is missing or damaged, or is not what it should be.
+            JournalError: the blob is missing or damaged, or has another type or shape.
         """
         path = self._path(digest, "event.json" if dtype is None else "array.npy")
         with self._open(path) as file:
-            # What a record declares never decides how much is read.
+            # A corrupt or hostile record must not decide how much is read.
             size = os.fstat(file.fileno()).st_size
             if size > _MAX_LOADED:
                 raise JournalError(
@@ -117,11 +117,11 @@ class Blobs:
                 )
             data = file.read()
         if hashlib.sha256(data).hexdigest() != digest:
-            raise JournalError(f"blob {digest} is damaged: its content has another digest")
+            raise JournalError(f"blob {digest} is damaged: its digest does not match")
         return data if dtype is None else _array(data, dtype, shape)
 
     def _add(self, source: BinaryIO, name: str) -> tuple[str, str, int]:
-        """Copy a file to its place, and return its digest, name and size."""
+        """Copy a file into the blobs, and return its digest, name and size."""
         name = blob_name(name)
         blobs = self._folder.blobs
         blobs.mkdir(mode=0o700, exist_ok=True)
@@ -146,7 +146,7 @@ class Blobs:
 
     def _path(self, digest: str, name: str) -> Path:
         if not _DIGEST.fullmatch(digest) or not _NAME.fullmatch(name):
-            raise JournalError(f"refused a blob named {digest[:80]!r}/{name[:80]!r}")
+            raise JournalError(f"rejected a blob named {digest[:80]!r}/{name[:80]!r}")
         return self._folder.blobs / digest / name
 
     def _open(self, path: Path) -> BinaryIO:
@@ -158,20 +158,20 @@ class Blobs:
 
 
 def blob_name(name: str) -> str:
-    """Return a file's name as one that every system can store."""
+    """Return a file name as one that is valid on every operating system."""
     kept = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".")[-128:].lstrip(".") or "file"
     return f"_{kept}"[:128] if _RESERVED.fullmatch(kept) else kept
 
 
 def array_store(blobs: Blobs, min_bytes: int, fits: Callable[[int], bool]) -> Any:
-    """Return what keeps arrays of `min_bytes` and more outside the lines of a journal."""
+    """Return a function that stores arrays of at least `min_bytes` as blobs."""
 
     def store(array: Array) -> str | None:
         if array.nbytes < min_bytes or array.dtype.hasobject or not fits(array.nbytes):
             return None
         try:
             return blobs.add_array(array)
-        except OSError:  # a full disk: the line is tried as it is
+        except OSError:  # a full disk: the array stays in the line
             return None
 
     return store
@@ -179,9 +179,9 @@ def array_store(blobs: Blobs, min_bytes: int, fits: Callable[[int], bool]) -> An
 
 def _array(data: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
     if dtype.hasobject or not all(type(n) is int and n >= 0 for n in shape):
-        raise JournalError(f"refused an array of {dtype} {shape}")
+        raise JournalError(f"rejected an array of {dtype} {shape}")
     if math.prod(shape) * dtype.itemsize > len(data):
-        raise JournalError(f"refused an array of {dtype} {shape}: its blob has {len(data)} bytes")
+        raise JournalError(f"rejected an array of {dtype} {shape}: its blob has {len(data)} bytes")
     file = io.BytesIO(data)
     try:
         np.lib.format.read_magic(file)
@@ -190,5 +190,5 @@ def _array(data: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
             raise ValueError(f"found {found}")
         array = np.frombuffer(data, dtype, math.prod(shape), offset=file.tell())
     except Exception as error:
-        raise JournalError(f"a blob is no array of {dtype} {shape}: {error}") from error
+        raise JournalError(f"a blob is not an array of {dtype} {shape}: {error}") from error
     return array.reshape(shape).copy()

@@ -1,14 +1,14 @@
-"""The directory of one run: where its records, blobs, cursors, dead letters and receipt lie.
+"""The directory of one run, with its records, blobs, cursors, dead letters and receipt.
 
     trainbus-runs/<run id>/
-      r0-a1.jsonl             records of rank 0, attempt 1; written by the training process alone
-      r0-a1-end.jsonl         the end of an attempt that could not write its own
-      blobs/<sha256>/<name>   pictures, arrays and files, as they were when they were logged
-      cursors/  dead/         how far each sink is, and what it refused
+      r0-a1.jsonl             records of rank 0, attempt 1; only the training process writes it
+      r0-a1-end.jsonl         the end of an attempt that was killed before it could write one
+      blobs/<sha256>/<name>   images, arrays and files, as they were when they were logged
+      cursors/  dead/         the position of each sink, and the records it rejected
       receipt.json  worker.log
 
-Guarantees: directories are 0700 and files 0600; no name that is read from a journal leaves the
-directory, and no link in it is followed.
+Guarantees: directories have mode 0700 and files 0600; no name in a journal leads out of the
+directory, and no symbolic link in it is followed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _RECORDS = re.compile(r"r(0|[1-9][0-9]{0,5})-a([1-9][0-9]{0,5})\.jsonl")
 
 
 class RunFolder:
-    """The directory of one run; its name is the run's id."""
+    """The directory of one run; its name is the run id."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
@@ -45,20 +45,20 @@ class RunFolder:
 
     @property
     def run(self) -> str:
-        """Id of the run."""
+        """The run id."""
         return self.path.name
 
     @classmethod
     def create(cls, parents: Sequence[str | os.PathLike[str]], run: str) -> RunFolder:
-        """Return the run's directory below the first of `parents` that can be written.
+        """Create the run's directory in the first writable one of `parents`.
 
         Raises:
-            JournalError: none of them can.
+            JournalError: none of them is writable.
         """
         faults = []
         for parent in parents:
             try:
-                # Neither the home of a user nor the working directory has to be there.
+                # The home folder or the working directory may not exist.
                 folder = cls(Path(parent).expanduser() / run)
                 folder.path.parent.mkdir(parents=True, exist_ok=True)
                 folder.path.mkdir(mode=0o700, exist_ok=True)
@@ -70,10 +70,10 @@ class RunFolder:
 
     @classmethod
     def existing(cls, path: str | os.PathLike[str]) -> RunFolder:
-        """Return the directory of a run that is there.
+        """Return the directory of an existing run.
 
         Raises:
-            JournalError: there is none, or it holds no journal.
+            JournalError: the directory does not exist, or has no journal.
         """
         folder = cls(path)
         if not folder.path.is_dir():
@@ -91,7 +91,7 @@ class RunFolder:
         return self.path / f"r{rank}-a{attempt}.jsonl"
 
     def end(self, attempt: int, rank: int = 0) -> Path:
-        """Return the path of the end that was written in an attempt's place."""
+        """Return the path of the end that another process wrote for a killed attempt."""
         return self.path / f"r{rank}-a{attempt}-end.jsonl"
 
     def cursor(self, sink: str) -> Path:
@@ -99,11 +99,11 @@ class RunFolder:
         return self.path / "cursors" / f"{sink}.json"
 
     def dead(self, sink: str) -> Path:
-        """Return the path of what a sink refused."""
+        """Return the path of the records that a sink rejected."""
         return self.path / "dead" / f"{sink}.jsonl"
 
     def attempts(self, rank: int | None = 0) -> list[int]:
-        """Return the numbers of the attempts that have records, of one rank or of any."""
+        """Return the numbers of the attempts that have records, of one rank or (None) of any."""
         found = {
             int(match[2])
             for match in map(_RECORDS.fullmatch, self._names())
@@ -124,12 +124,12 @@ class RunFolder:
 
 
 def spare_folder() -> Path:
-    """Return the user's private folder for journals below the system's temporary one.
+    """Return the user's private folder for journals in the system's temporary folder.
 
-    Where something else has its name, such as a folder of another user, a fresh one is made.
+    If its name is taken, for example by another user, a new folder is created.
 
     Raises:
-        OSError: there is no temporary folder that can be written.
+        OSError: no temporary folder is writable.
     """
     path = _spare_path()
     with suppress(FileExistsError):
@@ -138,7 +138,7 @@ def spare_folder() -> Path:
 
 
 def existing_spare_folder() -> Path | None:
-    """Return the user's private folder for journals if there is one."""
+    """Return the user's private folder for journals, None if it does not exist."""
     try:
         path = _spare_path()
     except OSError:
@@ -147,64 +147,64 @@ def existing_spare_folder() -> Path | None:
 
 
 def _spare_path() -> Path:
-    # A user need not have a name: containers run under any uid.
+    # The uid may have no user name, as in containers.
     uid = os.getuid() if hasattr(os, "getuid") else 0
     return Path(tempfile.gettempdir()) / f"trainbus-runs-{uid}"
 
 
 def _is_private(path: Path) -> bool:
-    """Return whether a path is a folder that this user owns and nobody else can write."""
+    """Return whether a path is a folder that this user owns and only this user can write."""
     try:
         found = path.lstat()
     except OSError:
         return False
-    if not hasattr(os, "getuid"):  # on Windows temporary folders are each user's own
+    if not hasattr(os, "getuid"):  # on Windows each user has a temporary folder
         return stat.S_ISDIR(found.st_mode)
     is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
     return is_own and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def is_run_id(text: str) -> bool:
-    """Return whether a text can name a run: letters, digits and `_ - .`, at most 128."""
+    """Return whether a string is a valid run id: letters, digits and `_ - .`, at most 128."""
     return _RUN_ID.fullmatch(text) is not None
 
 
 def run_id(text: str) -> str:
-    """Return a text as one that can name a run."""
+    """Return a string as a valid run id."""
     kept = re.sub(r"[^A-Za-z0-9._-]+", "_", text).lstrip(".")[:128]
     return kept or "run"
 
 
 def open_within(root: Path, path: Path) -> int:
-    """Return a descriptor of a plain file below `root`, for reading.
+    """Open a regular file below `root` for reading, and return its descriptor.
 
     Raises:
-        JournalError: the path leaves the directory, or is a link or no plain file.
-        OSError: it can't be opened.
+        JournalError: the path leads out of the directory, or is a link or not a regular file.
+        OSError: the file can't be opened.
     """
     try:
         is_inside = path.parent.resolve().is_relative_to(root.resolve())
-    except RuntimeError:  # a link that leads to itself
+    except RuntimeError:  # a loop of symbolic links
         is_inside = False
     if not is_inside:
-        raise JournalError(f"refused {path}: it leads out of {root}")
+        raise JournalError(f"rejected {path}: it leads out of {root}")
     try:
         fd = os.open(path, os.O_RDONLY | NO_FOLLOW | NO_BLOCK)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise JournalError(f"refused {path}: it is a link") from error
+            raise JournalError(f"rejected {path}: it is a link") from error
         raise
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise JournalError(f"refused {path}: it is no plain file")
+        raise JournalError(f"rejected {path}: it is not a regular file")
     return fd
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, even after a power cut.
+    """Write a file completely or not at all, even if power is lost.
 
     Raises:
-        OSError: it can't be written.
+        OSError: the file can't be written.
     """
     path.parent.mkdir(mode=0o700, exist_ok=True)
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
@@ -221,10 +221,10 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder in a run's directory; a link is refused, it may lead out of it.
+    """Create a folder in a run's directory; a link is rejected, as it may lead out of it.
 
     Raises:
-        OSError: it is a link, or can't be created.
+        OSError: the path is a link, or can't be created.
     """
     path.mkdir(mode=0o700, exist_ok=True)
     if path.is_symlink():
@@ -232,10 +232,10 @@ def make_folder(path: Path) -> None:
 
 
 def open_private(path: Path) -> int:
-    """Return a descriptor for appending to a file that only the user may read, and no link.
+    """Open a file for appending that only this user can read, and return its descriptor.
 
     Raises:
-        OSError: it can't be opened.
+        OSError: the path is a link, or can't be opened.
     """
     make_folder(path.parent)
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_FOLLOW, 0o600)

@@ -1,6 +1,7 @@
-"""Decides which files the records of a journal may name, where they are now, and if they still are.
+"""Finds the files that records name: their copies, or the originals if they may be used.
 
-Guarantees: a sink is never given a file as one that a record named if it has changed since.
+Guarantees: a sink never receives a file that has changed since it was logged, nor, in a replay, a
+file outside of the run's directory and the trusted folders.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from trainbus.events import (
 )
 from trainbus.journal.blobs import Blob, Blobs
 from trainbus.journal.directory import RunFolder
+from trainbus.journal.encoding import Entry
 from trainbus.journal.file_states import FileState, change_of
-from trainbus.journal.reader import Entry
 from trainbus.paths import is_absolute
 
 logger = logging.getLogger("trainbus")
@@ -36,11 +37,11 @@ _NAMING_FILES = frozenset({RunStarted, ImageLogged, CheckpointSaved, ArtifactLog
 
 
 class Resolved(NamedTuple):
-    """A record with the paths of files as they can be opened now."""
+    """A record with paths that can be opened now."""
 
     record: Record
     is_superseded: bool = False
-    """Whether it is a checkpoint that the trainer has overwritten or removed since."""
+    """Whether it is a checkpoint that the trainer has since overwritten or removed."""
 
 
 class FileResolver:
@@ -49,7 +50,7 @@ class FileResolver:
     Args:
         folder: the run's directory.
         trusted: folders outside of it whose files may be used; None trusts every path, which is
-            right only for a journal that the training process is writing itself.
+            only safe for a journal that the training process itself is writing.
     """
 
     def __init__(self, folder: RunFolder, trusted: Sequence[str | os.PathLike[str]] | None) -> None:
@@ -57,45 +58,45 @@ class FileResolver:
         self._blobs = Blobs(folder)
         self._trusted = None if trusted is None else [Path(t).resolve() for t in trusted]
         self._nowhere = folder.path / "not-available"
-        while os.path.lexists(self._nowhere):  # put there by who made the journal
+        while os.path.lexists(self._nowhere):  # created by whoever made the journal
             self._nowhere = folder.path / f"not-available-{secrets.token_hex(8)}"
         self.refused: list[str] = []
-        """Paths outside of the directory that records named, and that were not used."""
+        """Paths in records that are outside of the trusted folders, and were not used."""
         self.damaged: list[str] = []
-        """What is wrong with blobs that records named."""
+        """Errors of blobs that records name."""
         self._changed: dict[str, str] = {}
         self._superseded: dict[str, str] = {}
 
     @property
     def changed(self) -> list[str]:
-        """Files that are no longer those that records named: a line each, with what was found.
+        """One line for each file that has changed since it was logged.
 
-        A checkpoint that the trainer has overwritten is among them only if none came after it.
+        An overwritten checkpoint is only included if no later one of its kind was found.
         """
         return list({**self._changed, **self._superseded}.values())
 
     def add_changed(self, changed: Sequence[str]) -> None:
-        """Add lines to `changed` that another process has found."""
+        """Add lines of another process to `changed`."""
         self._changed |= {line: line for line in changed}
 
     def resolve(self, entry: Entry) -> Record:
-        """Return the record with the paths of files as they can be opened now."""
+        """Return the record with paths that can be opened now."""
         return self.take(entry).record
 
     def take(self, entry: Entry, *, is_sent: bool = False) -> Resolved:
-        """Return the record with the paths of files as they can be opened now.
+        """Return the record with paths that can be opened now.
 
         Args:
-            entry: the record, and what the journal says of its files.
-            is_sent: whether the sink sends the file of a checkpoint; one that the trainer has
-                overwritten is then superseded, as what counts is the file that came after it.
+            entry: the record, and what the journal stores about its files.
+            is_sent: whether the sink sends checkpoint files; an overwritten checkpoint is then
+                superseded, as a later record names the new file.
         """
         event = entry.record.event
         if isinstance(event, CheckpointSaved):
             return self._take_checkpoint(entry, event, is_sent=is_sent)
         if isinstance(event, RunEnded) and self._is_live:
             for kind in list(self._superseded):
-                self._change(kind, self._superseded.pop(kind))
+                self._add_change(kind, self._superseded.pop(kind))
         return Resolved(self._resolve(entry))
 
     @property
@@ -108,18 +109,18 @@ class FileResolver:
             change = change_of(event.path, entry.files)
             if change is not None:
                 if is_sent:
-                    self._superseded[event.kind] = _refusal(change[1])
-                # Sinks that only show the path get it: the trainer did save there.
+                    self._superseded[event.kind] = _change_text(change[1])
+                # Sinks that only show the path still get it: the trainer did save there.
                 return Resolved(entry.record, is_superseded=is_sent)
         record: Any = self._resolve(entry)
         if not record.event.path.startswith(str(self._nowhere)):
             self._superseded.pop(event.kind, None)
         return Resolved(record)
 
-    def _change(self, path: str, text: str) -> None:
+    def _add_change(self, path: str, text: str) -> None:
         if path not in self._changed:
             self._changed[path] = text
-            if self._is_live:  # else who asked for it shows all of them at the end
+            if self._is_live:  # a replay shows all of them at its end
                 logger.warning("%s", text)
 
     def _resolve(self, entry: Entry) -> Record:
@@ -149,20 +150,18 @@ class FileResolver:
             except JournalError as error:
                 self.damaged.append(str(error))
         elif not is_absolute(path):
-            self._change(
-                path,
-                f"{path!r} was logged without its folder, expected an absolute path: which file "
-                "that was is not known, and it is not sent",
+            self._add_change(
+                path, f"{path!r} is not sent: found a relative path, expected an absolute one"
             )
         elif not (self._is_live or os.path.isabs(path)):
-            self._change(path, f"{path} is an address, expected a file: it is not sent")
+            self._add_change(path, f"{path} is not sent: found a URL, expected a file")
         elif not self._may_use(path):
             self.refused.append(path)
         elif (change := change_of(path, states)) is not None and change[0] == "changed":
-            self._change(path, _refusal(change[1]))
+            self._add_change(path, _change_text(change[1]))
         else:
             return path
-        # A path below the run's directory, where nothing is: sinks say that it can't be read.
+        # Nothing exists at this path: sinks report that the file can't be read.
         return str(self._nowhere / Path(path).name)
 
     def _may_use(self, path: str) -> bool:
@@ -175,8 +174,8 @@ class FileResolver:
         return os.path.isabs(path) and any(real.is_relative_to(folder) for folder in self._trusted)
 
 
-def _refusal(difference: str) -> str:
-    return f"{difference}; it is no longer the file that was logged, and is not sent"
+def _change_text(difference: str) -> str:
+    return f"{difference}; the file has changed since it was logged, and is not sent"
 
 
 def _with(record: Record, **fields: Any) -> Record:

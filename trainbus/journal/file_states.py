@@ -1,6 +1,6 @@
-"""Tells whether a file is still the one that a record named, by its size and time of change.
+"""Detects files that have changed since they were logged, by size and modification time.
 
-What a journal keeps a copy of has its digest; of the rest this is noted when it is logged.
+Copies in the journal have a digest; for all other files the journal stores this state instead.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Literal, TypeAlias
 import msgspec
 
 MAX_STATES = 1000
-"""Files of one event whose state is noted; what is beyond that is not checked."""
+"""Files per event whose state is stored; further ones are not checked."""
 
 Change: TypeAlias = Literal["gone", "changed"]
 
 
 class FileState(msgspec.Struct, frozen=True, kw_only=True):
-    """A file that a record named, as it was then; `mtime_ns` is nanoseconds since the epoch."""
+    """The state of a file when it was logged; `mtime_ns` is nanoseconds since the Unix epoch."""
 
     path: str
     size: int
@@ -32,19 +32,19 @@ class FileState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def states_of(paths: Iterable[str]) -> list[FileState]:
-    """Return the state of each file; of a folder, that of each file in it."""
+    """Return the state of each file, and of each file in a folder."""
     files = (file for path in paths for file in _files(path))
     found = (_state(file) for file in islice(files, MAX_STATES))
     return [state for state in found if state is not None]
 
 
 def change_of(path: str, states: Sequence[FileState]) -> tuple[Change, str] | None:
-    """Return how a file, or a file in a folder, differs from what was noted; None if it does not.
+    """Return how a file, or a file in a folder, differs from its stored state; None if unchanged.
 
-    A path of which nothing was noted can't differ, and neither does a folder by a further file.
+    A path without a stored state counts as unchanged, and so does a folder with additional files.
 
     Returns:
-        What happened, and what was expected and found.
+        The kind of change, and a text with what was expected and found.
     """
     below = os.path.join(path, "")
     for expected in states:
@@ -73,7 +73,7 @@ def _files(path: str) -> Iterator[str]:
 
 def _state(path: str) -> FileState | None:
     try:
-        path.encode()  # a name that is no text can't be written into a line
+        path.encode()  # JSON can't store a name that is not valid UTF-8
         found = os.stat(path)
     except (OSError, ValueError):
         return None

@@ -1,4 +1,4 @@
-"""Locks of files: one process writes a records file, one process delivers to a sink."""
+"""File locks: only one process writes a records file, only one process delivers to a sink."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ except ImportError:  # not on Windows, where a second writer is not noticed
 
 
 def try_lock(fd: int) -> bool:
-    """Return whether this process has the file to itself now, until the descriptor is closed."""
+    """Lock a file until its descriptor is closed; return False if another process has locked it."""
     if fcntl is None:
         return True
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a filesystem without locks
+    except OSError:  # a file system without locks
         return True
     return True
 
 
 def is_being_written(path: Path) -> bool:
-    """Return whether a training process still has its records file open."""
+    """Return whether a training process still holds the lock of its records file."""
     try:
         fd = os.open(path, os.O_RDONLY | NO_FOLLOW | NO_BLOCK)
     except OSError:
@@ -40,7 +40,7 @@ def is_being_written(path: Path) -> bool:
 
 
 def open_lock(path: Path) -> int:
-    """Return a descriptor of a lock file, for `try_lock`.
+    """Open or create a lock file for `try_lock`, and return its descriptor.
 
     Raises:
         OSError: it can't be created.

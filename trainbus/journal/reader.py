@@ -1,8 +1,8 @@
-"""Reads the records of a run back, also while they are being written.
+"""Reads the records of a run, also while they are being written.
 
-Guarantees: every whole record is returned, in order; a damaged line costs itself alone and is
-counted; a torn last line is left until it is whole; nothing that a journal says opens a file
-outside its directory, decides how much memory is taken, or raises.
+Guarantees: every complete record is returned, in order; a damaged line is skipped and counted, and
+affects no other line; an incomplete last line is left until it is complete; no content of a journal
+opens a file outside its directory, decides how much memory is allocated, or raises an exception.
 """
 
 from __future__ import annotations
@@ -11,43 +11,22 @@ import os
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
 from trainbus.errors import JournalError
 from trainbus.events import Codec, Record
-from trainbus.journal.blobs import Blob, Blobs
+from trainbus.journal.blobs import Blobs
 from trainbus.journal.directory import RunFolder, is_run_id, open_within
-from trainbus.journal.encoding import LONGEST_LINE, unseal
-from trainbus.journal.file_states import FileState
+from trainbus.journal.encoding import LINE_START, LONGEST_LINE, Entry, decode_entry, unseal
 
 _CHUNK = 2**20
-_START = b'{"crc":"'
 _MAX_FAULTS = 100
 _MAX_PARTS = 100
 
 
-class _Files(msgspec.Struct):
-    blobs: list[Blob] = []
-    files: list[FileState] = []
-
-
-_FILES = msgspec.json.Decoder(_Files)
-
-
-class Entry(NamedTuple):
-    """A record as it stands in the journal, and what it says of the files that it names."""
-
-    record: Record
-    blobs: Sequence[Blob]
-    """Copies of files."""
-    files: Sequence[FileState] = ()
-    """What the other files were when they were logged."""
-
-
 class RecordFile:
-    """One records file; `read` returns what has come since."""
+    """One records file; `read` returns the records that are new since the last call."""
 
     def __init__(self, folder: RunFolder, path: Path, *, offset: int = 0) -> None:
         self._folder = folder
@@ -59,35 +38,35 @@ class RecordFile:
         self._skips = False
         self._bad = 0
         self._is_in_piece = False
-        # An attempt begins with 1; the end that was written in its place has any seq.
+        # An attempt starts with seq 1; an end that another process wrote can have any seq.
         is_whole = offset == 0 and not path.stem.endswith("-end")
         self._last_seq: int | None = 0 if is_whole else None
         self.damaged = 0
-        """Records that can't be read."""
+        """Number of records that can't be read."""
         self.faults: list[str] = []
-        """What is wrong with some of them."""
+        """Errors for some of them."""
         self.missing = 0
-        """Records that are not there at all, as their numbers tell."""
+        """Number of records that are missing, according to the seq of the others."""
 
     @property
     def offset(self) -> int:
-        """Where in the file the first line begins that was not returned yet."""
+        """Position in the file of the first line that has not been returned."""
         return self._offset
 
     @property
     def torn(self) -> int:
-        """Bytes after the last line feed that `read` has seen."""
+        """Number of bytes after the last line feed."""
         return len(self._rest)
 
     def exists(self) -> bool:
-        """Return whether there is a file."""
+        """Return whether the file exists."""
         return self._path.exists()
 
     def read(self, limit: int = 500) -> list[Entry]:
-        """Return at most `limit` further records, fewer only if the file has no more.
+        """Return the next records, at most `limit`; fewer only at the end of the file.
 
         Raises:
-            JournalError: the file is a link, or no plain file.
+            JournalError: the file is a link, or not a regular file.
         """
         found: list[Entry] = []
         while len(found) < limit:
@@ -106,16 +85,16 @@ class RecordFile:
             os.close(fd)
 
     def finish(self) -> None:
-        """Count what is damaged at the end of a file that gets no more lines."""
+        """Count the damaged lines at the end of a file that is complete."""
         self.damaged += self._bad
         self._bad = 0
 
     def _take(self, end: int, limit: int, found: list[Entry]) -> None:
-        """Take lines that are whole from what was read, as many as are wanted."""
+        """Decode complete lines from the buffer until `found` has `limit` records."""
         start, rest = 0, self._rest
         while end >= 0 and len(found) < limit:
             line = rest[start:end]
-            if self._skips:  # the end of a line that was too long to be kept
+            if self._skips:  # the end of a line that is too long
                 self._skips = False
             else:
                 self._line(line, found)
@@ -127,18 +106,18 @@ class RecordFile:
     def _line(self, line: bytes, found: list[Entry]) -> None:
         body = unseal(line)
         if body is None:
-            # A flipped bit may be a line feed, and make two pieces of one line.
-            self._bad += not (self._is_in_piece and not line.startswith(_START))
+            # A flipped bit can become a line feed and split one line into two pieces.
+            self._bad += not (self._is_in_piece and not line.startswith(LINE_START))
             self._is_in_piece = not line.endswith(b"}")
-            # A lost line feed makes one line of two, of which the second is whole.
-            body = _whole_part(line)
+            # A lost line feed joins two lines, of which the second is complete.
+            body = _last_complete(line)
             if body is None:
                 return
         try:
-            entry = entry_of(body, self._codec)
+            entry = decode_entry(body, self._codec)
             record = entry.record
             if not is_run_id(record.run):
-                raise JournalError(f"refused a record of run {record.run[:80]!r}")
+                raise JournalError(f"rejected a record of run {record.run[:80]!r}")
         except (msgspec.DecodeError, JournalError, ValueError, RecursionError) as error:
             if len(self.faults) < _MAX_FAULTS:
                 self.faults.append(str(error))
@@ -172,11 +151,11 @@ class RecordFile:
         return bool(chunk)
 
 
-def _whole_part(line: bytes) -> bytes | None:
-    """Return the whole line that a damaged one ends with, if its line feed was lost."""
+def _last_complete(line: bytes) -> bytes | None:
+    """Return the complete line that a damaged line ends with, if a line feed was lost."""
     at = 0
     for _ in range(_MAX_PARTS):
-        at = line.find(_START, at + 1)
+        at = line.find(LINE_START, at + 1)
         if at < 0:
             break
         if body := unseal(line[at:]):
@@ -184,28 +163,14 @@ def _whole_part(line: bytes) -> bytes | None:
     return None
 
 
-def entry_of(body: bytes, codec: Codec) -> Entry:
-    """Return the entry of a line, given without its checksum.
-
-    Raises:
-        msgspec.DecodeError: it is no JSON, or not a record.
-        JournalError: what it keeps outside of the line can't be read.
-    """
-    record = codec.decode(body)
-    if not body.startswith((b'{"blobs":', b'{"files":')):
-        return Entry(record, ())
-    found = _FILES.decode(body)
-    return Entry(record, found.blobs, found.files)
-
-
 class RunReader:
-    """The records of a run in order, over all its attempts, from a position on.
+    """Reads the records of a run in order, across its attempts, starting at a position.
 
     Args:
         folder: the run's directory.
-        after: (attempt, seq) of the last record that is not wanted.
-        offset: where the record after it begins in its file, if that is known.
-        upto: the last attempt that is wanted; None for all there are.
+        after: (attempt, seq) of the last record to skip.
+        offset: position in its file of the record after that, if known.
+        upto: the last attempt to read; None for all attempts.
     """
 
     def __init__(
@@ -228,28 +193,28 @@ class RunReader:
 
     @property
     def offset(self) -> int:
-        """Where to go on in the records file of the attempt of the last record."""
+        """Position in the records file of the current attempt after the last returned record."""
         return self._parts[0].offset if self._parts else 0
 
     def add(self, lines: Sequence[bytes]) -> None:
-        """Take lines that are in no file to be the last ones of the last attempt."""
+        """Add lines that are in no file, as the last ones of the last attempt."""
         self._extra = deque(lines)
 
     def read(self, limit: int = 500) -> list[Entry]:
-        """Return at most `limit` further records, all of one attempt; none if there are no more.
+        """Return the next records, at most `limit` and all of one attempt; empty at the end.
 
         Raises:
-            JournalError: a file is a link, or no plain file.
+            JournalError: a file is a link, or not a regular file.
         """
         while True:
-            if self._attempt is None and not self._next():
+            if self._attempt is None and not self._open_next_attempt():
                 return []
             found = self._read(limit)
             is_last = True
             if not found:
-                # Asked first: once there is a further attempt, this one gets no more.
+                # Checked before reading: once a later attempt exists, this one is complete.
                 last = self._last_attempt()
-                # Where the directory was deleted no attempt is known, and this one is still open.
+                # If the directory was deleted, no attempt is listed, and this one is still open.
                 is_last = last is None or self._attempt == last
                 found = self._read(limit)
             if found:
@@ -257,15 +222,15 @@ class RunReader:
                 return found
             if is_last:
                 return self._read_extra(limit)
-            self._leave()
+            self._close_attempt()
 
     def close(self) -> None:
-        """Close the files, and count what is damaged in them."""
-        self._leave()
+        """Close the files, and count the damaged lines in them."""
+        self._close_attempt()
 
     def _read(self, limit: int) -> list[Entry]:
         main, end = self._parts
-        # Asked first: once the end is there, the training process writes no more.
+        # Checked before reading: once the end exists, the training process writes no more.
         parts = [main, end] if end.exists() else [main]
         for part in parts:
             while found := part.read(limit):
@@ -282,7 +247,7 @@ class RunReader:
         found: list[Entry] = []
         while self._extra and len(found) < limit:
             body = unseal(self._extra.popleft().rstrip(b"\n"))
-            entry = entry_of(body, codec) if body else None
+            entry = decode_entry(body, codec) if body else None
             if entry is not None and entry.record.position > self._after:
                 found.append(entry)
         if found:
@@ -293,8 +258,8 @@ class RunReader:
         known = [n for n in self._folder.attempts() if self._upto is None or n <= self._upto]
         return known[-1] if known else None
 
-    def _next(self) -> bool:
-        """Open the next attempt that may have records after the position."""
+    def _open_next_attempt(self) -> bool:
+        """Open the next attempt that can have records after the position."""
         left = self._after[0] if self._attempt is None else self._attempt
         known = [n for n in self._folder.attempts() if self._upto is None or n <= self._upto]
         wanted = [n for n in known if n >= left]
@@ -308,7 +273,7 @@ class RunReader:
         ]
         return True
 
-    def _leave(self) -> None:
+    def _close_attempt(self) -> None:
         for part in self._parts:
             part.finish()
             part.close()
@@ -322,7 +287,7 @@ class RunReader:
 
 
 def first_entry(folder: RunFolder, attempt: int) -> Entry | None:
-    """Return the first record of an attempt that can be read."""
+    """Return the first readable record of an attempt, None if there is none."""
     file = RecordFile(folder, folder.records(attempt))
     try:
         found = file.read(1)

@@ -1,4 +1,4 @@
-"""How an attempt ended whose process could not say so, or did not know why."""
+"""Ends the attempts of killed processes, and finds the cause of a failed distributed run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trainbus.journal.reader import RecordFile
 
 
 def write_end(folder: RunFolder, record: Record) -> bool:
-    """Write the end of an attempt whose process is gone; False if it has one by now.
+    """Write the end of an attempt whose process is gone; return False if it already has one.
 
     Raises:
         OSError: it can't be written.
@@ -33,7 +33,7 @@ def write_end(folder: RunFolder, record: Record) -> bool:
             file.write(seal(Codec().encode(record)))
             file.flush()
             os.fsync(fd)
-        os.link(temporary, path)  # unlike a rename, it fails where another process was first
+        os.link(temporary, path)  # unlike a rename, this fails if another process was first
     except FileExistsError:
         return False
     finally:
@@ -49,10 +49,10 @@ REASON_LOST = "the training process was killed, or ended without ending its run"
 
 
 def last_record(folder: RunFolder, attempt: int, rank: int = 0) -> Record | None:
-    """Return the last record of an attempt that can be read, its end included."""
+    """Return the last readable record of an attempt, including its end."""
     last = None
     for path in (folder.records(attempt, rank), folder.end(attempt, rank)):
-        # The last lines will do, as a rule; a reader finds its way into the midst of a file.
+        # The last lines usually suffice; a reader can start in the middle of a line.
         begin = max(path.stat().st_size - _TAIL, 0) if path.exists() else 0
         for offset in (begin, 0) if begin else (0,):
             file = RecordFile(folder, path, offset=offset)
@@ -67,12 +67,12 @@ def last_record(folder: RunFolder, attempt: int, rank: int = 0) -> Record | None
 
 
 def recover(folder: RunFolder, *, now: float, upto: int | None = None) -> int:
-    """Give every attempt whose process is gone the end it could not write; return how many.
+    """Write the missing end of every attempt whose process is gone; return how many were written.
 
     Args:
         folder: the run's directory.
         now: Unix seconds.
-        upto: the last attempt to look at; None for all.
+        upto: the last attempt to check; None for all.
 
     Raises:
         OSError: an end can't be written.
@@ -97,7 +97,7 @@ def recover(folder: RunFolder, *, now: float, upto: int | None = None) -> int:
 
 
 def end_with_cause(folder: RunFolder, attempt: int, end: RunEnded) -> RunEnded:
-    """Return the end of a run, with the failure of another rank as its cause if there is one."""
+    """Return the end of a run; if another rank failed first, with the error of that rank."""
     if end.status == "finished":
         return end
     found: list[tuple[bool, float, int, Failure]] = []
@@ -112,7 +112,7 @@ def end_with_cause(folder: RunFolder, attempt: int, end: RunEnded) -> RunEnded:
                     is_effect = _lost_connection(event.error)
                     found.append((is_effect, entry.record.time, rank, event.error))
         except (OSError, JournalError) as fault:
-            logger.warning("what rank %d says of its end can't be read: %s", rank, fault)
+            logger.warning("can't read the records of rank %d: %s", rank, fault)
         finally:
             file.close()
     if not found:
@@ -125,6 +125,6 @@ def end_with_cause(folder: RunFolder, attempt: int, end: RunEnded) -> RunEnded:
 
 
 def _lost_connection(error: Failure) -> bool:
-    """Return whether a failure is what one rank sees of another one's end."""
+    """Return whether a failure looks like the loss of the connection to another rank."""
     text = f"{error.type}: {error.message}"
     return re.search(r"\b(gloo|NCCL|Dist\w*Error|[Cc]onnection \w+)\b", text) is not None

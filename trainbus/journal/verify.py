@@ -15,8 +15,8 @@ from trainbus.journal.locks import is_being_written
 from trainbus.journal.reader import RecordFile
 
 
-class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """What `verify` found in one records file."""
+class FileReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The result of `verify` for one records file."""
 
     file: str
     records: int
@@ -28,27 +28,29 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_sound(self) -> bool:
-        """Whether every record that was written is there, and every blob that they name."""
+        """Whether no record and no blob is damaged or missing."""
         return not (self.damaged or self.missing or self.faults)
 
 
-def verify(folder: RunFolder, tell: Callable[[int], None] = lambda n: None) -> list[Finding]:
+def verify(folder: RunFolder, progress: Callable[[int], None] = lambda n: None) -> list[FileReport]:
     """Check every record and every blob of a run.
 
     Args:
         folder: the run's directory.
-        tell: called with the bytes that were looked at.
+        progress: called with the number of bytes read so far.
     """
     blobs, found = Blobs(folder), []
     for attempt in folder.attempts(rank=None):
         for rank in folder.ranks(attempt):
             for path in (folder.records(attempt, rank), folder.end(attempt, rank)):
                 if path.exists():
-                    found.append(_check(folder, path, blobs, tell))
+                    found.append(_check(folder, path, blobs, progress))
     return found
 
 
-def _check(folder: RunFolder, path: Path, blobs: Blobs, tell: Callable[[int], None]) -> Finding:
+def _check(
+    folder: RunFolder, path: Path, blobs: Blobs, progress: Callable[[int], None]
+) -> FileReport:
     file = RecordFile(folder, path)
     faults: list[str] = []
     records, state = 0, "open"
@@ -63,7 +65,7 @@ def _check(folder: RunFolder, path: Path, blobs: Blobs, tell: Callable[[int], No
                         faults.append(f"{event_name(entry.record.event)}: {error}")
                 if isinstance(entry.record.event, RunEnded):
                     state = entry.record.event.status
-            tell(file.offset)
+            progress(file.offset)
         file.finish()
     except JournalError as error:
         faults.append(str(error))
@@ -71,7 +73,7 @@ def _check(folder: RunFolder, path: Path, blobs: Blobs, tell: Callable[[int], No
         file.close()
     if state == "open" and is_being_written(path):
         state = "being written"
-    return Finding(
+    return FileReport(
         file=path.name,
         records=records,
         damaged=file.damaged,

@@ -1,9 +1,9 @@
-"""Writes the records of one training to disk: append-only, one line a record, one `write` a line.
+"""Writes the records of one training: append-only, one line per record, one `write` per line.
 
-Guarantees: what `append` returned from is on disk as far as the operating system is concerned, so
-that SIGKILL loses none of it; a line is there whole or cut off again; a disk that is full or gone
-never raises. Records wait in memory then, and where there are too many the least important are
-dropped, counted, and spoken of in the journal by an `alert.raised`.
+Guarantees: once `append` returns, the operating system has the record, so SIGKILL does not lose it;
+a line is written completely, or removed again; a disk that is full or gone never raises. Records
+are then kept in memory. If there are too many, the least important ones are dropped and counted,
+and an `alert.raised` in the journal reports them.
 """
 
 from __future__ import annotations
@@ -47,23 +47,23 @@ _SYNCED = (RunStarted, ParamsUpdated, RunEnded)
 
 
 class JournalSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where journals are written, and what they may hold."""
+    """Where journals are written, and their limits."""
 
     dir: Annotated[
-        FilePath, Meta(min_length=1, description="Folder that gets a directory a run")
+        FilePath, Meta(min_length=1, description="Folder with one directory for each run")
     ] = "trainbus-runs"
     max_bytes: Annotated[
         int,
-        Meta(ge=2**20, description="Size at which step metrics and copies of files are left out"),
+        Meta(ge=2**20, description="Size above which step metrics and file copies are dropped"),
     ] = 2**31
     redact: Annotated[
         list[str],
-        Meta(description="Names of parameters that are secret, besides those that look like it"),
+        Meta(description="Extra parameter names to redact"),
     ] = []
 
 
 class JournalWriter:
-    """The records file of one attempt, open for writing; calls must not overlap."""
+    """The records file of one attempt, open for writing; not thread-safe."""
 
     def __init__(
         self,
@@ -75,15 +75,15 @@ class JournalWriter:
         wants_files: Callable[[CheckpointSaved | ArtifactLogged], bool] = lambda event: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Create the records file of an attempt, or of the next one that has none.
+        """Create the records file of an attempt, or of the next attempt without one.
 
         Args:
             folder: the run's directory.
-            attempt: the lowest number that the attempt may have.
+            attempt: lowest number of the attempt.
             rank: rank of this process.
-            max_bytes: size of records and blobs together at which the journal saves space.
-            keeps: says whether a copy of an event's file is wanted.
-            clock: seconds, for retries.
+            max_bytes: size of records and blobs together above which step metrics are dropped.
+            wants_files: returns whether a copy of an event's files is needed.
+            clock: monotonic time in seconds, for retries.
 
         Raises:
             JournalError: the file can't be created.
@@ -92,22 +92,22 @@ class JournalWriter:
         self._run = folder.run
         self.rank = rank
         self.dropped: Counter[str] = Counter()
-        """What could not be kept, by event name."""
-        self._undeclared: Counter[str] = Counter()
+        """Number of dropped records, by event name."""
+        self._unreported: Counter[str] = Counter()
         self._lines = RecordEncoder(
             folder, lambda: self._state.size, max_bytes, wants_files, self._warn
         )
         self._clock = clock
         self._max_bytes = max_bytes
         self._state = _State(0, 0, False)
-        self._begun: _Begun | None = None
+        self._writing: _Write | None = None
         self._held: deque[_Held] = deque()
         self._held_bytes = 0
         self._retry_at = 0.0
         self._fault = ""
         self._warned: set[str] = set()
         self.is_gone = False
-        """Whether the file was not where it should be when `check_file` last looked."""
+        """Whether the last `check_file` did not find the file at its path."""
         attempt = max([attempt, *(n + 1 for n in folder.attempts(rank))])
         self._fd, self.attempt = _create(folder, attempt, rank)
 
@@ -119,40 +119,40 @@ class JournalWriter:
     @property
     def ended(self) -> bool:
         """Whether the last record is the run's end."""
-        self._settle()
+        self._finish_write()
         return self._state.ended
 
     @property
     def held(self) -> list[bytes]:
-        """Lines that could not be written so far."""
+        """Lines that wait in memory to be written."""
         return [held.line for held in self._held]
 
     @property
     def unsaved(self) -> int:
-        """How many of the records that were not dropped are not on disk."""
+        """Number of records that are not on disk, apart from the dropped ones."""
         return self.seq - self.dropped.total() if self.is_gone else len(self._held)
 
     def append(self, event: Event, now: float) -> Record:
-        """Write an event, stamped with its time (Unix seconds), and return its record."""
-        self._settle()
+        """Write an event with its time (Unix seconds), and return the record."""
+        self._finish_write()
         is_end = isinstance(event, RunEnded)
-        if (self._held or self._undeclared) and (is_end or self._clock() >= self._retry_at):
+        if (self._held or self._unreported) and (is_end or self._clock() >= self._retry_at):
             self.catch_up()
-            self._declare(now)
+            self._report_dropped(now)
         record = self._record(event, now)
         is_spare = isinstance(event, MetricsLogged) and event.step is not None
         if is_spare and self._lines.is_full:
-            self._fault = f"the journal has its {self._max_bytes} bytes"
-            self._warn("budget", f"{self._fault}: step metrics are left out from here on")
+            self._fault = f"the journal has reached {self._max_bytes} bytes"
+            self._warn("budget", f"{self._fault}: step metrics are dropped from now on")
             self._state = self._state._replace(seq=record.seq)
-            self._count(event_name(event))
+            self._count_dropped(event_name(event))
             return record
         line = self._lines.line(record)
         if len(line) > LONGEST_LINE:
             self._fault = f"{event_name(event)} has {len(line)} bytes"
-            self._warn("long", f"{self._fault} and is left out: expected at most {LONGEST_LINE}")
+            self._warn("long", f"{self._fault} and is dropped: expected at most {LONGEST_LINE}")
             self._state = self._state._replace(seq=record.seq)
-            self._count(event_name(event))
+            self._count_dropped(event_name(event))
             return record
         after = _State(self._state.size + len(line), record.seq, is_end)
         if not self._held and self._write(line, after):
@@ -164,12 +164,12 @@ class JournalWriter:
         return record
 
     def sync(self) -> None:
-        """Have the operating system write to the disk what it has, against power loss."""
+        """Flush the file to the disk, so that its records survive a power failure."""
         with suppress(OSError, AttributeError):  # no such call on macOS
             os.fdatasync(self._fd)
 
     def check_file(self) -> None:
-        """Find out whether the file is still there: what is written to a deleted one is lost."""
+        """Check that the file still exists: records written to a deleted file are lost."""
         if self._fd < 0:
             return
         path = self.folder.records(self.attempt, self.rank)
@@ -177,7 +177,7 @@ class JournalWriter:
         try:
             found = os.stat(path)
         except OSError as error:
-            # A disk that refuses to answer may still have it.
+            # After any other error the file may still exist.
             if error.errno not in _VANISHED:
                 return
             self.is_gone = True
@@ -185,10 +185,12 @@ class JournalWriter:
             self.is_gone = (own.st_dev, own.st_ino) != (found.st_dev, found.st_ino)
         if self.is_gone:
             text = f"{path} was deleted, moved or unmounted while it was being written"
-            self._warn("gone", f"{text}; sinks get all records, but no replay can send them again")
+            self._warn(
+                "gone", f"{text}; sinks get all records, but `trainbus replay` can't send them"
+            )
 
     def catch_up(self) -> None:
-        """Try once more to write what could not be written."""
+        """Try again to write the lines that wait in memory."""
         while self._held:
             held = self._held[0]
             size, seq = self._state.size + len(held.line), max(self._state.seq, held.seq)
@@ -196,7 +198,7 @@ class JournalWriter:
                 break
 
     def close(self) -> None:
-        """Close the file; calling it twice does nothing more."""
+        """Close the file; a second call does nothing."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -212,15 +214,15 @@ class JournalWriter:
         )
 
     def _write(self, line: bytes, after: _State, held: _Held | None = None) -> bool:
-        """Write a line, and go on from the state `after` it; False if the disk won't have it.
+        """Write a line and change to the state `after` it; return False if the write failed.
 
-        `held` is the line where it waited in memory, and is taken from there.
+        `held` is the waiting line that is written, and is removed from memory.
         """
-        # Ctrl-C may come between any two of these lines; `_settle` then finds out what is there.
-        self._settle()
-        if self._begun is not None:
+        # Ctrl-C can interrupt between any two lines; `_finish_write` then checks what was written.
+        self._finish_write()
+        if self._writing is not None:
             return False
-        self._begun = _Begun(after, held)
+        self._writing = _Write(after, held)
         try:
             written = os.write(self._fd, line)
             if written < len(line):  # a full disk writes short, without an error
@@ -230,17 +232,17 @@ class JournalWriter:
             self._retry_at = self._clock() + _RETRY_S
             self._warn(
                 "disk",
-                f"{self.folder.path} can't be written ({self._fault}); training goes on, "
-                "records wait in memory",
+                f"{self.folder.path} can't be written ({self._fault}); training continues, "
+                "records are kept in memory",
             )
-        self._settle()
+        self._finish_write()
         return self._state is after
 
-    def _settle(self) -> None:
-        """Find out whether a line whose writing was begun is there, and cut off a part of one."""
-        if self._begun is None:
+    def _finish_write(self) -> None:
+        """Find out whether the last line was written completely, and remove a part of one."""
+        if self._writing is None:
             return
-        after, held = self._begun
+        after, held = self._writing
         try:
             size = os.fstat(self._fd).st_size
             if size == after.size:
@@ -254,46 +256,47 @@ class JournalWriter:
             self._fault = error.strerror or str(error)
             self._retry_at = self._clock() + _RETRY_S
         else:
-            self._begun = None
+            self._writing = None
 
-    def _declare(self, now: float) -> None:
-        """Say in the journal what was dropped since it was last said."""
-        if self._held or not self._undeclared:
+    def _report_dropped(self, now: float) -> None:
+        """Write an alert about the records dropped since the last alert."""
+        if self._held or not self._unreported:
             return
-        lost = ", ".join(f"{n} {name}" for name, n in sorted(self._undeclared.items()))
+        lost = ", ".join(f"{n} {name}" for name, n in sorted(self._unreported.items()))
         alert = AlertRaised(
             title="records are missing",
-            text=f"{lost} could not be kept: {self._fault}",
+            text=f"{lost} dropped: {self._fault}",
             level="error",
         )
         record = self._record(alert, now)
         line = self._lines.line(record)
         if self._write(line, _State(self._state.size + len(line), record.seq, False)):
-            self._undeclared.clear()
+            self._unreported.clear()
         self._retry_at = self._clock() + _RETRY_S
 
     def _hold(self, held: _Held) -> None:
         self._held.append(held)
         self._held_bytes += len(held.line)
         while self._held_bytes > _MAX_HELD:
-            # The oldest step metrics go first, then the oldest of all but the last.
+            # Drop the oldest step metrics first, then the oldest records of any type.
             spare = next((h for h in self._held if h.is_spare), self._held[0])
             self._held.remove(spare)
             self._held_bytes -= len(spare.line)
-            self._count(spare.name)
+            self._count_dropped(spare.name)
 
-    def _count(self, name: str) -> None:
+    def _count_dropped(self, name: str) -> None:
         self.dropped[name] += 1
-        self._undeclared[name] += 1
+        self._unreported[name] += 1
 
-    def _warn(self, what: str, text: str) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
+    def _warn(self, kind: str, text: str) -> None:
+        """Log a warning, once for each kind."""
+        if kind not in self._warned:
+            self._warned.add(kind)
             logger.warning("%s", text)
 
 
 class NullJournal:
-    """Stands where no directory could be written: numbers records, and keeps none."""
+    """Replaces the journal if no directory is writable: numbers records, and stores none."""
 
     folder = None
 
@@ -311,7 +314,7 @@ class NullJournal:
 
 
 class _State(NamedTuple):
-    """How far the journal is; replaced as a whole, which nothing can interrupt."""
+    """The journal's position; replaced as a whole, so that an interrupt can't corrupt it."""
 
     size: int
     seq: int
@@ -325,8 +328,8 @@ class _Held(NamedTuple):
     seq: int
 
 
-class _Begun(NamedTuple):
-    """A line whose writing has begun: the state after it, and the line if it waited in memory."""
+class _Write(NamedTuple):
+    """A write in progress: the state after it, and the line if it waited in memory."""
 
     after: _State
     held: _Held | None
@@ -338,7 +341,7 @@ def _create(folder: RunFolder, attempt: int, rank: int) -> tuple[int, int]:
         path = folder.records(attempt, rank)
         try:
             fd = os.open(path, flags, 0o600)
-        except FileExistsError:  # another process was faster
+        except FileExistsError:  # another process was first
             attempt += 1
         except OSError as error:
             raise JournalError(f"{path} can't be created: {error.strerror}") from error

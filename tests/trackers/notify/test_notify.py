@@ -360,7 +360,7 @@ def test_a_refused_message_does_not_hold_up_the_next(server: Server, sinks: Any)
     batch = records(alert("a"), alert("b"))
     with pytest.raises(SinkError, match=r"JSON \(status 404\)") as e:
         sink.write(batch[:1])
-    assert "refused" == classify(e.value)
+    assert "rejected" == classify(e.value)
     server.status[f"/{SECRET}"] = 200
     sink.write(batch[1:])
     assert ["shapes: b"] == titles(server)
@@ -388,7 +388,7 @@ def test_a_bad_url_is_refused_at_once(
         logging.getLogger("apprise").setLevel(logging.NOTSET)
     assert shown in str(e.value)
     assert SECRET not in str(e.value) + caplog.text
-    assert "refused" == classify(e.value)
+    assert "rejected" == classify(e.value)
 
 
 def test_nothing_shows_an_address(
