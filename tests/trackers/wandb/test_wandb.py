@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import wandb
-from trainbus.sinks import _wandb_charts as charts
-from trainbus.sinks._wandb_options import artifact_name, project_name, run_id, run_name
-from trainbus.sinks.wandb import WandbOptions, WandbSink
+from trainbus.sinks.wandb import WandbOptions, WandbSink, charts
+from trainbus.sinks.wandb.options import artifact_name, project_name, run_id, run_name
 
 import trainbus
 from support import wandb_file

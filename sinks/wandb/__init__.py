@@ -36,10 +36,10 @@ from trainbus.events import (
 from trainbus.interfaces import RunInfo, Sink
 from trainbus.toolkit.sinks import LatestCheckpoints, interrupt_training, is_wanted, model_values
 
-from . import _wandb_run as runs
-from ._wandb_artifacts import Curves, log_files
-from ._wandb_options import WandbOptions, artifact_name
-from ._wandb_rows import Rows
+from . import session as runs
+from .files import Curves, log_files
+from .options import WandbOptions, artifact_name
+from .rows import Rows
 
 if TYPE_CHECKING:
     from wandb import Run as WandbRun
@@ -175,7 +175,7 @@ class WandbSink(Sink):
             ) from error
 
     def _take(self, run: WandbRun, event: object) -> None:
-        from . import _wandb_charts as charts
+        from . import charts
 
         match event:
             case MetricsLogged(final=True):
@@ -229,7 +229,7 @@ class WandbSink(Sink):
         self._rows.show(event.key, event.epoch, value)
 
     def _log_curve(self, event: CurveLogged) -> None:
-        from . import _wandb_charts as charts
+        from . import charts
 
         x, y = charts.curve_arrays(event)
         if not x.size or not y.size:

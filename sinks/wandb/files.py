@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from trainbus.events import CurveLogged
 from trainbus.toolkit.sinks import side_by_side
 
-from ._wandb_options import artifact_name
+from .options import artifact_name
 
 if TYPE_CHECKING:
     from wandb import Artifact as WandbArtifact
@@ -53,7 +53,7 @@ class Curves:
         """Keep a curve; return the artifact's name for the first one, which is to be told."""
         import wandb
 
-        from ._wandb_charts import write_curve
+        from .charts import write_curve
 
         is_first = self._artifact is None
         if self._artifact is None:

@@ -15,7 +15,7 @@ from trainbus.errors import SinkError
 from trainbus.interfaces import RunInfo
 from trainbus.toolkit.sinks import check_folder
 
-from ._wandb_options import WandbOptions, project_name, run_id, run_name
+from .options import WandbOptions, project_name, run_id, run_name
 
 if TYPE_CHECKING:
     from wandb import Run as WandbRun
