@@ -23,8 +23,6 @@ from trainbus.events import (
     AlertRaised,
     ArtifactLogged,
     CheckpointSaved,
-    EpochEnded,
-    EpochStarted,
     ImageLogged,
     MetricsLogged,
     ModelDescribed,
@@ -33,7 +31,6 @@ from trainbus.events import (
     RunEnded,
     RunStarted,
     TextLogged,
-    UnknownEvent,
 )
 from trainbus.interfaces import FilePath, Options, RunInfo
 from trainbus.toolkit.plots import picture
@@ -203,9 +200,7 @@ class ClearmlSink(TrackerSink):
                     self._log_file(path, f"{event.name}/{name}", metadata)
             case RunEnded():
                 self._end(event)
-            case EpochStarted() | EpochEnded() | UnknownEvent():
-                pass
-            case _:
+            case _ if hasattr(event, "key"):  # an image, chart or table
                 with self.showing(event.key):
                     self._show(event)
 

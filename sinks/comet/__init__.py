@@ -217,7 +217,7 @@ class CometSink(TrackerSink):
                     self._log_file(experiment, path, f"{_printable(event.name)}/{name}")
             case RunEnded():
                 self._end(experiment, event)
-            case _ if hasattr(event, "key"):
+            case _ if hasattr(event, "key"):  # an image, chart or table
                 with self.showing(event.key):
                     self._show(experiment, event, self._timeline(event))
 

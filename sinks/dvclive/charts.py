@@ -1,4 +1,4 @@
-"""Curves, confusion matrices and histograms as points that DVC draws itself."""
+"""Curves, confusion matrices and histograms as points that DVC draws."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _MAX_CASES = 100_000
 
 
 class Plot(NamedTuple):
-    """Points, and what `Live.log_plot` is told of them."""
+    """Points, and how `Live.log_plot` shows them."""
 
     points: list[dict[str, Any]]
-    about: dict[str, Any]
+    settings: dict[str, Any]
 
 
 def plot_of(event: CurveLogged | ConfusionMatrixLogged | HistogramLogged) -> Plot | None:
-    """Return what DVC draws of an event; None where it can't, and a picture is all there can be."""
+    """Return the points of an event for DVC to draw; None if only an image can show it."""
     match event:
         case CurveLogged():
             return _curve(event)
@@ -44,7 +44,7 @@ def _curve(event: CurveLogged) -> Plot:
 def _matrix(event: ConfusionMatrixLogged) -> Plot | None:
     counts = np.asarray(event.matrix, dtype=float)
     is_counts = np.isfinite(counts).all() and (counts >= 0).all() and (counts % 1 == 0).all()
-    # DVC counts the cases itself, so each must be there.
+    # DVC counts the cases itself, so each one is a point.
     if event.normalized or not is_counts or counts.sum() > _MAX_CASES:
         return None
     names = _distinct(event.classes)
@@ -53,8 +53,8 @@ def _matrix(event: ConfusionMatrixLogged) -> Plot | None:
         for (row, column), count in np.ndenumerate(counts)
         for _ in range(int(count))
     ]
-    about = {"x": "actual", "y": "predicted", "template": "confusion", "title": event.key}
-    return Plot(cases, about)
+    settings = {"x": "actual", "y": "predicted", "template": "confusion", "title": event.key}
+    return Plot(cases, settings)
 
 
 def _histogram(event: HistogramLogged) -> Plot:
@@ -62,18 +62,18 @@ def _histogram(event: HistogramLogged) -> Plot:
         {"bin": f"{low:g} … {high:g}", "count": _number(count)}
         for low, high, count in zip(event.edges, event.edges[1:], event.counts, strict=False)
     ]
-    about = {"x": "count", "y": "bin", "template": "bar_horizontal", "title": event.key}
-    return Plot(bars, about)
+    settings = {"x": "count", "y": "bin", "template": "bar_horizontal", "title": event.key}
+    return Plot(bars, settings)
 
 
 def _number(value: Any) -> float | None:
-    """Return a number as JSON has them; NaN and ±Inf, which it has not, become a gap."""
+    """Return a number that JSON can represent; NaN and ±Inf become a gap."""
     found = float(value)
     return found if math.isfinite(found) else None
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Return names of which none is there twice."""
+    """Return the names, with `_` added where a name occurs twice."""
     found: list[str] = []
     for name in names:
         while name in found:

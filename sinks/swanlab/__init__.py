@@ -1,23 +1,24 @@
-"""Takes a run to SwanLab: settings, metrics, pictures, charts, tables, texts, files.
+"""Sends a run to SwanLab: settings, metrics, images, charts, tables, texts, files.
 
-Guarantees: of a run of SwanLab's no handler of signals or exceptions stays in the process; nothing
-of the machine, the terminal or the repository is collected; a value that SwanLab would drop, as
-its step is taken, is counted. SwanLab's files can't be continued: each process that delivers
-writes one of its own with the id of the run, and one that was cut short is set aside.
+Guarantees: SwanLab leaves no signal or exception handler in the process; nothing about the machine,
+the terminal or the repository is collected; a value that SwanLab drops because its step has one
+already is counted. SwanLab can't continue its files: each process that delivers writes a file of
+its own under the id of the run, and an incomplete one is set aside.
 """
 
 from __future__ import annotations
 
 import atexit
+import glob
 import logging
+import re
+import shutil
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import msgspec
+from msgspec import Meta
 
-from trainbus.errors import MissingPackageError, SinkError
 from trainbus.events import (
     AlertRaised,
     ArtifactLogged,
@@ -34,24 +35,27 @@ from trainbus.events import (
     TableLogged,
     TextLogged,
 )
-from trainbus.interfaces import RunInfo, Sink
+from trainbus.interfaces import FilePath, Options, RunInfo
 from trainbus.toolkit.sinks import (
     LatestCheckpoints,
     Names,
+    SaveCheckpoints,
     SeenRecords,
     Timeline,
+    TrackerSink,
     check_folder,
+    check_package,
+    epochs_done,
     flat,
-    is_wanted,
     metric_name,
+    required_package,
+    set_fields,
+    to_json,
+    utf8,
 )
 
 from . import session
-from . import _state as state
-from .files import FileResolver
 from .charts import media
-from ._options import SwanlabOptions
-from ._values import counted, plain, valid_key, valid_text
 
 logger = logging.getLogger("trainbus.sinks.swanlab")
 
@@ -62,96 +66,108 @@ _REQUIRED_NAMES = (
     "echarts.Bar echarts.HeatMap echarts.Line echarts.Table echarts.options"
 )
 REQUIRED_NAMES = tuple(f"swanlab:{name}" for name in _REQUIRED_NAMES.split())
-"""What the sink relies on; `trainbus doctor` looks whether it is there."""
+"""Names that the sink needs; `trainbus doctor` checks that they exist."""
 
 
-class SwanlabSink(Sink):
+class SwanlabOptions(Options, frozen=True, kw_only=True):
+    """Options of the `swanlab` sink; the training provides what is not set here."""
+
+    project: (
+        Annotated[
+            str,
+            Meta(
+                pattern=r"^[0-9a-zA-Z_+.-]+$",
+                max_length=100,
+                extra={"expected": "a SwanLab project name: 1 to 100 letters, digits, _ - + and ."},
+                description="Project; by default the trainer's, with invalid characters replaced",
+            ),
+        ]
+        | None
+    ) = None
+    workspace: Annotated[str, Meta(description="User or team that owns the project")] | None = None
+    mode: (
+        Annotated[
+            Literal["cloud", "offline", "local", "disabled"],
+            Meta(description="Mode; by default `SWANLAB_MODE`, else `cloud`"),
+        ]
+        | None
+    ) = None
+    logdir: (
+        Annotated[
+            FilePath,
+            Meta(
+                min_length=1,
+                description="Folder of SwanLab's files; `{run}` is replaced by the run id; by "
+                "default `SWANLAB_LOG_DIR`, else `swanlog`",
+            ),
+        ]
+        | None
+    ) = None
+    save_checkpoints: SaveCheckpoints = "best"
+
+
+class SwanlabSink(TrackerSink):
     """Feeds one SwanLab run."""
 
     Options = SwanlabOptions
     service = "swanlab"
+    tracker = "SwanLab"
     durable_only_after_close = True
     shares_process = False
     options: SwanlabOptions
 
-    def __init__(self, options: SwanlabOptions | None = None) -> None:
-        super().__init__(options)
-        self._run: Any = None
-        self._folder: Path | None = None
-        self._taken = SeenRecords()
-        self._location: str | None = None
+    _run: Any = None
 
     def check(self) -> str:
-        """Make sure that the package is there and the folder can be written.
+        """Check that swanlab is installed and that the folder can be written.
 
         Raises:
             MissingPackageError: swanlab is not installed.
             SinkError: the folder can't be written.
         """
-        if find_spec("swanlab") is None:
-            raise MissingPackageError("swanlab", extra="swanlab")
+        check_package("swanlab")
         return check_folder(self.options.logdir or "swanlog")
 
     def open(self, run: RunInfo) -> None:
-        """Start a SwanLab run, or one that goes on with the run of the same id.
+        """Start a SwanLab run, or continue the one with the same id.
 
         Raises:
             MissingPackageError: swanlab is not installed.
-            SinkError: SwanLab refuses to start the run, or has one open in this process.
+            SinkError: SwanLab can't start the run, or has one open in this process.
         """
-        try:
+        super().open(run)
+        with required_package("swanlab"):
             import swanlab
-        except ImportError as error:
-            raise MissingPackageError("swanlab", extra="swanlab") from error
-        self._swanlab, self.lost = swanlab, 0
-        self._names = Names(valid_key, longest=512)
+        self._swanlab = swanlab
+        self._names, self._folder_names = Names(_valid_key, longest=512), Names(_folder_name)
         self._repeated: set[str] = set()
         self._checkpoints = LatestCheckpoints(self.options.save_checkpoints)
-        self._run = session.begin(self.options, run)
+        self._run = session.start(self.options, run)
         atexit.unregister(self._run._handle_atexit)  # the sink finishes the run
-        session.bound(self._run)
-        folder = None if self._run.mode == "disabled" else Path(self._run.dir).absolute()
-        self._state = state.begin(folder, run)
-        self._timeline = Timeline(self._state.at)
-        self._folder = folder
-        self._files = None if folder is None else FileResolver(self._run, folder)
-        self._taken = SeenRecords(None, self._state.taken)
-        is_new = self._taken.last[0] < run.attempt
+        session.limit_queue(self._run)
+        self._folder = None if self._run.mode == "disabled" else Path(self._run.dir).absolute()
+        self._state = session.load_state(self._folder, run)
+        self._timeline = Timeline(self._state.last)
+        self._seen = SeenRecords(None, self._state.seen)
+        is_new = self._seen.last[0] < run.attempt
         self._configure(run.started.params if is_new else {})
-        self._location = session.location(self._run, folder)
+        self._location = session.location(self._run, self._folder)
 
     def write(self, records: Sequence[Record]) -> None:
-        """Hand the records that are new to SwanLab.
-
-        Raises:
-            SinkError: nothing was opened.
-        """
-        for record in self._taken.new(records):
-            if self._run is None:
-                raise SinkError("no run is open; call open(run) first")
-            self._take(record.event)
+        """Log the records that are new."""
+        for record in self._seen.new(records):
+            self._write(record.event)
 
     def close(self) -> None:
-        """Finish the run, as crashed unless its end was written."""
-        self._finish("failed", "its end was not written")
+        """Finish the run; without a `RunEnded` event it is marked as crashed."""
+        self._finish("failed", "the training did not report its end")
 
-    def wants_files(self, event: CheckpointSaved | ArtifactLogged) -> bool:
-        """Return whether the files of an event are kept with the run."""
-        return is_wanted(self.options.save_checkpoints, event)
-
-    @property
-    def location(self) -> str | None:
-        """Address of the run, or the command that uploads or shows it."""
-        return self._location
-
-    def _take(self, event: object) -> None:
+    def _write(self, event: object) -> None:
         match event:
             case ParamsUpdated():
                 self._configure(event.params)
             case ModelDescribed():
-                about = msgspec.structs.asdict(event)
-                about = {k: v for k, v in about.items() if v not in (None, [], {})}
-                self._configure({"model": about})
+                self._configure({"model": set_fields(event)})
             case MetricsLogged():
                 for name, value in event.values.items():
                     self._log(metric_name(name, final=event.final), event, value)
@@ -163,68 +179,81 @@ class SwanlabSink(Sink):
                 | HistogramLogged()
                 | TextLogged()
             ):
-                self._show(event)
+                shown: Any = None
+                with self.showing(event.key):
+                    shown = media(event)
+                if shown is not None:
+                    self._log(event.key, event, shown)
             case CheckpointSaved() if not self._checkpoints.put_off(event):
-                self._save_checkpoint(event, f"epoch-{counted(event.epoch)}")
+                self._save_checkpoint(event, f"epoch-{epochs_done(event.epoch)}")
             case ArtifactLogged():
-                about = {"kind": event.kind, "aliases": event.aliases, "metadata": event.metadata}
-                self._save(event.name, event.paths, about)
+                metadata = {"kind": event.kind, "aliases": event.aliases}
+                self._save(event.name, event.paths, {**metadata, "metadata": event.metadata})
             case AlertRaised():
                 text = f"[{event.level}] {event.title}\n{event.text}".rstrip()
-                self._log("alerts", event, self._swanlab.Text(valid_text(text)))
+                self._log("alerts", event, self._swanlab.Text(utf8(text)))
             case RunEnded():
                 if event.best is not None:
                     best = {event.best.metric: event.best.value}
-                    self._configure({"best": {**best, "epoch": counted(event.best.epoch)}})
+                    self._configure({"best": {**best, "epoch": epochs_done(event.best.epoch)}})
                 self._configure({"ended": {"status": event.status, "reason": event.reason}})
                 error = event.error.traceback if event.error is not None else event.reason
                 self._finish(event.status, error)
 
     def _configure(self, values: Mapping[str, Any]) -> None:
-        """Change the settings; those of a file are all that SwanLab shows of them."""
+        """Update the config; each file has the whole of it, as SwanLab shows one file's only."""
         config = self._state.config
-        config |= {valid_text(key): plain(value) for key, value in flat(values).items()}
+        config |= {utf8(key): to_json(value) for key, value in flat(values).items()}
         self._run.config.update(config)
 
     def _log(self, name: str, event: Any, value: Any) -> None:
-        """Log a value, on an axis of its own where its name stands on the other already."""
+        """Log a value, under another key if the key has values on the other axis already."""
         steps, key = self._state.steps, self._names(name)
         kinds = [kind for kind in ("step", "epoch") if getattr(event, kind, None) is not None]
-        if not kinds:  # where the run is, and counted, as it comes
+        if not kinds:  # at the last metric's position, but never at the same one twice
             at = max(steps.get(key, -1) + 1, self._timeline.last)
         else:
             at = self._timeline(event)
-            self._state.at = self._timeline.last
+            self._state.last = self._timeline.last
             if self._state.axes.setdefault(key, kinds[0]) != kinds[0]:
                 key = self._names(f"{name} ({kinds[0]})")
         if at <= steps.get(key, -1):
             self.lost += 1
             if key not in self._repeated:
                 self._repeated.add(key)
-                logger.warning("SwanLab keeps the first value that %r had at step %d", key, at)
+                logger.warning("SwanLab keeps only the first value of %r at step %d", key, at)
         steps[key] = max(at, steps.get(key, -1))
         self._run.log({key: value}, step=at)
 
-    def _show(self, event: Any) -> None:
-        try:
-            value = media(event)
-        except (ImportError, OSError, TypeError, ValueError, MissingPackageError) as error:
-            self.lost += 1
-            logger.warning("%r can't be shown in SwanLab: %s", event.key, error)
-            return
-        self._log(event.key, event, value)
-
     def _save_checkpoint(self, event: CheckpointSaved, name: str) -> None:
-        about = {"epoch": counted(event.epoch), "step": event.step, "metrics": event.metrics}
-        self._save(f"checkpoints/{name}", [event.path], {**about, "metadata": event.metadata})
+        metadata = {"epoch": epochs_done(event.epoch), "step": event.step, "metrics": event.metrics}
+        metadata["metadata"] = event.metadata
+        self._save(f"checkpoints/{name}", [event.path], metadata)
 
-    def _save(self, name: str, paths: Sequence[str], about: Mapping[str, Any]) -> None:
-        if self._files is None:
+    def _save(self, name: str, paths: Sequence[str], metadata: Mapping[str, Any]) -> None:
+        """Save copies of files and folders: SwanLab itself would only link to them."""
+        if self._folder is None:
             return
-        kept = self._files.keep(name, paths)
-        self.lost += len(paths) - kept
-        if kept or not paths:
-            self._configure({f"files/{name}": about})
+        base, saved = self._folder / "trainbus", 0
+        folder, names = base / self._folder_names(name), [Path(path).name for path in paths]
+        for number, (path, file_name) in enumerate(zip(map(Path, paths), names, strict=True)):
+            is_first = names.index(file_name) == number
+            target = folder / (file_name if is_first else f"{number}-{file_name}")
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if path.is_dir():
+                    shutil.copytree(path, target, dirs_exist_ok=True)
+                else:
+                    shutil.copyfile(path, target)
+            except OSError as error:
+                self.lose(name, error)
+                continue
+            saved += 1
+            for file in [target, *target.rglob("*")]:
+                if file.is_file():
+                    self._run.save(glob.escape(str(file)), base_path=str(base), policy="now")
+        if saved or not paths:
+            self._configure({f"files/{name}": metadata})
 
     def _finish(self, status: str, error: str | None) -> None:
         run = self._run
@@ -237,5 +266,16 @@ class SwanlabSink(Sink):
             self._run = None
             session.finish(run, status, error)
         if self._folder is not None:
-            self._state.taken = self._taken.last
-            state.close(self._folder, self._state)
+            self._state.seen = self._seen.last
+            session.save_state(self._folder, self._state)
+
+
+def _valid_key(name: str) -> str:
+    """Return a key that SwanLab accepts: no control characters, no dots or slashes at its ends."""
+    name = re.sub(r"[\x00-\x1f\x7f]", "_", utf8(name)).removeprefix("__swanlab__.")
+    return name.strip(" ./")
+
+
+def _folder_name(name: str) -> str:
+    """Return a relative path without `.` and `..` parts."""
+    return "/".join(re.sub(r"[^\w.-]|^\.+$", "-", part) or "-" for part in name.split("/"))

@@ -1,4 +1,4 @@
-"""What SwanLab shows besides numbers: pictures, texts, and charts that ECharts draws."""
+"""What SwanLab shows besides numbers: images, texts, and charts drawn by ECharts."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from trainbus.events import (
     TextLogged,
 )
 from trainbus.toolkit.plots import png
-
-from ._values import plain, valid_text
+from trainbus.toolkit.sinks import to_json, utf8
 
 _MAX_CELLS = 30
 
 
 def media(event: Any) -> Any:
-    """Return the object of SwanLab's that shows an event.
+    """Return the SwanLab object that shows an event.
 
     Raises:
         MissingPackageError: pillow is not installed.
-        OSError: the file of a picture can't be read.
-        ValueError: there is nothing to be seen.
+        OSError: the file of an image can't be read.
+        ValueError: an image has neither a path nor an array.
     """
     import swanlab
 
@@ -37,7 +36,7 @@ def media(event: Any) -> Any:
         case ImageLogged():
             return swanlab.Image(_picture(event), caption=event.caption)
         case TextLogged():
-            return swanlab.Text(valid_text(event.text))
+            return swanlab.Text(utf8(event.text))
         case CurveLogged():
             chart = _curve(swanlab.echarts, event)
         case ConfusionMatrixLogged():
@@ -50,7 +49,7 @@ def media(event: Any) -> Any:
 
 
 def _picture(event: ImageLogged) -> Any:
-    """Return what SwanLab makes a picture of."""
+    """Return the image as a path or an image of Pillow."""
     if event.path is not None:
         return event.path
     if event.array is None:
@@ -65,11 +64,11 @@ def _curve(echarts: Any, event: CurveLogged) -> Any:
     options = echarts.options
     chart = echarts.Line().add_xaxis(np.asarray(event.x).tolist())
     for name, values in zip(event.classes, event.y, strict=False):
-        chart.add_yaxis(valid_text(name), np.asarray(values).tolist(), is_symbol_show=False)
+        chart.add_yaxis(utf8(name), np.asarray(values).tolist(), is_symbol_show=False)
     chart.set_global_opts(
-        title_opts=options.TitleOpts(title=valid_text(event.title or event.key)),
-        xaxis_opts=options.AxisOpts(type_="value", name=valid_text(event.x_label)),
-        yaxis_opts=options.AxisOpts(type_="value", name=valid_text(event.y_label)),
+        title_opts=options.TitleOpts(title=utf8(event.title or event.key)),
+        xaxis_opts=options.AxisOpts(type_="value", name=utf8(event.x_label)),
+        yaxis_opts=options.AxisOpts(type_="value", name=utf8(event.y_label)),
         legend_opts=options.LegendOpts(type_="scroll", pos_bottom="0"),
         tooltip_opts=options.TooltipOpts(trigger="axis"),
     )
@@ -77,7 +76,7 @@ def _curve(echarts: Any, event: CurveLogged) -> Any:
 
 
 def _matrix(echarts: Any, event: ConfusionMatrixLogged) -> Any:
-    options, names = echarts.options, [valid_text(name) for name in event.classes]
+    options, names = echarts.options, [utf8(name) for name in event.classes]
     shares = np.asarray(event.matrix, dtype=float)
     cells = [[column, row, value] for (row, column), value in np.ndenumerate(shares.round(4))]
     chart = echarts.HeatMap().add_xaxis(names)
@@ -85,7 +84,7 @@ def _matrix(echarts: Any, event: ConfusionMatrixLogged) -> Any:
     chart.add_yaxis("", names, cells, label_opts=label)
     most = float(np.nanmax(shares, initial=0.0, where=np.isfinite(shares)))
     return chart.set_global_opts(
-        title_opts=options.TitleOpts(title=valid_text(event.key)),
+        title_opts=options.TitleOpts(title=utf8(event.key)),
         legend_opts=options.LegendOpts(is_show=False),
         xaxis_opts=options.AxisOpts(type_="category", name="predicted"),
         yaxis_opts=options.AxisOpts(type_="category", name="true"),
@@ -94,14 +93,14 @@ def _matrix(echarts: Any, event: ConfusionMatrixLogged) -> Any:
 
 
 def _table(echarts: Any, event: TableLogged) -> Any:
-    names = [valid_text(name) for name in event.columns]
+    names = [utf8(name) for name in event.columns]
     names = [n if names.index(n) == i else f"{n} ({i})" for i, n in enumerate(names)]
-    return echarts.Table().add(names, [plain(row) for row in event.rows])
+    return echarts.Table().add(names, [to_json(row) for row in event.rows])
 
 
 def _histogram(echarts: Any, event: HistogramLogged) -> Any:
     edges = [f"{edge:.4g}" for edge in np.asarray(event.edges).tolist()]
     bins = [f"{low} – {high}" for low, high in itertools.pairwise(edges)]
     chart = echarts.Bar().add_xaxis(bins)
-    chart.add_yaxis(valid_text(event.key), np.asarray(event.counts).tolist(), category_gap=0)
+    chart.add_yaxis(utf8(event.key), np.asarray(event.counts).tolist(), category_gap=0)
     return chart.set_series_opts(label_opts=echarts.options.LabelOpts(is_show=False))

@@ -301,7 +301,7 @@ def test_what_can_not_be_shown_costs_only_itself(
     sink.write(records(RunStarted(), gone, none, metrics(1.0, epoch=0)))
     sink.close()
     assert (2, [(1, 1.0)]) == (sink.lost, curve(tmp_path, "train/loss"))
-    assert "'gone' can't be shown in DVC" in caplog.text
+    assert "'gone' can't be shown in DVCLive" in caplog.text
 
 
 @pytest.mark.parametrize(
