@@ -1,4 +1,4 @@
-"""An accelerate loop, logged through trainbus: a line is fitted to noisy points."""
+"""Fits a line to noisy points with Accelerate, logged with trainbus."""
 
 import torch
 from accelerate import Accelerator

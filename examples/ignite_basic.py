@@ -1,4 +1,4 @@
-"""A line is fitted to noisy points by pytorch-ignite; trainbus logs trainer and evaluator."""
+"""Fits a line to noisy points with PyTorch-Ignite, logged with trainbus."""
 
 import torch
 from ignite.engine import Events, create_supervised_evaluator, create_supervised_trainer

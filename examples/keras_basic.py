@@ -1,4 +1,4 @@
-"""A Keras model learns the sum of its inputs, logged through trainbus."""
+"""Trains a Keras model to add its inputs, logged with trainbus."""
 
 import os
 

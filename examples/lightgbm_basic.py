@@ -1,4 +1,4 @@
-"""Trains a LightGBM classifier on generated data, logged through trainbus."""
+"""Trains a LightGBM classifier on generated data, logged with trainbus."""
 
 import numpy as np
 from lightgbm import LGBMClassifier

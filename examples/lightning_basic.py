@@ -1,4 +1,4 @@
-"""A Lightning training, logged through trainbus: a line is fitted to noisy points."""
+"""Fits a line to noisy points with Lightning, logged with trainbus."""
 
 import lightning.pytorch as pl
 import torch

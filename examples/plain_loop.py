@@ -1,4 +1,4 @@
-"""A training loop of your own, logged through trainbus: a line is fitted to noisy points."""
+"""Fits a line to noisy points in a plain loop, logged with trainbus."""
 
 import numpy as np
 

@@ -1,7 +1,7 @@
 """Tiny labelled data sets of coloured shapes for the five Ultralytics tasks.
 
-Guarantees: the same arguments give the same pictures and labels, no global random state is
-touched, and every label lies inside its picture. A class is a colour; its shape is chance.
+Guarantees: the same arguments produce the same pictures and labels, global random state is not
+used, and every label is inside its picture. A class is a colour; the shape is random.
 """
 
 import colorsys
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 Points = npt.NDArray[np.float64]
 
 TASKS = ("detect", "segment", "pose", "obb", "classify")
-CORNERS = (3, 4, 5, 6, 24)  # with 24 corners it looks round
+CORNERS = (3, 4, 5, 6, 24)  # 24 corners look round
 
 
 def make_dataset(
@@ -30,30 +30,30 @@ def make_dataset(
     val_names: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Path:
-    """Write a data set into a fresh folder and return what Ultralytics takes as `data`.
+    """Write a data set to a folder and return what Ultralytics accepts as `data`.
 
     Args:
-        root: Folder to write into; it may exist, but not hold a data set yet.
+        root: Folder to write to; it may exist, but must not contain a data set.
         task: One of `TASKS`.
-        images: Number of training pictures; with as many as classes, every class occurs.
+        images: Number of training pictures; with at least as many as classes, every class occurs.
         val_images: Number of validation pictures.
-        size: Side of the square pictures, in pixels.
-        names: The classes, by index; their hues are spread evenly, beginning with red.
-        val_names: The classes that may occur in the validation pictures; all of them if None.
-        seed: Start of the random generator.
+        size: Side of the square pictures in pixels.
+        names: The classes, by index; their hues are evenly spaced, starting with red.
+        val_names: The classes that may occur in validation pictures; None for all.
+        seed: Seed of the random generator.
 
     Returns:
-        The path of `data.yaml`, or for "classify" the folder that holds `train` and `val`.
+        The path of `data.yaml`, or for "classify" the folder that contains `train` and `val`.
 
     Raises:
-        ValueError: The task is unknown, or `val_names` has a class that `names` has not.
-        FileExistsError: A data set is already there.
+        ValueError: The task is unknown, or `val_names` has a class that is not in `names`.
+        FileExistsError: The folder contains a data set.
     """
     val_names = names if val_names is None else val_names
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
     if strangers := sorted(set(val_names) - set(names)):
-        raise ValueError(f"val_names has {strangers}, which names has not; add them to names")
+        raise ValueError(f"val_names has {strangers}, which names lacks; add them to names")
     root = root.resolve()
     splits = [("train", images, names), ("val", val_images, val_names)]
     for number, (split, count, used) in enumerate(splits):
@@ -61,7 +61,7 @@ def make_dataset(
         classes = _in_turn([names.index(name) for name in used], rng)
         folders = [f"images/{split}", f"labels/{split}"]
         if task == "classify":
-            # A class's index is its folder's place, so one without pictures needs its folder too.
+            # A class's index is the position of its folder, so an empty class needs a folder too.
             folders = [f"{split}/{name}" for name in names]
         for folder in folders:
             (root / folder).mkdir(parents=True)
@@ -83,11 +83,11 @@ def _in_turn(classes: Sequence[int], rng: np.random.Generator) -> Iterator[int]:
 def _example(
     task: str, size: int, class_count: int, classes: Iterator[int], rng: np.random.Generator
 ) -> tuple[Image.Image, int, str]:
-    """Return a picture, the class of its last shape, and the text of its label file."""
+    """Return a picture, the class of its last shape, and the content of its label file."""
     picture = Image.fromarray(rng.integers(0, 64, (size, size, 3), dtype=np.uint8))
     label = ""
-    # A lone shape fills the picture: at imgsz=256 even an untrained detector hits some. Others
-    # have a quarter each: nothing overlaps, so every label is exact.
+    # A single shape fills the picture, so that even an untrained detector hits some at imgsz=256.
+    # Several shapes have a quarter each: nothing overlaps, so every label is exact.
     count = 1 if task == "classify" else int(rng.integers(1, 4))
     parts = 1 if count == 1 else 2
     for part in rng.permutation(parts**2)[:count]:
@@ -103,7 +103,7 @@ def _example(
 
 
 def _shape(corner: Points, side: float, rng: np.random.Generator) -> tuple[Points, Points]:
-    """Return a random shape's outline and the corners of its turned frame, inside a square."""
+    """Return a random shape's outline and the corners of its rotated box, inside a square."""
     corners = int(rng.choice(CORNERS))
     angles = np.arange(corners) * 2 * np.pi / corners
     outline = np.stack([np.cos(angles), rng.uniform(0.75, 1) * np.sin(angles)], axis=1)
@@ -119,7 +119,7 @@ def _shape(corner: Points, side: float, rng: np.random.Generator) -> tuple[Point
 
 
 def _label(task: str, outline: Points, frame: Points) -> list[float]:
-    """Return a label's numbers after its class; lengths are fractions of the picture's side."""
+    """Return a label's numbers without its class; lengths are fractions of the picture's side."""
     low, high = outline.min(axis=0), outline.max(axis=0)
     centre = (low + high) / 2
     if task == "segment":

@@ -1,4 +1,4 @@
-"""A net of skorch, logged through trainbus: its history, its checkpoints, its best epoch."""
+"""Trains a skorch net, logged with trainbus: history, checkpoints, best epoch."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""An agent of Stable-Baselines3 learns to balance a pole, logged through trainbus."""
+"""Trains a Stable-Baselines3 agent to balance a pole, logged with trainbus."""
 
 import gymnasium
 from stable_baselines3 import PPO

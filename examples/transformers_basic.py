@@ -1,4 +1,4 @@
-"""A tiny language model learns to count, trained by transformers' Trainer and logged."""
+"""Trains a tiny language model to count with transformers, logged with trainbus."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments

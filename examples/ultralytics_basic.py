@@ -1,4 +1,4 @@
-"""Trains a small YOLO on generated shapes for two epochs, logged through trainbus."""
+"""Trains a small YOLO on generated shapes for two epochs, logged with trainbus."""
 
 import tempfile
 from pathlib import Path

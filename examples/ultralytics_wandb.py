@@ -1,4 +1,4 @@
-"""Trains a small YOLO on generated shapes, through trainbus, into W&B offline and a local file."""
+"""Trains a small YOLO on generated shapes, logged to W&B (offline) and to a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trains an XGBoost classifier on generated data, logged through trainbus."""
+"""Trains an XGBoost classifier on generated data, logged with trainbus."""
 
 import numpy as np
 from xgboost import XGBClassifier

@@ -152,7 +152,7 @@ def test_an_unknown_task_is_an_error(tmp_path: Path) -> None:
 
 def test_a_foreign_validation_class_is_an_error(tmp_path: Path) -> None:
     """The error names the class."""
-    with pytest.raises(ValueError, match=r"val_names has \['grey'\], which names has not"):
+    with pytest.raises(ValueError, match=r"val_names has \['grey'\], which names lacks"):
         shapes.make_dataset(tmp_path, val_names=["red", "grey"])
 
 
