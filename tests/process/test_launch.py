@@ -174,7 +174,7 @@ def test_a_bad_configuration_starts_nothing(tmp_path: Path) -> None:
     config = "sinks: {a: {type: jsonl, path: 5}}"
     done = python(tmp_path, "open('started', 'w')", config=config)
     assert 2 == done.returncode
-    assert "trainbus.yaml:1: sinks.a.path: found the number 5, expected a text" in done.stderr
+    assert "trainbus.yaml:1: sinks.a.path: found the number 5, expected a string" in done.stderr
     assert not (tmp_path / "started").exists()
 
 

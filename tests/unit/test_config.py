@@ -142,7 +142,7 @@ sinks:
 === variable in flow
 sinks:
   a: {type: demo, project: ${NAME}}
---> :2:29: found bad YAML: expected ',' or '}', but got '{', expected valid YAML (inside [ ] and { }, `${…}` needs quotes, which keep it a text)
+--> :2:29: found bad YAML: expected ',' or '}', but got '{', expected valid YAML (inside [ ] and { }, write `${…}` in quotes)
 
 === unknown alias
 sinks:
@@ -166,7 +166,7 @@ sinks
 sinks: {a: {type: jsonl}}
 ---
 sinks: {}
---> :2: found a second document (after `---`), expected one in a file
+--> :2: found a second document (after `---`), expected one per file
 
 === duplicate key
 sinks:
@@ -185,18 +185,18 @@ sinks:
 === key is a number
 sinks:
   1: {type: jsonl}
---> :2: sinks: found the number 1 as a key, expected a text (write it in quotes)
+--> :2: sinks: found the number 1 as a key, expected a string (write it in quotes)
 
 === key is true
 sinks:
   on: {type: jsonl}
---> :2: sinks: found true as a key, expected a text (write it in quotes)
+--> :2: sinks: found true as a key, expected a string (write it in quotes)
 
 === key is a list
 sinks:
   ? [a]
   : {type: jsonl}
---> :2: sinks: found a list as a key, expected a text (write it in quotes)
+--> :2: sinks: found a list as a key, expected a string (write it in quotes)
 
 === variable in a key
 sinks:
@@ -206,12 +206,12 @@ sinks:
 === python tag
 sinks:
   a: !!python/object/apply:os.system ['true']
---> :2: sinks.a: found a YAML tag (`!…`), expected a value without: tags aren't allowed
+--> :2: sinks.a: found a YAML tag (`!…`), expected a plain value
 
 === binary tag
 sinks:
   a: {type: jsonl, path: !!binary aGk=}
---> :2: sinks.a.path: found a YAML tag (`!…`), expected a value without: tags aren't allowed
+--> :2: sinks.a.path: found a YAML tag (`!…`), expected a plain value
 
 === unknown key at the top
 sink:
@@ -226,7 +226,7 @@ flush_secs: -1
 sinks: {a: {type: jsonl, isolation: forked}}
 --> :1: journal.dirr: found an unknown key, expected one of dir, max_bytes, redact, did you mean 'dir'?
 --> :1: journal.max_bytes: found the number 5, expected a whole number (at least 1048576)
---> :1: journal.redact: found 'x', expected a list of texts
+--> :1: journal.redact: found 'x', expected a list of strings
 --> :2: isolation: found 'proces', expected one of 'auto', 'inline', 'process', 'thread', did you mean 'process'?
 --> :3: flush_secs: found the number -1, expected a number (at least 0)
 --> :4: sinks.a.isolation: found 'forked', expected one of 'auto', 'inline', 'process', 'thread', did you mean 'thread'?
@@ -239,7 +239,7 @@ sinks: {a: {type: jsonl}}
 === journal nowhere
 journal: {dir: ""}
 sinks: {a: {type: jsonl}}
---> :1: journal.dir: found '', expected a text (at least 1 long)
+--> :1: journal.dir: found '', expected a string (at least 1 long)
 
 === journal of half a byte
 journal:
@@ -247,7 +247,7 @@ journal:
   redact: [key, 5]
 sinks: {a: {type: jsonl}}
 --> :2: journal.max_bytes: found the number 1048576.5, expected a whole number (at least 1048576)
---> :3: journal.redact[1]: found the number 5, expected a text (write it in quotes)
+--> :3: journal.redact[1]: found the number 5, expected a string (write it in quotes)
 
 === isolation is true
 isolation: on
@@ -289,19 +289,19 @@ sinks: {a: {type: jsonl}}
 run:
   tags: demo
 sinks: {a: {type: jsonl}}
---> :2: run.tags: found 'demo', expected a list of texts
+--> :2: run.tags: found 'demo', expected a list of strings
 
 === run tag a number
 run:
   tags: [a, 5]
 sinks: {a: {type: jsonl}}
---> :2: run.tags[1]: found the number 5, expected a text (write it in quotes)
+--> :2: run.tags[1]: found the number 5, expected a string (write it in quotes)
 
 === run name true
 run:
   name: yes
 sinks: {a: {type: jsonl}}
---> :2: run.name: found true, expected a text (write it in quotes)
+--> :2: run.name: found true, expected a string (write it in quotes)
 
 === no sinks
 run: {name: x}
@@ -376,7 +376,7 @@ sinks:
 sinks:
   a:
     type: clash
---> :3: sinks.a.type: found 'clash', expected a sink that loads: the options of sink 'clash' can't be read: every means the same for every sink
+--> :3: sinks.a.type: found 'clash', expected a sink that loads: the options of sink 'clash' can't be read: every is reserved: all sinks have this key
 
 === required
 sinks:
@@ -438,7 +438,7 @@ sinks:
     tags:
       - short
       - much too long
---> :7: sinks.a.tags[1]: found 'much too long', expected a text (at most 8 long)
+--> :7: sinks.a.tags[1]: found 'much too long', expected a string (at most 8 long)
 
 === labels
 sinks:
@@ -463,7 +463,7 @@ sinks:
     project: x
     server: {hots: x}
 --> :5: sinks.a.server.hots: found an unknown key, expected one of host, retries, did you mean 'host'?
---> :5: sinks.a.server.host: found nothing, expected a text
+--> :5: sinks.a.server.host: found nothing, expected a string
 
 === post init
 sinks:
@@ -472,7 +472,7 @@ sinks:
     project: x
     mode: offline
     api_key: abc
---> :2: sinks.a: found options that don't fit, expected others: api_key is of no use offline
+--> :2: sinks.a: found invalid options: api_key is of no use offline
 
 === every
 sinks:
@@ -486,14 +486,14 @@ sinks:
   a:
     type: jsonl
     include: []
---> :4: sinks.a.include: found an empty list, expected a list of one pattern or more, or nothing would ever arrive
+--> :4: sinks.a.include: found an empty list, expected a list of one pattern or more (else nothing is sent)
 
 === include text
 sinks:
   a:
     type: jsonl
     include: train/*
---> :4: sinks.a.include: found 'train/*', expected a list of one pattern or more, or nothing would ever arrive
+--> :4: sinks.a.include: found 'train/*', expected a list of one pattern or more (else nothing is sent)
 
 === rename
 sinks:
@@ -502,7 +502,7 @@ sinks:
     rename:
       a: loss
       b: loss
---> :6: sinks.a.rename.b: found 'loss' again, expected another name than 'a' gets
+--> :6: sinks.a.rename.b: found 'loss' again, expected another name than that of 'a'
 
 === rename star
 sinks:
@@ -523,14 +523,14 @@ sinks:
   a:
     type: jsonl
     path: x/${TRAINBUS_TEST_FOLDR}
---> :4: sinks.a.path: found ${TRAINBUS_TEST_FOLDR}, which is not set, expected a variable of the environment or a default, ${TRAINBUS_TEST_FOLDR:-…}, did you mean 'TRAINBUS_TEST_FOLDER'?
+--> :4: sinks.a.path: found ${TRAINBUS_TEST_FOLDR}, which is not set, expected an environment variable or a default, ${TRAINBUS_TEST_FOLDR:-…}, did you mean 'TRAINBUS_TEST_FOLDER'?
 
 === missing variable far
 sinks:
   a:
     type: jsonl
     path: x/${NOWHERE_TO_BE_FOUND}
---> :4: sinks.a.path: found ${NOWHERE_TO_BE_FOUND}, which is not set, expected a variable of the environment or a default, ${NOWHERE_TO_BE_FOUND:-…}
+--> :4: sinks.a.path: found ${NOWHERE_TO_BE_FOUND}, which is not set, expected an environment variable or a default, ${NOWHERE_TO_BE_FOUND:-…}
 
 === unterminated
 sinks:
@@ -544,14 +544,14 @@ sinks:
   a:
     type: jsonl
     path: x/${1x}
---> :4: sinks.a.path: found `${…}` around what is no name of a variable, expected ${NAME} or ${NAME:-default}, one not inside another, or $${ for a literal ${
+--> :4: sinks.a.path: found `${…}` without a valid variable name, expected ${NAME} or ${NAME:-default}, not nested, or $${ for a literal ${
 
 === nested variable
 sinks:
   a:
     type: jsonl
     path: ${A:-${B}}
---> :4: sinks.a.path: found `${…}` around what is no name of a variable, expected ${NAME} or ${NAME:-default}, one not inside another, or $${ for a literal ${
+--> :4: sinks.a.path: found `${…}` without a valid variable name, expected ${NAME} or ${NAME:-default}, not nested, or $${ for a literal ${
 
 === recursive alias
 sinks: &a
@@ -568,7 +568,7 @@ sinks:
 === yaml int
 version: !!int abc
 sinks: {a: {type: jsonl}}
---> :1: version: found a text that can't be read, expected a whole number
+--> :1: version: found a string that can't be parsed, expected a whole number
 
 === many
 version: 3
@@ -626,7 +626,7 @@ def test_broken_file(
     ("data", "said"),
     [
         (b"", [":1: found an empty file, expected a mapping with the key 'sinks'"]),
-        (b"a: 1\nb: \xff", [":2: found bytes that are no UTF-8, expected a text file in UTF-8"]),
+        (b"a: 1\nb: \xff", [":2: found bytes that are not UTF-8, expected a text file in UTF-8"]),
         (b'a: 1\nb: "\0"', [":2: found a control character, expected printable text"]),
         (b"#" * (2**20 + 1), [": found more than 1 MiB, expected a smaller file"]),
         (
@@ -923,7 +923,7 @@ def test_variables(text: str, expected: object, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("NONE", raising=False)
     if expected is None and "labels" in text:
         with pytest.raises(
-            ConfigError, match=r"sinks\.a\.labels\.a: found a text, expected a whole"
+            ConfigError, match=r"sinks\.a\.labels\.a: found a string, expected a whole"
         ):
             demo_options(text)
     else:
@@ -934,7 +934,7 @@ def test_variables_never_make_structure(monkeypatch: pytest.MonkeyPatch) -> None
     """What looks like YAML in a variable stays a text."""
     monkeypatch.setenv("SINKS", "{a: {type: jsonl}}")
     wanted = "a mapping of one name or more to sinks"
-    assert [f"1: sinks: found a text, expected {wanted}"] == problems("sinks: ${SINKS}")
+    assert [f"1: sinks: found a string, expected {wanted}"] == problems("sinks: ${SINKS}")
 
 
 @pytest.mark.usefixtures("demo")
@@ -985,10 +985,10 @@ def test_secrets_are_not_shown(text: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_refusals_that_repeat_nothing_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a sink says of its options is shown, unless it depends on a value that is hidden."""
     monkeypatch.setenv("KEY", SECRET)
-    with pytest.raises(ConfigError, match=r"expected others: api_key is of no use offline$"):
+    with pytest.raises(ConfigError, match=r"invalid options: api_key is of no use offline$"):
         demo_options("api_key: ${KEY}\n    mode: offline")
     with pytest.raises(
-        ConfigError, match=r"expected others: \(not shown, as it may repeat a hidden"
+        ConfigError, match=r"invalid options: \(not shown, as it may contain a hidden"
     ):
         demo_options("project: ${NONE:-taken}")
 
@@ -998,7 +998,7 @@ def test_hidden_type_of_a_plugin_that_does_not_load(monkeypatch: pytest.MonkeyPa
     """A type from a variable is not repeated by the error of its import either."""
     monkeypatch.setenv("KIND", "gone")
     assert [
-        "1: sinks.a.type: found a text, expected a sink that loads: `trainbus plugins` says why it "
+        "1: sinks.a.type: found a string, expected a sink that loads: `trainbus plugins` says why it "
         "can't"
     ] == problems('sinks: {a: {type: "${KIND}"}}')
 

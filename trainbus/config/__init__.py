@@ -1,8 +1,8 @@
-"""Turns a YAML file into a bus, or into one line for each fault of the file.
+"""Loads a bus from a YAML file, or reports every problem in the file.
 
-Guarantees: nothing is opened or started; all faults are reported, not only the first, each with its
-file, line, key path, what was found and expected; no report shows the value of an environment
-variable or of a key named like a secret. It is the only reader of the environment in the core.
+Guarantees: nothing is opened or started; all problems are reported, each with file, line, key path,
+what was found and what was expected; no report shows the value of an environment variable or of a
+key that is named like a secret.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import msgspec
 from trainbus import registry
 from trainbus.bus import Bus
 from trainbus.config.schema import SINK_KEYS, File, sink_class, sink_keys
-from trainbus.config.validation import Item, Problems, check_fields, check_value
+from trainbus.config.validation import ConfigValue, Problems, check_fields, check_value
 from trainbus.config.yaml_reader import read
 from trainbus.delivery.spec import SinkSpec
 from trainbus.delivery.transforms import TransformSpec
@@ -34,7 +34,7 @@ def load(path: str | os.PathLike[str]) -> Bus:
     """Return a bus with the sinks that a YAML file configures.
 
     Raises:
-        ConfigError: the file can't be read or used; it says where and what was expected.
+        ConfigError: the file can't be read or is not valid; the error lists every problem in it.
     """
     name = os.fspath(path)
     text = _text(name)
@@ -46,43 +46,43 @@ def load(path: str | os.PathLike[str]) -> Bus:
 
 
 def loads(text: str, *, name: str = "<config>") -> Bus:
-    """Return a bus with the sinks that a YAML text configures; `name` stands for it in errors.
+    """Return a bus with the sinks that a YAML string configures; errors call it `name`.
 
     Relative paths in it are relative to the working directory.
 
     Raises:
-        ConfigError: the text can't be used.
+        ConfigError: the string is not valid; the error lists every problem in it.
     """
     base = working_directory()
     return _bus(text, name=name, file=name, base=None if base is None else str(base))
 
 
 def _bus(text: str, *, name: str, file: str, base: str | None) -> Bus:
-    """Return the bus of a YAML text, whose relative paths are relative to `base`."""
+    """Return the bus for a YAML string; relative paths in it are relative to `base`."""
     folder = None if base is None else Path(base)
     problems = Problems(name)
     root = read(text, problems, os.environ)
     check_value(root, File)
     sinks = root.keys["sinks"].keys if "sinks" in root.keys else {}
-    routes = {key: _route(key, item, folder) for key, item in sinks.items()}
+    specs = {key: _sink_spec(key, item, folder) for key, item in sinks.items()}
     if faults := problems.lines():
         raise ConfigError(faults)
     given = msgspec.convert(root.plain(), File)
     return Bus(
-        {key: route for key, route in routes.items() if route},
+        {key: spec for key, spec in specs.items() if spec},
         defaults=given.run,
         isolation=given.isolation,
         journal=given.journal,
         flush_secs=given.flush_secs,
         config=file,
         base=folder,
-        # Other processes get the text alone: variables in it may be secrets, and are theirs too.
+        # Other processes get the unresolved YAML: its variables may hold secrets.
         rebuild=functools.partial(_bus, text, name=name, file=file, base=base),
     )
 
 
 def check(path: str | os.PathLike[str]) -> list[str]:
-    """Return one line for each fault of a YAML file, and an empty list if there is none."""
+    """Return one line for each problem in a YAML file; an empty list if it is valid."""
     try:
         load(path)
     except ConfigError as error:
@@ -90,8 +90,8 @@ def check(path: str | os.PathLike[str]) -> list[str]:
     return []
 
 
-def _route(name: str, sink: Item, base: Path | None) -> SinkSpec | None:
-    """Return the way to one sink, or None where a fault of it was noted."""
+def _sink_spec(name: str, sink: ConfigValue, base: Path | None) -> SinkSpec | None:
+    """Return the specification of one sink, or None if it has a problem."""
     if not isinstance(sink.value, dict):
         return None
     keys = sink_keys(registry.plugins(registry.SINKS))
@@ -119,49 +119,49 @@ def _route(name: str, sink: Item, base: Path | None) -> SinkSpec | None:
     )
 
 
-def _class_of(sink: Item) -> type[Sink] | None:
+def _class_of(sink: ConfigValue) -> type[Sink] | None:
     item = sink.keys.get("type")
     if item is None:
         for key, child in sink.keys.items():
             if key not in SINK_KEYS and (hint := did_you_mean(key, ["type"])):
-                child.refuse(f"found an unknown key, expected 'type'{hint}")
+                child.reject(f"found an unknown key, expected 'type'{hint}")
     elif item.is_sound:
         try:
             return sink_class(item.value)
         except TrainbusError as error:
             reason = "`trainbus plugins` says why it can't" if item.hidden else _line(error)
-            item.refuse(f"found {item.found()}, expected a sink that loads: {reason}")
+            item.reject(f"found {item.found()}, expected a sink that loads: {reason}")
     return None
 
 
-def _check_renames(sink: Item) -> None:
+def _check_renames(sink: ConfigValue) -> None:
     rename = sink.keys.get("rename")
     taken: dict[str, str] = {}
     for old, new in rename.keys.items() if rename and rename.is_sound else ():
         before = taken.setdefault(new.value, old)
         if "*" in new.value and "*" not in old:
-            new.refuse(f"found {new.found()}, expected no `*`, as its pattern has none")
+            new.reject(f"found {new.found()}, expected no `*`, as its pattern has none")
         elif "*" not in new.value and before != old:
-            text = f"found {new.found()} again, expected another name than {quoted(before)} gets"
-            new.refuse(text)
+            text = f"found {new.found()} again, expected another name than that of {quoted(before)}"
+            new.reject(text)
 
 
-def _options(sink: Item, cls: type[Sink]) -> Options | None:
-    """Return the sink's own options, whose fields fit each by itself."""
+def _options(sink: ConfigValue, cls: type[Sink]) -> Options | None:
+    """Return the sink's own options; each field is already checked."""
     own = {key: item for key, item in sink.keys.items() if key not in SINK_KEYS}
     given = {key: item.plain() for key, item in own.items()}
-    reason = _refusal(cls, given)
+    reason = _options_error(cls, given)
     if reason is None:
         return msgspec.convert(given, cls.Options)
-    # What is said of other values just the same can't repeat a value that is hidden.
-    if reason != _refusal(cls, {key: item.plain(masked=True) for key, item in own.items()}):
-        reason = "(not shown, as it may repeat a hidden value)"
-    sink.refuse(f"found options that don't fit, expected others: {reason}")
+    # An error that is the same for other values can't contain a hidden value.
+    if reason != _options_error(cls, {key: item.plain(masked=True) for key, item in own.items()}):
+        reason = "(not shown, as it may contain a hidden value)"
+    sink.reject(f"found invalid options: {reason}")
     return None
 
 
-def _refusal(cls: type[Sink], values: Mapping[str, Any]) -> str | None:
-    """Return what a sink's options refuse these values with, None where they take them."""
+def _options_error(cls: type[Sink], values: Mapping[str, Any]) -> str | None:
+    """Return the error of a sink's options class for these values, None if they are valid."""
     try:
         msgspec.convert(values, cls.Options)
     except Exception as error:
@@ -174,7 +174,7 @@ def _line(error: BaseException) -> str:
 
 
 def _text(name: str) -> str:
-    """Return what the file holds."""
+    """Return the content of the file."""
     line = 0
     try:
         with open(name, "rb") as file:
@@ -188,7 +188,7 @@ def _text(name: str) -> str:
         text = "found a folder, expected a YAML file"
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        text = "found bytes that are no UTF-8, expected a text file in UTF-8"
+        text = "found bytes that are not UTF-8, expected a text file in UTF-8"
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         text = f"found a file that can't be read ({reason}), expected a YAML file"

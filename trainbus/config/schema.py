@@ -1,7 +1,7 @@
-"""What a configuration file may hold: its types, and its JSON Schema for editors.
+"""The types of the configuration file, and its JSON Schema for editors.
 
-Guarantees: the file is checked against the same types that the JSON Schema is made from; a sink's
-own options never shadow the keys that every sink has.
+Guarantees: validation and the JSON Schema use the same types; the options of a sink never shadow
+the keys that all sinks share.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trainbus.recording.settings import RunDefaults
 _Name = Annotated[
     str,
     Meta(
-        # `$` alone would let a line break stand at the end.
+        # `$` alone also matches before a line break at the end.
         pattern=r"^[A-Za-z0-9_.-]+(?!\n)$",
         extra={"expected": "a name of letters, digits, `_`, `.` and `-`"},
     ),
@@ -35,18 +35,19 @@ _AnySink = Annotated[dict[str, Any], Meta(extra={"expected": "a mapping with the
 
 
 class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """The configuration of trainbus: where records go, and what is set for every run."""
+    """The configuration of trainbus: sinks, journal, and settings for every run."""
 
     version: Annotated[Literal[1], Meta(description="Version of this file's format")] = 1
     run: Annotated[
-        RunDefaults | None, Meta(description="Set for every run, over what the adapter finds")
+        RunDefaults | None,
+        Meta(description="Settings for every run; they override those of the adapter"),
     ] = None
     isolation: Annotated[
         Isolation,
-        Meta(description="Where sinks run; auto: outside of the training process, if they can"),
+        Meta(description="Where sinks run; auto: outside of the training process if possible"),
     ] = "auto"
     flush_secs: Annotated[
-        float, Meta(ge=0, description="How long the end of a run waits for the sinks")
+        float, Meta(ge=0, description="How long the end of a run waits for the sinks, in seconds")
     ] = 60.0
     journal: Annotated[
         JournalSpec | None, Meta(description="Where each run's journal is written")
@@ -55,45 +56,46 @@ class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         dict[_Name, _AnySink],
         Meta(
             min_length=1,
-            description="Your name for a sink → its `type` and options",
+            description="Name of a sink → its `type` and options",
             extra={"expected": "a mapping of one name or more to sinks"},
         ),
     ]
 
 
 File = Annotated[_File, Meta(extra={"expected": "a mapping with the key 'sinks'"})]
-"""The whole file; the sinks in it are checked one by one, each against its own types."""
+"""The whole file; each sink is checked separately, against the types of its own options."""
 
 
 class _SinkKeys(TransformSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The keys of every sink but `type`, whose choices depend on what is installed."""
+    """The keys of every sink except `type`, whose values depend on the installed sinks."""
 
     on_error: Annotated[
         Literal["warn", "raise"],
-        Meta(description="What happens when the sink can't be opened: go on, or stop the training"),
+        Meta(description="`warn`, or `raise`: abort training if this sink can't be opened"),
     ] = "warn"
     isolation: Annotated[
-        Isolation | None, Meta(description="Where this sink runs, over what is set for all")
+        Isolation | None,
+        Meta(description="Where this sink runs; overrides `isolation` of all sinks"),
     ] = None
 
 
 SINK_KEYS = ("type", *_SinkKeys.__struct_fields__)
-"""The keys of every sink, next to its own options."""
+"""The keys that every sink has besides its own options."""
 
 
 def sink_keys(kinds: Iterable[str]) -> type[msgspec.Struct]:
-    """Return the keys of every sink as a struct, in which `type` is one of `kinds`."""
+    """Return the keys of every sink as a struct whose `type` is one of `kinds`."""
     names = tuple(kinds)
-    meta = Meta(description="Which sink it is", extra={"expected": f"one of {', '.join(names)}"})
+    meta = Meta(description="Type of the sink", extra={"expected": f"one of {', '.join(names)}"})
     kind = ("type", Annotated[Literal[names], meta])
     return msgspec.defstruct("sink", [kind], bases=(_SinkKeys,), kw_only=True)
 
 
 def sink_class(name: str) -> type[Sink]:
-    """Return a sink class whose options can be read.
+    """Return a sink class with valid options.
 
     Raises:
-        TrainbusError: it can't be imported, or is not what its entry point promises.
+        TrainbusError: the class can't be imported, or it or its options are not valid.
     """
     cls = registry.sink_class(name)
     try:
@@ -102,14 +104,14 @@ def sink_class(name: str) -> type[Sink]:
         inspect.type_info(cls.Options)
         fields = {field.encode_name for field in msgspec.structs.fields(cls.Options)}
         if taken := sorted(fields.intersection(SINK_KEYS)):
-            raise TypeError(f"{', '.join(taken)} means the same for every sink")
+            raise TypeError(f"{', '.join(taken)} is reserved: all sinks have this key")
     except Exception as error:
         raise PluginError(f"the options of sink {name!r} can't be read: {error}") from error
     return cls
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema of the file, with the options of every sink that can be imported."""
+    """Return the JSON Schema of the file, with the options of every importable sink."""
     sinks: dict[str, type[Sink]] = {}
     for name in registry.plugins(registry.SINKS):
         try:
@@ -151,9 +153,9 @@ def json_schema() -> dict[str, Any]:
 
 
 def _or_variable(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a value, in which a text with a variable may stand for each scalar."""
+    """Return the schema of a value, extended so that each scalar can also be a `${…}` string."""
     arms = schema.get("anyOf") or [schema]
-    # Editors show the notes of a key, not those of one of its choices.
+    # Editors show the notes of a key, but not those of one branch of `anyOf`.
     notes = {k: v for each in (*arms, schema) for k, v in each.items() if k in _NOTES}
     rest = [{k: v for k, v in arm.items() if k not in _NOTES} for arm in arms]
     for arm in rest:

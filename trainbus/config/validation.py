@@ -1,8 +1,8 @@
-"""Values of a file that know where they stand, and checks of them against types.
+"""Checks the values of a configuration file against types.
 
-Guarantees: all faults are noted, not only the first, each as one printable line with file, line,
-key path, what was found and expected; no line shows a hidden value; a value that has no fault
-converts to its type.
+Guarantees: all problems are collected, each as one printable line with file, line, key path, what
+was found and what was expected; no line shows a hidden value; a value without a problem converts to
+its type.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _WORDS: dict[type[inspect.Type], tuple[str, str]] = {
     inspect.BoolType: ("true or false", "true or false"),
     inspect.FloatType: ("a number", "numbers"),
     inspect.IntType: ("a whole number", "whole numbers"),
-    inspect.StrType: ("a text", "texts"),
+    inspect.StrType: ("a string", "strings"),
     inspect.StructType: ("a mapping", "mappings"),
 }
 _LIMITS = {
@@ -38,28 +38,28 @@ _LIMITS = {
 
 
 class Problems:
-    """The faults of one file, in the order of their lines."""
+    """The problems in one file, in the order of their lines."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._lines: dict[str, int] = {}
 
     def add(self, text: str, *, path: str = "", line: int = 0, column: int = 0) -> None:
-        """Note a fault; lines and columns count from 1, and 0 stands for the whole of them."""
+        """Add a problem; lines and columns count from 1, and 0 means unknown."""
         place = ":".join([self._name, *(str(number) for number in (line, column) if number)])
-        said = ": ".join(part for part in (place, path, text) if part)
-        self._lines.setdefault(printable(said), line)
+        problem = ": ".join(part for part in (place, path, text) if part)
+        self._lines.setdefault(printable(problem), line)
 
     def lines(self) -> list[str]:
-        """Return one line for each fault."""
+        """Return one line for each problem."""
         return sorted(self._lines, key=self._lines.__getitem__)
 
 
-class Item(msgspec.Struct, kw_only=True):
-    """A value of a file, with the key path and the line where it stands.
+class ConfigValue(msgspec.Struct, kw_only=True):
+    """A value in a file, with its key path and line.
 
-    `hidden` values are never shown. A `broken` one has its line in the problems already. `raw` is
-    the text of an unquoted value that variables were put into, before it was read as a number.
+    `hidden` values are never shown. A `broken` value already has a problem. `raw` is the string of
+    an unquoted value with variables, before it was parsed as a number.
     """
 
     problems: Problems
@@ -71,25 +71,25 @@ class Item(msgspec.Struct, kw_only=True):
     raw: str | None = None
 
     @property
-    def keys(self) -> Mapping[str, Item]:
-        """The values of a mapping; nothing for other values."""
+    def keys(self) -> Mapping[str, ConfigValue]:
+        """The entries of a mapping; empty for other values."""
         return self.value if isinstance(self.value, dict) else {}
 
     @property
     def is_sound(self) -> bool:
-        """Whether no fault of this value, or of one in it, was noted."""
+        """Whether neither this value nor one in it has a problem."""
         parts = self.value if isinstance(self.value, list) else self.keys.values()
         return not self.broken and all(part.is_sound for part in parts)
 
-    def refuse(self, text: str, *, path: str | None = None, line: int | None = None) -> None:
-        """Note a fault of this value, at its own place if no other is given."""
+    def reject(self, text: str, *, path: str | None = None, line: int | None = None) -> None:
+        """Add a problem of this value; `path` and `line` default to its own."""
         self.broken = True
         self.problems.add(
             text, path=self.path if path is None else path, line=self.line if line is None else line
         )
 
     def plain(self, *, masked: bool = False) -> Any:
-        """Return the value without positions; if `masked`, others stand for the hidden ones."""
+        """Return the plain value; if `masked`, with other values in place of the hidden ones."""
         if isinstance(self.value, dict):
             return {key: item.plain(masked=masked) for key, item in self.value.items()}
         if isinstance(self.value, list):
@@ -99,7 +99,7 @@ class Item(msgspec.Struct, kw_only=True):
         return self.value
 
     def found(self) -> str:
-        """Return what stands here in words, without the value itself where it is hidden."""
+        """Describe the value for an error, without showing it if it is hidden."""
         match self.value:
             case None:
                 return "nothing"
@@ -110,13 +110,13 @@ class Item(msgspec.Struct, kw_only=True):
             case bool():
                 return "true or false" if self.hidden else str(self.value).lower()
             case str():
-                return "a text" if self.hidden else quoted(self.value)
+                return "a string" if self.hidden else quoted(self.value)
         return "a number" if self.hidden else f"the number {self.value}"
 
 
-def check_value(item: Item, wanted: Any) -> None:
-    """Note what doesn't fit a type, part by part where both have parts."""
-    parts: list[tuple[Item, Any]] = []
+def check_value(item: ConfigValue, wanted: Any) -> None:
+    """Add a problem for each part of a value that does not fit its type."""
+    parts: list[tuple[ConfigValue, Any]] = []
     for arm in _arms(wanted):
         origin, args = get_origin(arm) or arm, get_args(arm)
         if not isinstance(origin, type):
@@ -130,25 +130,25 @@ def check_value(item: Item, wanted: Any) -> None:
                 if not _converts(key, args[0]):
                     expected = _expected(inspect.type_info(args[0]))
                     text = f"found {quoted(key)} as a key, expected {expected}"
-                    child.refuse(text, path=item.path)
-        # A tuple of parts that each have a type of their own is checked as a whole.
+                    child.reject(text, path=item.path)
+        # A tuple with a type for each element is checked as a whole.
         is_uniform = len(args) == 1 or args[1:] == (...,)
         if isinstance(item.value, list) and issubclass(origin, Sequence | Set) and is_uniform:
             parts = [(child, args[0]) for child in item.value]
     for child, part in parts:
         check_value(child, part)
-    is_noted = item.broken or not all(child.is_sound for child, _ in parts)
-    if is_noted or _converts(item.plain(), wanted):
+    is_reported = item.broken or not all(child.is_sound for child, _ in parts)
+    if is_reported or _converts(item.plain(), wanted):
         return
     if item.raw is not None and _converts(item.raw, wanted):
         item.value = item.raw
         return
     expected = _expected(inspect.type_info(wanted))
-    item.refuse(f"found {item.found()}, expected {expected}{_hint(item, wanted, expected)}")
+    item.reject(f"found {item.found()}, expected {expected}{_hint(item, wanted, expected)}")
 
 
-def check_fields(item: Item, *structs: type[Any], is_open: bool = False) -> None:
-    """Note what doesn't fit the fields of structs; if `is_open`, other keys may be there."""
+def check_fields(item: ConfigValue, *structs: type[Any], is_open: bool = False) -> None:
+    """Add a problem for each key that does not fit the fields; `is_open` allows other keys."""
     fields = {field.encode_name: field for cls in structs for field in msgspec.structs.fields(cls)}
     known = sorted(fields)
     for key, child in item.keys.items():
@@ -156,15 +156,15 @@ def check_fields(item: Item, *structs: type[Any], is_open: bool = False) -> None
             check_value(child, fields[key].type)
         elif not is_open:
             expected = f"one of {', '.join(known)}{did_you_mean(key, known)}"
-            child.refuse(f"found an unknown key, expected {expected}")
+            child.reject(f"found an unknown key, expected {expected}")
     for key, field in fields.items():
         if field.required and key not in item.keys:
             expected = _expected(inspect.type_info(field.type))
-            item.refuse(f"found nothing, expected {expected}", path=joined(item.path, key))
+            item.reject(f"found nothing, expected {expected}", path=joined(item.path, key))
 
 
 def _arms(wanted: Any) -> list[Any]:
-    """Return the types that a union allows, without their annotations."""
+    """Return the types of a union, without annotations."""
     if get_origin(wanted) is Annotated:
         return _arms(get_args(wanted)[0])
     if get_origin(wanted) in (Union, UnionType):
@@ -180,18 +180,18 @@ def _converts(value: Any, wanted: Any) -> bool:
     return True
 
 
-def _hint(item: Item, wanted: Any, expected: str) -> str:
-    """Return what helps besides the expectation: the nearest known value, or quotes."""
+def _hint(item: ConfigValue, wanted: Any, expected: str) -> str:
+    """Return a hint for an error: the most similar known value, or to use quotes."""
     if isinstance(item.value, str) and not item.hidden:
         choices = [arm for arm in _arms(wanted) if get_origin(arm) is Literal]
         known = [value for arm in choices for value in get_args(arm) if isinstance(value, str)]
         return did_you_mean(item.value, known)
-    is_quotable = isinstance(item.value, bool | int | float) and expected.startswith("a text")
+    is_quotable = isinstance(item.value, bool | int | float) and expected.startswith("a string")
     return " (write it in quotes)" if is_quotable else ""
 
 
 def _expected(info: inspect.Type, *, many: bool = False) -> str:
-    """Return a type in words."""
+    """Describe a type in words."""
     match info:
         case inspect.Metadata():
             return (info.extra or {}).get("expected") or _expected(info.type, many=many)

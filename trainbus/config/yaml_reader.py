@@ -1,8 +1,8 @@
-"""Reads YAML text into items, and fills in environment variables; the only importer of yaml.
+"""Parses YAML into values with positions, and substitutes environment variables.
 
-Guarantees: no text raises, runs code or grows beyond bounds; every fault in it is one line in
-`Problems`; no line repeats the value of a variable, or what stands under a key named like a secret.
-What comes out is texts, numbers, booleans and nulls, in lists and in mappings with text keys.
+Guarantees: no input raises, runs code or expands without limit; every problem is one line in
+`Problems`; no line shows the value of a variable, or of a key that is named like a secret. The
+result consists of strings, numbers, booleans and nulls, in lists and in mappings with string keys.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import yaml
 
-from trainbus.config.validation import Item, Problems
+from trainbus.config.validation import ConfigValue, Problems
 from trainbus.text import joined
 
 _MAX_VALUES = 10_000
@@ -25,7 +25,7 @@ _MERGE = _TAG + "merge"
 _NUMBERS = {_TAG + "int": "a whole number", _TAG + "float": "a number"}
 _RESOLVED = {*_NUMBERS, _TAG + "bool", _TAG + "null"}
 
-# A date, `=` and `<<` have tags of their own in YAML 1.1; as values they are texts here.
+# In YAML 1.1, dates, `=` and `<<` have their own tags; as values they are strings here.
 _TEXTS = {_TAG + "str", _TAG + "timestamp", _TAG + "value", _MERGE}
 _ALLOWED = {_TAG + "map", _TAG + "seq", *_RESOLVED, *_TEXTS}
 
@@ -37,8 +37,8 @@ _QUOTED = re.compile(r"'(?:(?P<mark>.|\\.|<[a-z ]+>)|[^']*)'")
 _VARIABLE = re.compile(r"\$\$\{|\$\{(?:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\})?")
 
 
-def read(text: str, problems: Problems, env: Mapping[str, str]) -> Item:
-    """Return the file's one value with `${…}` filled in from `env`, or a broken one."""
+def read(text: str, problems: Problems, env: Mapping[str, str]) -> ConfigValue:
+    """Return the document with `${…}` replaced from `env`; a broken value if it can't be parsed."""
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_node() if loader.check_node() else None
@@ -46,7 +46,7 @@ def read(text: str, problems: Problems, env: Mapping[str, str]) -> Item:
             problems.add("found an empty file, expected a mapping with the key 'sinks'", line=1)
         elif loader.check_node():
             line = loader.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
-            problems.add("found a second document (after `---`), expected one in a file", line=line)
+            problems.add("found a second document (after `---`), expected one per file", line=line)
         else:
             return _Reader(loader, problems, env).item(node, path="", line=_line(node))
     except _TooMuchError:
@@ -54,19 +54,19 @@ def read(text: str, problems: Problems, env: Mapping[str, str]) -> Item:
     except RecursionError:
         problems.add(f"found too many levels, expected {_MAX_DEPTH} at most")
     except yaml.MarkedYAMLError as error:
-        _note_syntax(error, text, problems)
+        _add_syntax_error(error, text, problems)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         problems.add("found a control character, expected printable text", line=line)
-    return Item(problems=problems, path="", line=0, broken=True)
+    return ConfigValue(problems=problems, path="", line=0, broken=True)
 
 
 class _TooMuchError(Exception):
-    """The file holds more than can be read; the problems say so."""
+    """The file is too large or too deeply nested; the problem is already added."""
 
 
 class _Reader:
-    """Turns the nodes of one document into items."""
+    """Converts the nodes of one document."""
 
     def __init__(self, loader: yaml.SafeLoader, problems: Problems, env: Mapping[str, str]) -> None:
         self._loader = loader
@@ -75,8 +75,8 @@ class _Reader:
         self._count = 0
         self._open: list[yaml.Node] = []
 
-    def item(self, node: yaml.Node, *, path: str, line: int, hidden: bool = False) -> Item:
-        item = Item(problems=self._problems, path=path, line=line, hidden=hidden)
+    def item(self, node: yaml.Node, *, path: str, line: int, hidden: bool = False) -> ConfigValue:
+        item = ConfigValue(problems=self._problems, path=path, line=line, hidden=hidden)
         self._count += 1
         fault = ""
         if self._count > _MAX_VALUES:
@@ -86,11 +86,11 @@ class _Reader:
         elif len(self._open) >= _MAX_DEPTH:
             fault = f"found too many levels, expected {_MAX_DEPTH} at most"
         if fault:
-            item.refuse(fault, path="")
+            item.reject(fault, path="")
             raise _TooMuchError
         self._open.append(node)
         if node.tag not in _ALLOWED:
-            item.refuse("found a YAML tag (`!…`), expected a value without: tags aren't allowed")
+            item.reject("found a YAML tag (`!…`), expected a plain value")
         elif isinstance(node, yaml.MappingNode):
             item.value = self._mapping(node, item)
         elif isinstance(node, yaml.SequenceNode):
@@ -103,9 +103,9 @@ class _Reader:
         self._open.pop()
         return item
 
-    def _mapping(self, node: yaml.MappingNode, item: Item) -> dict[str, Item]:
-        merged: dict[str, Item] = {}
-        own: dict[str, Item] = {}
+    def _mapping(self, node: yaml.MappingNode, item: ConfigValue) -> dict[str, ConfigValue]:
+        merged: dict[str, ConfigValue] = {}
+        own: dict[str, ConfigValue] = {}
         for key_node, value in node.value:
             line = _line(key_node)
             if key_node.tag == _MERGE:
@@ -117,34 +117,34 @@ class _Reader:
             path = joined(item.path, key)
             if key in own:
                 text = f"found the key again (first in line {own[key].line}), expected it once"
-                item.refuse(text, path=path, line=line)
+                item.reject(text, path=path, line=line)
                 continue
             hidden = item.hidden or _SECRET.search(key) is not None
             own[key] = self.item(value, path=path, line=line, hidden=hidden)
         return {key: child for key, child in merged.items() if key not in own} | own
 
-    def _key(self, node: yaml.Node, parent: Item) -> str | None:
+    def _key(self, node: yaml.Node, parent: ConfigValue) -> str | None:
         if isinstance(node, yaml.ScalarNode) and node.tag in _TEXTS:
             if "${" not in node.value:
                 return str(node.value)
             text = "found `${` in a key, expected variables in values only"
         else:
             key = self.item(node, path=parent.path, line=_line(node), hidden=parent.hidden)
-            text = f"found {key.found()} as a key, expected a text (write it in quotes)"
-        parent.refuse(text, line=_line(node))
+            text = f"found {key.found()} as a key, expected a string (write it in quotes)"
+        parent.reject(text, line=_line(node))
         return None
 
-    def _merged(self, node: yaml.Node, parent: Item) -> dict[str, Item]:
-        merged: dict[str, Item] = {}
+    def _merged(self, node: yaml.Node, parent: ConfigValue) -> dict[str, ConfigValue]:
+        merged: dict[str, ConfigValue] = {}
         for each in node.value if isinstance(node, yaml.SequenceNode) else [node]:
             item = self.item(each, path=parent.path, line=_line(each), hidden=parent.hidden)
             if isinstance(item.value, dict):
                 merged = item.value | merged
             elif not item.broken:
-                item.refuse(f"found {item.found()} after `<<`, expected a mapping")
+                item.reject(f"found {item.found()} after `<<`, expected a mapping")
         return merged
 
-    def _fill_scalar(self, node: yaml.Node, item: Item) -> None:
+    def _fill_scalar(self, node: yaml.Node, item: ConfigValue) -> None:
         text, tag = str(node.value), node.tag
         is_plain = isinstance(node, yaml.ScalarNode) and node.style is None
         if "${" in text:
@@ -153,46 +153,46 @@ class _Reader:
                 item.raw = text
                 tag = self._loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
         if is_plain and tag == _TAG + "str" and _FLOAT.fullmatch(text):
-            tag = _TAG + "float"  # YAML 1.1 takes 1e-3 for a text, which no one expects
+            tag = _TAG + "float"  # YAML 1.1 parses 1e-3 as a string, which nobody expects
         if item.broken:
             return
         if tag not in _RESOLVED:
             item.value = text
         elif tag in _NUMBERS and len(text) > _MAX_DIGITS:
-            item.refuse(f"found too many digits, expected {_NUMBERS[tag]}")
+            item.reject(f"found too many digits, expected {_NUMBERS[tag]}")
         else:
             try:
                 item.value = self._loader.construct_object(yaml.ScalarNode(tag, text))
             except (ValueError, LookupError, ArithmeticError):
                 wanted = _NUMBERS.get(tag, "true or false")
-                item.refuse(f"found a text that can't be read, expected {wanted}")
+                item.reject(f"found a string that can't be parsed, expected {wanted}")
 
-    def _filled(self, text: str, item: Item) -> str:
-        """Return the text with its variables filled in; the item is broken if one can't be."""
+    def _filled(self, text: str, item: ConfigValue) -> str:
+        """Return the text with variables replaced; the value is broken if one is not set."""
 
         def fill(match: re.Match[str]) -> str:
             name, default = match.groups()
             if match[0] == "$${":
                 return "${"
             if name is None and "}" not in text[match.end() :]:
-                item.refuse("found `${` without its `}`, expected ${NAME} or ${NAME:-default}")
+                item.reject("found `${` without its `}`, expected ${NAME} or ${NAME:-default}")
                 return ""
             if name is None or "${" in (default or ""):
-                item.refuse(
-                    "found `${…}` around what is no name of a variable, expected ${NAME} or "
-                    "${NAME:-default}, one not inside another, or $${ for a literal ${"
+                item.reject(
+                    "found `${…}` without a valid variable name, expected ${NAME} or "
+                    "${NAME:-default}, not nested, or $${ for a literal ${"
                 )
                 return ""
             item.hidden = True
             value = self._env.get(name)
-            if not value and default is not None:  # as in a shell, also where it is set to nothing
+            if not value and default is not None:  # as in a shell, also if it is empty
                 return str(default)
             if value is None:
-                # A far-fetched suggestion would tell more about the environment than the mistake.
+                # Only a close match is suggested: others would disclose names of the environment.
                 nearest = difflib.get_close_matches(name, list(self._env), n=1, cutoff=0.85)
                 hint = f", did you mean {nearest[0]!r}?" if nearest else ""
-                item.refuse(
-                    f"found ${{{name}}}, which is not set, expected a variable of the environment "
+                item.reject(
+                    f"found ${{{name}}}, which is not set, expected an environment variable "
                     f"or a default, ${{{name}:-…}}{hint}"
                 )
                 return ""
@@ -205,15 +205,15 @@ def _line(node: yaml.Node) -> int:
     return int(node.start_mark.line) + 1
 
 
-def _note_syntax(error: yaml.MarkedYAMLError, text: str, problems: Problems) -> None:
+def _add_syntax_error(error: yaml.MarkedYAMLError, text: str, problems: Problems) -> None:
     mark = error.problem_mark or error.context_mark
     line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
-    # An unquoted password may begin with `*` or `!`, and the parser repeats it as a name.
+    # An unquoted password may start with `*` or `!`, and the parser shows it as a name.
     reason = _QUOTED.sub(lambda m: m[0] if m["mark"] else "…", error.problem or "can't be parsed")
     wanted = "valid YAML"
     source = text.splitlines()[line - 1 : line]
     if source and "${" in source[0]:
-        wanted += " (inside [ ] and { }, `${…}` needs quotes, which keep it a text)"
+        wanted += " (inside [ ] and { }, write `${…}` in quotes)"
     elif source and "\t" in source[0]:
         wanted += " (indent with spaces, not tabs)"
     problems.add(f"found bad YAML: {reason}, expected {wanted}", line=line, column=column)
