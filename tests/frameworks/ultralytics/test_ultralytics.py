@@ -368,7 +368,7 @@ def test_the_users_error_is_not_hidden_by_one_of_ours(tmp_path: Path) -> None:
     before = "model.add_callback('on_pretrain_routine_start', lambda t: delattr(t, 'epochs'))"
     trained = train_local(tmp_path, tmp_path / "none.yaml", before=before, catch=True)
     assert trained.result["error"].startswith("RuntimeError(")
-    assert "hook tell_failure in trainbus.adapters.ultralytics raised" in trained.process.stderr
+    assert "hook record_failure in trainbus.adapters.ultralytics raised" in trained.process.stderr
 
 
 def test_each_checkpoint_has_its_own_metrics(ours: Trained) -> None:
@@ -421,8 +421,8 @@ def test_an_ultralytics_that_hands_on_no_callbacks_is_told_of(tmp_path: Path) ->
     script = tmp_path / "deaf.py"
     script.write_text(
         "from types import SimpleNamespace as Trainer\n"
-        "from trainbus.adapters._ultralytics_trainer import warn_of_deaf_children\n"
-        "for size in (1, 2):\n    warn_of_deaf_children(Trainer(world_size=size))\n"
+        "from trainbus.adapters.ultralytics.trainer import warn_if_children_have_no_callbacks\n"
+        "for size in (1, 2):\n    warn_if_children_have_no_callbacks(Trainer(world_size=size))\n"
     )
     said = {}
     for version in (None, "8.4.90"):
