@@ -310,10 +310,10 @@ def test_the_best_epoch_is_known_before_the_end(tmp_path: Path) -> None:
         for i, v in enumerate((0.2, 0.5, math.nan, 0.4))
     ]
     best = log(tmp_path / "open", started, *logged)["best"]
-    assert {"metric": "metrics/mAP50", "value": 0.5, "epoch": 1, "told": False} == best
+    assert {"metric": "metrics/mAP50", "value": 0.5, "epoch": 1, "reported": False} == best
     end = RunEnded(status="finished", best=Best(metric="fitness", value=math.nan, epoch=3))
     best = log(tmp_path / "ended", started, *logged, end)["best"]
-    assert {"metric": "fitness", "value": "NaN", "epoch": 3, "told": True} == best
+    assert {"metric": "fitness", "value": "NaN", "epoch": 3, "reported": True} == best
 
 
 GOALS = {"val/*": "min", "val/head[0]/acc": "max", "val/acc*": "max"}
@@ -460,12 +460,6 @@ def test_says_what_can_not_be_written(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(SinkError, match=r"can't write .*/run: .*; set another `dir`"):
         sink_for(tmp_path)
-
-
-def test_write_before_open_is_refused() -> None:
-    """`write` without `open` says what to call."""
-    with pytest.raises(SinkError, match="call open"):
-        HtmlSink().write(records(RunStarted()))
 
 
 @pytest.mark.parametrize("isolation", ["inline", "process"])

@@ -1,7 +1,7 @@
-"""Puts the data of runs into one page of HTML.
+"""Renders the data of runs as one HTML page.
 
-Guarantees: no text of a training ends the block of data or becomes a part of the page; the browser
-is told to run nothing but the page's own script and plotly, and to load nothing from elsewhere.
+Guarantees: no text of a training ends the block of data or becomes markup; the security policy lets
+the browser run only the page's own script and plotly, and load nothing from elsewhere.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 
 import msgspec
 
-from ._html_data import Data
+from .data import Data
 
-_PARTS = Path(__file__).with_name("_html")
-_CSS = (_PARTS / "page.css").read_text("utf-8")
+_STATIC = Path(__file__).with_name("static")
+_CSS = (_STATIC / "page.css").read_text("utf-8")
 _JS = "'use strict';\n(() => {{\n{}}})();\n".format(
     "".join(
-        (_PARTS / f"{name}.js").read_text("utf-8")
+        (_STATIC / f"{name}.js").read_text("utf-8")
         for name in ("base", "metrics", "results", "page")
     )
 )
@@ -38,7 +38,7 @@ _POLICY = "; ".join(
 
 
 def page(runs: Sequence[Data], *, compares: bool = False) -> bytes:
-    """Return the page of one run, or one that compares several."""
+    """Return the page of one run, or a comparison of several."""
     if compares:
         runs = [_metrics_only(run) for run in runs]
     shown = msgspec.json.encode({"compares": compares, "runs": runs}).decode()

@@ -1,4 +1,8 @@
-"""Gathers from the records of a run what its page shows."""
+"""The data of a run that its page shows, gathered from the records and stored in `data.json`.
+
+Guarantees: it depends on the records alone, not on how they were cut into batches; numbers that
+JSON does not have are the strings `NaN`, `Infinity` and `-Infinity`; every list is bounded.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ from trainbus.events import (
     CurveLogged,
     EpochEnded,
     EpochStarted,
+    Failure,
     HistogramLogged,
     MetricsLogged,
     ModelDescribed,
@@ -33,17 +38,24 @@ from trainbus.events import (
 )
 from trainbus.toolkit.sinks import flat
 
-from . import _html_values as values
-from ._html_data import Data
-from ._html_ranks import weight, worst_of_matrix, worst_of_table
-from ._html_series import Series
-from ._html_values import MAX_TEXT, number, plain, text_of
+from . import charts
+from .charts import (
+    MAX_TEXT,
+    Number,
+    Worst,
+    number,
+    plain,
+    rank_of,
+    text_of,
+    worst_of_matrix,
+    worst_of_table,
+)
 
-MAX_ITEMS = 500
-"""Kept texts, alerts, checkpoints and artifacts."""
+_MAX_ITEMS = 500
+"""Most texts, alerts, checkpoints and artifacts."""
 
 _MAX_POINTS, _MIN_POINTS = 200_000, 10
-"""Values of all metrics together that are kept, and of each in any case."""
+"""Most values of all metrics together, and the least of each metric that are kept."""
 
 _EPOCHS = ("epochs", "num_train_epochs", "max_epochs", "num_epochs", "n_epochs")
 _STEPS = ("max_steps", "total_timesteps", "max_iters", "total_steps")
@@ -51,13 +63,153 @@ _PHASES = re.compile(r"(?:train|training|val|valid|validation|eval|test)[/_]", r
 _LAST_EPOCHS = 5
 
 
+class Picture(msgspec.Struct):
+    """A picture in the folder of the page."""
+
+    file: str
+    caption: str | None = None
+    epoch: int | None = None
+    step: int | None = None
+
+
+class Series(msgspec.Struct):
+    """Values of one metric over epochs or steps; `t` is in seconds since the start of the run."""
+
+    name: str
+    phase: str
+    axis: Literal["epoch", "step"]
+    base: str
+    x: list[int] = []
+    y: list[Number] = []
+    t: list[float] = []
+    low: tuple[float, int] | None = None
+    """Lowest of all values, with its x; those that were dropped count too."""
+    high: tuple[float, int] | None = None
+    odd: int = 0
+    """Number of values that are not finite."""
+    attempt: int = 1
+    stride: int = 1
+    seen: int = 0
+    loose: bool = False
+    """Whether the next point replaces the last one."""
+
+    def add(self, x: int, value: float, t: float, attempt: int, points: int) -> None:
+        """Add a value; every second one is dropped beyond `points`."""
+        if attempt > self.attempt:
+            self.cut(x - 1)  # a resumed training repeats what follows
+            self.attempt = attempt
+        is_last = not self.x or x > self.x[-1]
+        if is_last and self.loose:
+            del self.x[-1], self.y[-1], self.t[-1]
+        if is_last:
+            self.loose = self.seen % self.stride != 0
+            self.seen += 1
+        self._put(x, number(value), t)
+        if len(self.x) > points:
+            self._thin()
+
+    def cut(self, last: int) -> None:
+        """Drop the values after `last`."""
+        end = bisect_left(self.x, last + 1)
+        if end < len(self.x):
+            del self.x[end:], self.y[end:], self.t[end:]
+            self.loose = False
+            self._measure()
+
+    def _thin(self) -> None:
+        """Drop every second value, but not the last one."""
+        last = len(self.x) - 1
+        kept = list(range(0, last + (not self.loose), 2))
+        self.loose = kept[-1] != last
+        kept += [last] * self.loose
+        self.x = [self.x[i] for i in kept]
+        self.y = [self.y[i] for i in kept]
+        self.t = [self.t[i] for i in kept]
+        self.stride *= 2
+
+    def _put(self, x: int, value: Number, t: float) -> None:
+        at = bisect_left(self.x, x)
+        is_known = at < len(self.x) and self.x[at] == x
+        self.x[at : at + is_known] = [x]
+        self.y[at : at + is_known] = [value]
+        self.t[at : at + is_known] = [t]
+        if is_known:
+            self._measure()
+        else:
+            self._extend(value, x)
+
+    def _measure(self) -> None:
+        self.low = self.high = None
+        self.odd = 0
+        for value, x in zip(self.y, self.x, strict=True):
+            self._extend(value, x)
+
+    def _extend(self, value: Number, x: int) -> None:
+        if isinstance(value, str):
+            self.odd += 1
+            return
+        if self.low is None or value < self.low[0]:
+            self.low = (value, x)
+        if self.high is None or value > self.high[0]:
+            self.high = (value, x)
+
+
+class Data(msgspec.Struct):
+    """The data of one run."""
+
+    run: str
+    position: tuple[int, int] = (0, 0)
+    about: dict[str, Any] = {}
+    goals: dict[str, Literal["max", "min"]] = {}
+    status: str = "running"
+    reason: str | None = None
+    error: Failure | None = None
+    best: dict[str, Any] | None = None
+    worst: Worst | None = None
+    first: float | None = None
+    """Time of the first record of this attempt, in seconds since the Unix epoch."""
+    last: float | None = None
+    earlier: float = 0.0
+    """Duration of earlier attempts in seconds."""
+    attempt: int = 1
+    resumes: bool = False
+    epoch: int | None = None
+    done: int = 0
+    """Number of completed epochs."""
+    epochs: int | None = None
+    step: int | None = None
+    steps: int | None = None
+    eta: float | None = None
+    """Remaining time in seconds, estimated from the duration of the last epochs."""
+    took: list[float] = []
+    ends: Series = msgspec.field(
+        default_factory=lambda: Series(name="", phase="", axis="epoch", base="")
+    )
+    """Steps at the end of each epoch."""
+    params: dict[str, str] = {}
+    model: dict[str, str] = {}
+    classes: list[str] = []
+    series: list[Series] = []
+    final: dict[str, Number] = {}
+    curves: dict[str, Any] = {}
+    matrices: dict[str, Any] = {}
+    histograms: dict[str, Any] = {}
+    tables: dict[str, Any] = {}
+    texts: list[dict[str, Any]] = []
+    pictures: dict[str, list[Picture]] = {}
+    checkpoints: list[dict[str, Any]] = []
+    artifacts: list[dict[str, Any]] = []
+    alerts: list[dict[str, Any]] = []
+    records: dict[str, int] = {}
+
+
 class Gatherer:
-    """Takes the records of a run into its `data`; pictures are left to the caller.
+    """Adds the records of a run to its `data`, except pictures.
 
     Args:
-        data: what is known of the run already.
-        points: values of a metric that are kept.
-        curve_points: points of a curve that are kept.
+        data: the data of the run so far.
+        points: most values of a metric.
+        curve_points: most points of a curve.
     """
 
     def __init__(self, data: Data, *, points: int, curve_points: int) -> None:
@@ -68,7 +220,7 @@ class Gatherer:
         self._goal_of = RunStarted(goals=data.goals).goal_of
 
     def take(self, record: Record) -> None:
-        """Take one record that is new."""
+        """Add a new record."""
         data, event = self.data, record.event
         if isinstance(event, UnknownEvent):
             return
@@ -82,7 +234,7 @@ class Gatherer:
             case ParamsUpdated():
                 self._params(event.params)
             case ModelDescribed():
-                data.model |= values.model(event)
+                data.model |= charts.model(event)
                 data.classes = list(event.classes) or data.classes
             case EpochStarted():
                 if data.resumes:
@@ -95,15 +247,15 @@ class Gatherer:
             case MetricsLogged():
                 self._metrics(event, record)
             case CurveLogged():
-                data.curves[event.key] = values.curve(event, self._curve_points)
+                data.curves[event.key] = charts.curve(event, self._curve_points)
             case ConfusionMatrixLogged():
-                data.matrices[event.key] = matrix = values.matrix(event)
+                data.matrices[event.key] = matrix = charts.matrix(event)
                 if data.worst is None or data.worst.key in data.matrices:
                     data.worst = worst_of_matrix(event.key, matrix) or data.worst
             case HistogramLogged():
-                data.histograms[event.key] = values.histogram(event)
+                data.histograms[event.key] = charts.histogram(event)
             case TableLogged():
-                data.tables[event.key] = table = values.table(event)
+                data.tables[event.key] = table = charts.table(event)
                 if found := worst_of_table(event.key, table, event.rows):
                     table["by"], data.worst = found.metric, found
             case TextLogged():
@@ -148,7 +300,7 @@ class Gatherer:
         data.steps = _total(named, _STEPS) or data.steps
 
     def _redo(self, epoch: int) -> None:
-        """Drop what was logged from an epoch on, which comes again with other values."""
+        """Drop the values since the start of an epoch, which is repeated."""
         ends = self.data.ends
         at = bisect_left(ends.x, epoch)
         step = ends.y[at] if at < len(ends.x) and ends.x[at] == epoch else 0 if not epoch else None
@@ -199,37 +351,33 @@ class Gatherer:
         return self._series[key]
 
     def _rank(self, name: str, value: float, epoch: int | None) -> None:
-        """Keep the best value of the most telling metric that the trainer ranks by."""
+        """Keep the best value of the most important metric that has a goal."""
         data, goal = self.data, self._goal_of(name)
         if goal is None or not math.isfinite(value):
             return
         old = data.best
         if old is not None and old["metric"] != name:
-            if old.get("told") or weight(name) >= weight(old["metric"]):
+            if old.get("reported") or rank_of(name) >= rank_of(old["metric"]):
                 return
             old = None
         if old is None or (value > old["value"] if goal == "max" else value < old["value"]):
-            data.best = {"metric": name, "value": value, "epoch": epoch, "told": False}
+            data.best = {"metric": name, "value": value, "epoch": epoch, "reported": False}
 
     def _end(self, event: RunEnded) -> None:
         data = self.data
-        data.status, data.reason, data.error, data.eta = (
-            event.status,
-            event.reason,
-            event.error,
-            None,
-        )
+        data.status, data.reason, data.error = event.status, event.reason, event.error
+        data.eta = None
         if event.best is not None:
-            data.best = _told(event.best)
+            data.best = _reported(event.best)
 
     def _seconds(self, record: Record) -> float:
         first = self.data.first or 0.0
         return round(self.data.earlier + max(record.time - first, 0.0), 3)
 
 
-def _told(best: Best) -> dict[str, Any]:
+def _reported(best: Best) -> dict[str, Any]:
     value = number(best.value)
-    return {"metric": best.metric, "value": value, "epoch": best.epoch, "told": True}
+    return {"metric": best.metric, "value": value, "epoch": best.epoch, "reported": True}
 
 
 def _total(named: Mapping[str, Any], keys: Sequence[str]) -> int | None:
@@ -243,4 +391,4 @@ def _total(named: Mapping[str, Any], keys: Sequence[str]) -> int | None:
 
 def _push(items: list[Any], item: Any) -> None:
     items.append(item)
-    del items[:-MAX_ITEMS]
+    del items[:-_MAX_ITEMS]

@@ -1,4 +1,4 @@
-// What a run measured of its model: curves, matrices, histograms, tables, pictures, texts.
+// Results of a run: curves, matrices, histograms, tables, pictures, texts.
 
 // Curves and matrices ---------------------------------------------------------------------------
 const CLASSES = [...new Set(Object.values(RUN.curves).flatMap((c) => c.classes))];

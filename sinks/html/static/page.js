@@ -14,7 +14,7 @@ const paramsSection = () => {
     return row;
   });
   const none = h('p', {class: 'soft', hidden: true}, MANY ? 'No parameter differs.'
-    : 'No parameter has this in it.');
+    : 'No parameter matches.');
   const filter = () => {
     const wanted = (state.get('param') || '').toLowerCase();
     for (const row of rows) row.hidden = !row.words.includes(wanted)
@@ -98,8 +98,8 @@ matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => {
   for (const f of theme) f();
   redraw();
 });
-// While the run is open, its file is written again and again: look at it anew, but not while a
-// person zooms, types or has gone elsewhere.
+// While the run is open, its file is rewritten: reload it, unless a person zooms, types or looks
+// elsewhere.
 if (!MANY && RUN.status === 'running') setInterval(() => {
   const typing = document.activeElement && document.activeElement.tagName === 'INPUT';
   if (!document.hidden && !zoomed && !typing && !viewer.open && !String(getSelection())) {

@@ -1,4 +1,4 @@
-// The metrics of the runs over epochs, steps or time, and a run at a glance.
+// Metrics of the runs over epochs, steps or time, and an overview of a run.
 
 // Metrics ---------------------------------------------------------------------------------------
 const label = (run) => {
@@ -6,7 +6,7 @@ const label = (run) => {
   const twin = RUNS.some((other) => other !== run && (other.about.name || other.run) === name);
   return twin ? name + ' (' + run.run + ')' : name;
 };
-const between = (value, from, to) => {  // linear, and beyond the ends with the last slope
+const between = (value, from, to) => {  // linear; beyond the ends with the last slope
   let i = from.findIndex((v) => v >= value);
   if (i < 0) i = from.length - 1;
   const a = i === 0 ? [0, 0] : [from[i - 1], to[i - 1]];
@@ -22,7 +22,7 @@ const places = (run, series) => {
   return axis === 'step' ? series.x.map((x) => between(x, epochs, steps))
     : series.x.map((x) => between(x, steps, epochs));
 };
-const drawn = (series) => {  // a thinned series is drawn with its lowest and highest value
+const drawn = (series) => {  // a thinned series shows its lowest and highest value too
   let {x, y, t} = series;
   for (const end of [series.low, series.high]) {
     if (series.stride < 2 || !end || x.includes(end[1])) continue;
@@ -116,7 +116,7 @@ const metricsSection = () => {
     card.words = (base + ' ' + groups.get(base).map(([, s]) => s.name).join(' ')).toLowerCase();
     return card;
   });
-  const none = h('p', {class: 'soft', hidden: true}, 'No chart has this in its name.');
+  const none = h('p', {class: 'soft', hidden: true}, 'No chart matches.');
   const filter = () => {
     const wanted = (state.get('chart') || '').toLowerCase();
     for (const card of cards) card.hidden = !card.words.includes(wanted);
@@ -166,7 +166,7 @@ const header = () => {
       RUN.step === null ? '' : 'step ' + RUN.step + (RUN.steps ? ' of ' + RUN.steps : '')),
     tile('elapsed', took(elapsed(RUN)), 'since ' + when(RUN.first)),
     RUN.status === 'running' && tile('time left', RUN.eta === null ? '–' : took(RUN.eta),
-      quiet > 60 ? 'last heard of ' + took(quiet) + ' ago' : ''),
+      quiet > 60 ? 'last record ' + took(quiet) + ' ago' : ''),
     RUN.best && tile('best ' + RUN.best.metric, bestText(RUN), epochText(RUN.best.epoch)),
     RUN.worst && tile('worst class', RUN.worst.name, RUN.worst.metric + ' ' +
       fmt(RUN.worst.value)),

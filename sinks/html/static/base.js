@@ -1,5 +1,5 @@
-// What the page is made of: the data, texts, elements, and charts that are drawn when they are seen.
-// Elements are made, and their text is set; HTML is never made of what a run says.
+// Data, text, elements, and charts that are drawn once they are visible.
+// Elements are created and their text is set: HTML is never built from the text of a run.
 
 const DATA = JSON.parse(document.getElementById('data').textContent);
 const RUNS = DATA.runs, MANY = DATA.compares, RUN = RUNS[0];
@@ -12,7 +12,7 @@ const CONTROL = new RegExp('[\\u0000-\\u0008\\u000b-\\u001f\\u007f-\\u009f\\u202
 const clean = (text) => String(text).replace(CONTROL,
   (c) => '\\u' + c.charCodeAt(0).toString(16).padStart(4, '0'));
 const own = (object, name) => Object.hasOwn(object, name) ? object[name] : undefined;
-// plotly reads tags in its texts.
+// plotly interprets tags in its strings.
 const esc = (text) => clean(text).replace(/&/g, '&amp;').replace(/</g, '&lt;')
   .replace(/>/g, '&gt;');
 const fmt = (value) => {
@@ -93,7 +93,7 @@ const watcher = new IntersectionObserver((entries) => {
 let zoomed = 0;
 const draw = (chart) => {
   if (!window.Plotly) {
-    chart.div.textContent = 'plotly.min.js is not beside this page: no charts.';
+    chart.div.textContent = 'plotly.min.js is missing next to this page: no charts.';
     return;
   }
   chart.due = false;
