@@ -143,7 +143,7 @@ def test_every_tracker_took_every_record(fed: Fed) -> None:
     """The receipt has nothing pending, dead or lost."""
     receipt = fed.printed[fed.printed.index("trainbus: run ") :]
     assert str(len(fed.records)) in receipt
-    taken = re.findall(r"(\w+): (\d+) taken", receipt)
+    taken = re.findall(r"(\w+): (\d+) delivered", receipt)
     assert {str(len(fed.records))} == {count for kind, count in taken if kind != "console"}
     assert 8 == len(taken)
     assert "PENDING" not in receipt

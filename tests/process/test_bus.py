@@ -691,7 +691,7 @@ def test_a_sink_that_fails_at_times_gets_the_rest(caplog: pytest.LogCaptureFixtu
     report = deliver(route(sink))[0].sinks[0]
     assert ((11, 0, 1, 0), "ValueError: odd record") == (numbers(report), report.error)
     assert [
-        "sink 'tested' (failing) failed, training goes on: ValueError: odd record"
+        "sink 'tested' (failing) failed, training continues: ValueError: odd record"
     ] == warnings_of(caplog)
 
 
@@ -737,7 +737,7 @@ def test_a_sink_that_always_fails_is_left_alone(
     assert 1 == sink.calls.count("close")
     first, last = warnings_of(caplog)
     assert "training goes on" in first
-    assert "refused 5 records in a row; the others wait in the journal" in last
+    assert "rejected 5 records in a row; the others wait in the journal" in last
     assert "to send the rest: trainbus replay" in str(receipt)
 
 
@@ -876,10 +876,10 @@ def test_a_receipt_is_readable() -> None:
     assert str(receipt) == textwrap.dedent(
         """\
         trainbus: run run_1 finished, 12 records
-          tested   failing: 3 taken, 8 filtered out, 1 REFUSED
+          tested   failing: 3 delivered, 8 filtered out, 1 rejected
                    ValueError: odd record
                    somewhere
-          memory   MemorySink: 12 taken
+          memory   MemorySink: 12 delivered
           journal  /runs/run 1"""
     )
     waiting = [msgspec.structs.replace(receipt.sinks[0], dead=0, pending=1)]
@@ -899,7 +899,7 @@ def test_receipts_are_printed_on_stderr(journals: Path, capsys: pytest.CaptureFi
     assert captured.err.startswith("trainbus: run printed_")
     run = captured.err.split()[2]
     assert captured.err.endswith(
-        f" finished, 2 records\n  memory   MemorySink: 2 taken\n  journal  {journals / run}\n"
+        f" finished, 2 records\n  memory   MemorySink: 2 delivered\n  journal  {journals / run}\n"
     )
     assert 1 == captured.err.count("trainbus: run")
 
@@ -975,7 +975,7 @@ def test_a_sink_gets_the_same_wherever_it_runs(
     assert (len(wanted), len(heard) - len(wanted), 0, 0) == numbers(receipt.sinks[0])
     assert str(tmp_path / "out.jsonl") == receipt.sinks[0].location
     # A busy machine may have said before that it waits.
-    said = re.sub(r"trainbus: waiting for the sinks.*\n", "", capsys.readouterr().err)
+    said = re.sub(r"trainbus: waiting up to.*\n", "", capsys.readouterr().err)
     assert f"{receipt}\n" == said
 
 
@@ -1224,7 +1224,7 @@ def test_ctrl_c_while_sinks_are_waited_for_tells_what_they_got(
 
     class Screen(io.StringIO):
         def write(self, text: str) -> int:
-            if "waiting for the sinks" in text:
+            if "waiting up to" in text:
                 threading.Thread(target=interrupt).start()
             return super().write(text)
 
@@ -1521,14 +1521,14 @@ def test_a_resumed_training_without_its_marker_says_so(
     with Bus() as bus:
         bus.emit(RunStarted(save_dir=str(tmp_path), resumed=Resumed(epoch=2, save_dir="/before")))
     expected = f"found no {MARKER}, which names the run, in {tmp_path} or in /before"
-    assert f"begins a new run: {expected}" in caplog.text
+    assert f"starts a new run: {expected}" in caplog.text
 
 
 def test_a_resumed_training_without_a_folder_says_so(caplog: pytest.LogCaptureFixture) -> None:
     """Where the framework names no folder there is nothing to look in, and a line says that."""
     with Bus() as bus:
         bus.emit(RunStarted(resumed=Resumed(epoch=2)))
-    assert "begins a new run: the framework names no folder" in caplog.text
+    assert "starts a new run: the framework reports no save directory" in caplog.text
     assert "None" not in caplog.text
 
 

@@ -163,7 +163,7 @@ def test_a_replayed_file_is_the_live_one(live: Live, tmp_path: Path) -> None:
     code, out, err = run("replay", live.folder, "-c", config)
     assert (0, "") == (code, err.strip())
     assert live.lines == kept.read_bytes()
-    assert f"{len(live.lines.splitlines())} taken" in out
+    assert f"{len(live.lines.splitlines())} delivered" in out
 
 
 @pytest.mark.parametrize("isolation", ["inline", "thread"])

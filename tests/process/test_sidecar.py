@@ -94,7 +94,7 @@ BESIDE = """
                 arguments = open(f"/proc/{name}/cmdline").read()
             except OSError:
                 continue
-            if int(stat[1]) == os.getpid() and stat[0] != "Z" and "sidecarmain" in arguments:
+            if int(stat[1]) == os.getpid() and stat[0] != "Z" and "sidecar_main" in arguments:
                 found.append(int(name))
         return found
 """

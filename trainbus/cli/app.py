@@ -223,6 +223,7 @@ def replay(
                 routes,
                 after=after,
                 trusted=trusted,
+                config=bus.settings.config,
                 tell=lambda at: tell(f"to {at.sink}", at.done, at.total),
             )
     typer.echo(str(receipt))

@@ -12,10 +12,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-from trainbus.delivery.receipt import Receipt, save_receipt, split_unsaved
+from trainbus.delivery.receipt import Receipt, write_receipt
 from trainbus.delivery.sidecar import Sidecar, SidecarRun
 from trainbus.delivery.spec import Isolation, SinkSpec, isolation_of
-from trainbus.delivery.worker import POLL_S, SinkWorker, ThreadedWorker, delivering, owe
+from trainbus.delivery.worker import POLL_S, SinkWorker, ThreadedWorker, drive, owe
 from trainbus.errors import SinkError
 from trainbus.events import Record
 from trainbus.interfaces import RunInfo
@@ -37,7 +37,7 @@ class RunDispatcher:
 
     def __init__(
         self,
-        routes: Sequence[SinkSpec],
+        specs: Sequence[SinkSpec],
         run: RunInfo,
         journal: JournalWriter | NullJournal,
         *,
@@ -49,7 +49,7 @@ class RunDispatcher:
         """Start the workers; the run's start must be in the journal.
 
         Args:
-            routes: the sinks.
+            specs: the sinks.
             run: the run.
             journal: its records.
             sidecar: the bus's, which delivers to the sinks that another process can make.
@@ -62,7 +62,7 @@ class RunDispatcher:
         self.unrecorded = 0
         """Values that no event could be made of."""
         self._run = run
-        self._routes = routes
+        self._specs = specs
         self._journal = journal
         self._flush_secs = flush_secs
         self._config = config
@@ -77,19 +77,21 @@ class RunDispatcher:
         if isinstance(journal, NullJournal):
             return
         elsewhere = []
-        for route in routes:
-            mode = isolation_of(route, isolation)
+        for spec in specs:
+            mode = isolation_of(spec, isolation)
             if mode == "inline":
-                self._inline.append(self._worker(route, journal, in_background=False))
+                self._inline.append(self._worker(spec, journal, in_background=False))
             elif mode == "thread":
-                self._start_thread(route, journal)
+                self._start_thread(spec, journal)
             else:
-                elsewhere.append(route)
+                elsewhere.append(spec)
         if elsewhere:
-            self._sidecar = sidecar.open(journal.folder, run.attempt, elsewhere, flush_secs)
+            self._sidecar = sidecar.open(
+                journal.folder, run.attempt, elsewhere, flush_secs, config=config
+            )
             refused = self._sidecar.refused
-            for route in refused:  # no further process can be started: a thread is the next best
-                self._start_thread(route, journal)
+            for spec in refused:  # no further process can be started: a thread is the next best
+                self._start_thread(spec, journal)
             if refused:
                 why = self._sidecar.unserved[refused[0].name]
                 logger.warning("sinks run in threads of the training process: %s", why)
@@ -153,7 +155,7 @@ class RunDispatcher:
             self._sidecar.finish(held, emitted)
         try:
             for waiting in self._waiting:
-                if waiting.worker.route.options is None:  # of which no replay can make another one
+                if waiting.worker.spec.options is None:  # of which no replay can make another one
                     self._drain(waiting.worker, held)
             self._wait(begun)
         except BaseException as error:  # Ctrl-C: what is not sent waits in the journal
@@ -203,23 +205,18 @@ class RunDispatcher:
 
     def _drain(self, worker: SinkWorker, held: Sequence[bytes]) -> None:
         """Deliver to a sink here, where it costs no training any more."""
+
+        def is_over() -> bool:
+            if interrupt := worker.interrupt:
+                raise interrupt
+            return time.monotonic() >= (self._deadline or 0.0)
+
         worker.add(held)
         worker.finish()
-        delivering.here = True
         try:
-            while not (worker.done or worker.main.stopped or self._is_late()):
-                wait = worker.step()
-                if interrupt := worker.interrupt:
-                    raise interrupt
-                if wait and worker.has_everything():
-                    break
-                time.sleep(wait)
+            drive(worker, is_over=is_over)
         finally:
-            delivering.here = False
             worker.close()
-
-    def _is_late(self) -> bool:
-        return time.monotonic() >= (self._deadline or 0.0)
 
     def _is_done(self) -> bool:
         sidecar = self._sidecar is None or self._sidecar.is_finished()
@@ -234,34 +231,30 @@ class RunDispatcher:
     def _say_waiting(self) -> None:
         left = (self._deadline or 0.0) - time.monotonic()
         print(
-            f"trainbus: waiting for the sinks, at most {left:.0f} s more; "
-            "Ctrl-C leaves the rest for `trainbus replay`",
+            f"trainbus: waiting up to {left:.0f} s for sinks to finish; "
+            "Ctrl-C stops waiting, `trainbus replay` sends the rest later",
             file=sys.stderr,
             flush=True,
         )
 
     def _receipt(self, journal: JournalWriter, status: str, emitted: int) -> Receipt:
         workers = self._workers()
-        found = {worker.route.name: worker.report(emitted) for worker in workers}
+        found = {worker.spec.name: worker.report(emitted) for worker in workers}
         if self._sidecar is not None:
             found |= {report.name: report for report in self._sidecar.reports(emitted)}
         journal.check_file()
-        receipt = Receipt(
-            run=self._run.id,
+        receipt = write_receipt(
+            journal.folder,
             status=status,
             attempt=self._run.attempt,
             emitted=emitted,
-            sinks=split_unsaved(
-                [found[route.name] for route in self._routes if route.name in found],
-                journal.unsaved,
-            ),
-            dropped=self.dropped + journal.dropped.total(),
+            reports=[found[spec.name] for spec in self._specs if spec.name in found],
             unsaved=journal.unsaved,
+            dropped=self.dropped + journal.dropped.total(),
             unrecorded=self.unrecorded,
-            journal=None if journal.is_gone else str(journal.folder.path),
+            is_gone=journal.is_gone,
             config=self._config,
         )
-        save_receipt(journal.folder, receipt)
         journal.close()
         return receipt
 
@@ -271,7 +264,7 @@ class RunDispatcher:
         Raises:
             SinkError: a sink with `on_error: raise` could not be opened.
         """
-        wanted = {route.name: route for route in self._routes if route.on_error == "raise"}
+        wanted = {spec.name: spec for spec in self._specs if spec.on_error == "raise"}
         if wanted and isinstance(self._journal, NullJournal):
             raise SinkError("no directory for the journal can be written, sinks get nothing")
         deadline = time.monotonic() + _OPEN_DEADLINE_S
@@ -279,14 +272,14 @@ class RunDispatcher:
             errors: dict[str, str | None] = {}
             for worker in self._workers():
                 if worker.opened is not None or worker.main.error is not None:
-                    errors[worker.route.name] = None if worker.opened else worker.main.error or ""
+                    errors[worker.spec.name] = None if worker.opened else worker.main.error or ""
             if self._sidecar is not None:
                 self._sidecar.poll()
                 errors |= self._sidecar.opened | self._sidecar.unserved
             for name, error in errors.items():
                 if name in wanted and error is not None:
-                    route = wanted[name]
-                    raise SinkError(f"sink {name!r} ({route.kind}) can't be opened: {error}")
+                    spec = wanted[name]
+                    raise SinkError(f"sink {name!r} ({spec.kind}) can't be opened: {error}")
                 wanted.pop(name, None)
             if wanted and time.monotonic() > deadline:
                 raise SinkError(f"sink {min(wanted)!r} did not open in {_OPEN_DEADLINE_S:.0f} s")
@@ -294,10 +287,10 @@ class RunDispatcher:
                 time.sleep(POLL_S / 5)
 
     def _worker(
-        self, route: SinkSpec, journal: JournalWriter, *, in_background: bool = True
+        self, spec: SinkSpec, journal: JournalWriter, *, in_background: bool = True
     ) -> SinkWorker:
         return SinkWorker(
-            route,
+            spec,
             journal.folder,
             FileResolver(
                 journal.folder, None
@@ -310,8 +303,8 @@ class RunDispatcher:
         threads = [*self._threads, *self._waiting]
         return [*self._inline, *(thread.worker for thread in threads)]
 
-    def _start_thread(self, route: SinkSpec, journal: JournalWriter) -> None:
-        thread = ThreadedWorker(self._worker(route, journal), journal)
+    def _start_thread(self, spec: SinkSpec, journal: JournalWriter) -> None:
+        thread = ThreadedWorker(self._worker(spec, journal), journal)
         self._threads.append(thread)  # first: Ctrl-C may come while it is started
         fault = thread.start()
         if fault is None:
@@ -319,13 +312,13 @@ class RunDispatcher:
         self._threads.remove(thread)
         self._waiting.append(thread)
         thread.worker.main.error = fault
-        owe(route, journal.folder, self._run.attempt)
-        rest = "`trainbus replay` sends them" if route.options is not None else "it gets them then"
+        owe(spec, journal.folder, self._run.attempt)
+        rest = "`trainbus replay` sends them" if spec.options is not None else "it gets them then"
         logger.warning(
             "sink %r (%s) has neither process nor thread (%s); its records wait in the journal for "
             "the end of the run: if there is no thread either, %s",
-            route.name,
-            route.kind,
+            spec.name,
+            spec.kind,
             fault,
             rest,
         )

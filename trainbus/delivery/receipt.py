@@ -12,12 +12,6 @@ from trainbus.journal.directory import RunFolder, write_atomically
 from trainbus.text import printable
 
 
-def save_receipt(folder: RunFolder, receipt: Receipt) -> None:
-    """Write the receipt beside the journal; a disk that is full costs it."""
-    with suppress(OSError):
-        write_atomically(folder.receipt, msgspec.json.format(msgspec.json.encode(receipt)) + b"\n")
-
-
 class SinkReport(msgspec.Struct, frozen=True, kw_only=True):
     """What became of one run's records in one sink.
 
@@ -98,32 +92,67 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
         return "\n".join(printable(line) for line in lines)
 
 
-def split_unsaved(reports: Sequence[SinkReport], unsaved: int) -> list[SinkReport]:
-    """Return the reports with what is on no disk told apart from what waits in the journal.
+def write_receipt(
+    folder: RunFolder,
+    *,
+    status: str,
+    attempt: int,
+    emitted: int,
+    reports: Sequence[SinkReport],
+    unsaved: int = 0,
+    dropped: int = 0,
+    unrecorded: int = 0,
+    is_gone: bool = False,
+    config: str | None = None,
+) -> Receipt:
+    """Make the receipt of an attempt and write it beside the journal, if the disk has room.
 
     Args:
-        reports: what each sink got, with all that it has not got as pending.
+        folder: the run's directory.
+        status: status of the run, `open` if it has not ended.
+        attempt: the attempt that the receipt is about.
+        emitted: how many records it has.
+        reports: what each sink received, with everything it has not received as pending.
         unsaved: how many records the disk had no room for. They are the last ones of the run, and
-            sinks get records in order.
+            sinks receive records in order.
+        dropped: events that could not be recorded.
+        unrecorded: values that could not be recorded.
+        is_gone: whether the directory was deleted meanwhile.
+        config: file that the sinks were configured in.
     """
-    found = []
-    for report in reports:
-        gone = min(report.pending, unsaved)
-        pending = report.pending - gone
-        found.append(msgspec.structs.replace(report, pending=pending, unsaved=gone))
-    return found
+    receipt = Receipt(
+        run=folder.run,
+        status=status,
+        attempt=attempt,
+        emitted=emitted,
+        sinks=[_without_unsaved(report, unsaved) for report in reports],
+        dropped=dropped,
+        unsaved=unsaved,
+        unrecorded=unrecorded,
+        journal=None if is_gone else str(folder.path),
+        config=config,
+    )
+    with suppress(OSError):
+        write_atomically(folder.receipt, msgspec.json.format(msgspec.json.encode(receipt)) + b"\n")
+    return receipt
+
+
+def _without_unsaved(report: SinkReport, unsaved: int) -> SinkReport:
+    """Return a report that counts apart what is on no disk and what waits in the journal."""
+    lost = min(report.pending, unsaved)
+    return msgspec.structs.replace(report, pending=report.pending - lost, unsaved=lost)
 
 
 def _counts(sink: SinkReport) -> str:
-    counts = f"{sink.taken} taken"
+    counts = f"{sink.taken} delivered"
+    if sink.lost:
+        counts += f" ({sink.lost} not supported by this tracker)"
     if sink.skipped:
         counts += f", {sink.skipped} filtered out"
-    if sink.lost:
-        counts += f", {sink.lost} of them can't be shown there"
     if sink.pending:
         counts += f", {sink.pending} PENDING"
     if sink.unsaved:
         counts += f", {sink.unsaved} LOST"
     if sink.dead:
-        counts += f", {sink.dead} REFUSED"
+        counts += f", {sink.dead} rejected"
     return counts

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import msgspec
 
-from trainbus.delivery.receipt import Receipt, SinkReport, save_receipt
+from trainbus.delivery.receipt import Receipt, SinkReport, write_receipt
 from trainbus.delivery.sidecar import Sidecar, SidecarRun
 from trainbus.delivery.sidecar_protocol import ReplayTask
 from trainbus.delivery.spec import SinkSpec, isolation_of
-from trainbus.delivery.worker import POLL_S, SinkWorker, count
+from trainbus.delivery.worker import POLL_S, SinkWorker, count, drive
 from trainbus.errors import JournalError
 from trainbus.events import RunEnded
 from trainbus.journal.directory import RunFolder
@@ -45,21 +45,23 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 def replay(
     folder: RunFolder,
-    routes: Sequence[SinkSpec],
+    specs: Sequence[SinkSpec],
     *,
     after: tuple[int, int] | None = None,
     trusted: Sequence[str] = (),
     flush_secs: float = 60.0,
+    config: str | None = None,
     tell: Callable[[Progress], None] = lambda progress: None,
 ) -> tuple[Receipt, FileResolver]:
     """Send to each sink what it has not got, and return what became of it.
 
     Args:
         folder: the run's directory.
-        routes: the sinks.
+        specs: the sinks.
         after: send what comes after this (attempt, seq), whatever was sent before.
         trusted: folders outside of the run's directory whose files may be sent.
         flush_secs: how long a network that is down is waited for, each time anew.
+        config: file that the sinks are configured in.
         tell: called with the progress.
 
     Returns:
@@ -85,40 +87,39 @@ def replay(
     task = _Task(folder, attempts[-1], after, files, trusted, flush_secs, tell, last.seq)
     sidecar = Sidecar()
     try:
-        found = [task.send(route, sidecar) for route in routes]
+        found = [task.send(spec, sidecar) for spec in specs]
     finally:
         sidecar.close()
     total = max((n for _, n in found if n is not None), default=None)
     if total is None:
         total = count(folder, attempts[-1])
     reports = [_with_total(report, total) for report, _ in found]
-    receipt = Receipt(
-        run=last.run,
+    receipt = write_receipt(
+        folder,
         status=last.event.status if isinstance(last.event, RunEnded) else "open",
         attempt=attempts[-1],
         emitted=total,
-        sinks=reports,
-        journal=str(folder.path),
+        reports=reports,
+        config=config,
     )
-    save_receipt(folder, receipt)
     return receipt, files
 
 
 def plan(
-    folder: RunFolder, routes: Sequence[SinkSpec], *, after: tuple[int, int] | None = None
+    folder: RunFolder, specs: Sequence[SinkSpec], *, after: tuple[int, int] | None = None
 ) -> list[Plan]:
     """Return what a replay would send, without sending or writing anything."""
     found = []
-    for route in routes:
+    for spec in specs:
         worker = SinkWorker(
-            route,
+            spec,
             folder,
             FileResolver(folder, []),
             attempt=folder.attempts()[-1],
             after=after,
             is_replay=True,
         )
-        found.append(Plan(sink=route.name, kind=route.kind, missing=worker.missing()))
+        found.append(Plan(sink=spec.name, kind=spec.kind, missing=worker.missing()))
     return found
 
 
@@ -134,25 +135,25 @@ class _Task(NamedTuple):
     tell: Callable[[Progress], None]
     expected: int
 
-    def send(self, route: SinkSpec, sidecar: Sidecar) -> tuple[SinkReport, int | None]:
+    def send(self, spec: SinkSpec, sidecar: Sidecar) -> tuple[SinkReport, int | None]:
         """Send to one sink; return what it got, and of how many records if that is known.
 
         A sink may end the process that it runs in, so that another one has it where that can be.
         """
-        if isolation_of(route, "auto") == "process":
+        if isolation_of(spec, "auto") == "process":
             replay = ReplayTask(after=self.after, trusted=[str(path) for path in self.trusted])
-            run = sidecar.open(self.folder, self.attempt, [route], self.flush_secs, replay=replay)
+            run = sidecar.open(self.folder, self.attempt, [spec], self.flush_secs, replay=replay)
             if not run.refused:
-                return self._watch(run, route)
-        return self._drain(route)
+                return self._watch(run, spec)
+        return self._drain(spec)
 
-    def _watch(self, run: SidecarRun, route: SinkSpec) -> tuple[SinkReport, int | None]:
+    def _watch(self, run: SidecarRun, spec: SinkSpec) -> tuple[SinkReport, int | None]:
         patience, known = time.monotonic() + self.flush_secs, 0
         while not run.is_finished() and time.monotonic() < patience:
-            count = run.progress.get(route.name, 0)
+            count = run.progress.get(spec.name, 0)
             if count != known or run.is_calling():
                 known, patience = count, time.monotonic() + self.flush_secs
-            self.tell(Progress(route.name, count, self.expected))
+            self.tell(Progress(spec.name, count, self.expected))
             time.sleep(POLL_S / 5)
         run.stop(_HALT_S)
         self.files.damaged += run.damaged
@@ -160,31 +161,30 @@ class _Task(NamedTuple):
         self.files.add_changed(run.changed_files)
         emitted = run.emitted
         (report,) = run.reports(self.expected if emitted is None else emitted)
-        self.tell(Progress(route.name, report.taken + report.skipped + report.dead, self.expected))
+        self.tell(Progress(spec.name, report.taken + report.skipped + report.dead, self.expected))
         return report, emitted
 
-    def _drain(self, route: SinkSpec) -> tuple[SinkReport, int | None]:
+    def _drain(self, spec: SinkSpec) -> tuple[SinkReport, int | None]:
         """Step until everything is sent, or nothing more can be."""
         worker = SinkWorker(
-            route,
+            spec,
             self.folder,
             self.files,
             attempt=self.attempt,
             after=self.after,
             is_replay=True,
         )
+        patience, known = time.monotonic() + self.flush_secs, 0
+
+        def is_over() -> bool:
+            nonlocal patience, known
+            if worker.count != known:
+                known, patience = worker.count, time.monotonic() + self.flush_secs
+            self.tell(Progress(spec.name, known, self.expected))
+            return time.monotonic() >= patience
+
         worker.finish()
-        patience = time.monotonic() + self.flush_secs
-        while not worker.done and not worker.main.stopped and time.monotonic() < patience:
-            before = worker.count
-            wait = worker.step()
-            if worker.count != before:
-                patience = time.monotonic() + self.flush_secs
-            elif wait and worker.is_idle():
-                break
-            self.tell(Progress(route.name, worker.count, self.expected))
-            if wait:
-                time.sleep(wait)
+        drive(worker, is_over=is_over)
         worker.close()
         total = worker.total()
         return worker.report(total), total

@@ -31,13 +31,13 @@ from trainbus.delivery.receipt import SinkReport
 from trainbus.delivery.sidecar_protocol import (
     FinishRun,
     Hello,
+    LogWarning,
     Mailbox,
     Marks,
     OpenRun,
     ReplayTask,
     RunDone,
     RunProgress,
-    LogWarning,
     SinkOpened,
     SinkTask,
     StopRun,
@@ -97,9 +97,10 @@ class Sidecar:
         self,
         folder: RunFolder,
         attempt: int,
-        routes: Sequence[SinkSpec],
+        specs: Sequence[SinkSpec],
         flush_secs: float,
         *,
+        config: str | None = None,
         replay: ReplayTask | None = None,
     ) -> SidecarRun:
         """Have a run delivered; `refused` of what is returned says which sinks have no process.
@@ -107,20 +108,23 @@ class Sidecar:
         Args:
             folder: the run's directory.
             attempt: the attempt that is delivered.
-            routes: the sinks.
+            specs: the sinks.
             flush_secs: how long the sinks may take once the training process is gone.
+            config: file that the sinks are configured in, for the receipt.
             replay: what is different for a run that is sent again.
         """
         if self._pid != os.getpid():
             self.abandon()
-        run = SidecarRun(self, next(self._numbers), folder, attempt, routes, flush_secs, replay)
+        run = SidecarRun(
+            self, next(self._numbers), folder, attempt, specs, flush_secs, config, replay
+        )
         try:
             with self._lock:
                 self.poll()
                 self._runs[run.number] = run
-                self._serve(run, [route.name for route in routes])
+                self._serve(run, [spec.name for spec in specs])
                 # What may have ended a process must not come into this one.
-                run.refused = [run.routes[n] for n in run.unserved if n not in self._apart]
+                run.refused = [run.specs[n] for n in run.unserved if n not in self._apart]
         except BaseException:  # Ctrl-C: the run is opened once more, and must not be served twice
             run.is_over = True
             self._runs.pop(run.number, None)
@@ -175,7 +179,7 @@ class Sidecar:
                 child.finish(run)
             # There was no process for these when one was needed last.
             waiting, run.unserved = run.unserved, {}
-            refused = {route.name for route in run.refused}
+            refused = {spec.name for spec in run.refused}
             self._serve(run, [name for name in waiting if name not in refused])
 
     def stop(self, run: SidecarRun, secs: float) -> None:
@@ -212,7 +216,7 @@ class Sidecar:
         for name in names:
             if name in self._aside:
                 run.opened[name] = self._aside[name]
-                owe(run.routes[name], run.folder, run.attempt)
+                owe(run.specs[name], run.folder, run.attempt)
             else:
                 groups.setdefault(name if name in self._apart else None, []).append(name)
         for apart, group in groups.items():
@@ -225,12 +229,12 @@ class Sidecar:
 
     def _child(self, apart: str | None, run: SidecarRun, names: Sequence[str]) -> _Child | None:
         """Return the process that is to deliver to some sinks of a run, if it is there."""
-        alone = {run.routes[name].kind for name in names if not _shares_process(run.routes[name])}
+        alone = {run.specs[name].kind for name in names if not _shares_process(run.specs[name])}
         for child in self._children:
             if child.apart != apart or child.is_retired or child.process.poll() is not None:
                 continue
             others = [self._runs[n] for n in child.serves if n in self._runs and n != run.number]
-            if not alone & {route.kind for other in others for route in other.routes.values()}:
+            if not alone & {spec.kind for other in others for spec in other.specs.values()}:
                 return child
         return None
 
@@ -327,15 +331,17 @@ class SidecarRun:
         number: int,
         folder: RunFolder,
         attempt: int,
-        routes: Sequence[SinkSpec],
+        specs: Sequence[SinkSpec],
         flush_secs: float,
+        config: str | None,
         replay: ReplayTask | None,
     ) -> None:
         self.number = number
         self.folder = folder
         self.attempt = attempt
-        self.routes = {route.name: route for route in routes}
+        self.specs = {spec.name: spec for spec in specs}
         self.flush_secs = flush_secs
+        self.config = config
         self.replay = replay
         self.opened: dict[str, str | None] = {}
         """What is known of the sinks: None for one that is open, else why it is not."""
@@ -380,8 +386,8 @@ class SidecarRun:
     def reports(self, emitted: int) -> list[SinkReport]:
         """Return what each sink got, from its cursor where no process can say so."""
         found = []
-        refused = {route.name for route in self.refused}
-        for name, route in self.routes.items():
+        refused = {spec.name for spec in self.refused}
+        for name, spec in self.specs.items():
             if name in refused:
                 continue
             why = self.unserved.get(name)
@@ -392,7 +398,7 @@ class SidecarRun:
             found.append(
                 self.done.get(name)
                 or report_on_disk(
-                    route, self.folder, attempt=self.attempt, emitted=emitted, error=why
+                    spec, self.folder, attempt=self.attempt, emitted=emitted, error=why
                 )
             )
         return found
@@ -459,17 +465,18 @@ class _Child:
             attempt=run.attempt,
             sinks=[
                 SinkTask(
-                    name=route.name,
-                    type=route.kind,
-                    options=route.options or {},
-                    transforms=route.transforms,
-                    base=route.base,
-                    slot=slots.get(route.name),
-                    error=aside.get(route.name),
+                    name=spec.name,
+                    type=spec.kind,
+                    options=spec.options or {},
+                    transforms=spec.transforms,
+                    base=spec.base,
+                    slot=slots.get(spec.name),
+                    error=aside.get(spec.name),
                 )
-                for route in run.routes.values()
+                for spec in run.specs.values()
             ],
             flush_secs=run.flush_secs,
+            config=run.config,
             variables={k: v for k, v in changed.items() if k not in _OF_TRAINING},
             replay=run.replay,
         )
@@ -581,8 +588,8 @@ def _release(children: list[_Child]) -> None:
         child.let_go(kill=False)
 
 
-def _shares_process(route: SinkSpec) -> bool:
-    sample = route.sample()
+def _shares_process(spec: SinkSpec) -> bool:
+    sample = spec.sample()
     return sample is None or sample.shares_process
 
 

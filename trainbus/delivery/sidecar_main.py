@@ -18,17 +18,17 @@ from pathlib import Path
 import msgspec
 
 from trainbus import registry
-from trainbus.delivery.receipt import Receipt, SinkReport, save_receipt, split_unsaved
+from trainbus.delivery.receipt import SinkReport, write_receipt
 from trainbus.delivery.sidecar import apply_environment
 from trainbus.delivery.sidecar_protocol import (
     FinishRun,
     Hello,
+    LogWarning,
     Mailbox,
     Marks,
     OpenRun,
     RunDone,
     RunProgress,
-    LogWarning,
     SinkOpened,
     SinkTask,
     StopRun,
@@ -235,17 +235,15 @@ class _Run:
         reports = [thread.worker.report(emitted) for thread in self._threads]
         if self._host.is_orphan and self._order.replay is None:
             ended = last.event if last and isinstance(last.event, RunEnded) else None
-            found = split_unsaved(self._of_all(reports, emitted), self._unsaved)
-            receipt = Receipt(
-                run=self.folder.run,
+            write_receipt(
+                self.folder,
                 status=ended.status if ended else "open",
                 attempt=self._order.attempt,
                 emitted=emitted,
-                sinks=found,
+                reports=self._of_all(reports, emitted),
                 unsaved=self._unsaved,
-                journal=str(self.folder.path),
+                config=self._order.config,
             )
-            save_receipt(self.folder, receipt)
         return RunDone(
             run=self._order.run,
             reports=reports,
@@ -264,7 +262,7 @@ class _Run:
             report = ours.get(sink.name)
             if report is None:
                 report = report_on_disk(
-                    _route(sink),
+                    _spec(sink),
                     self.folder,
                     attempt=self._order.attempt,
                     emitted=emitted,
@@ -278,7 +276,7 @@ class _Run:
         files = FileResolver(self.folder, replay.trusted if replay else None)
         self._files.append(files)
         return SinkWorker(
-            _route(sink),
+            _spec(sink),
             self.folder,
             files,
             attempt=self._order.attempt,
@@ -293,7 +291,7 @@ class _Run:
 
     def _start(self, thread: ThreadedWorker) -> bool:
         fault = thread.start()
-        name = thread.worker.route.name
+        name = thread.worker.spec.name
         if fault is not None and f"{name} waits" not in self._said:
             self._said.add(f"{name} waits")
             logger.warning("sink %r waits until a thread can be started: %s", name, fault)
@@ -325,7 +323,7 @@ class _Run:
     def _tell(self) -> None:
         for thread in self._threads:
             worker = thread.worker
-            name, error = worker.route.name, worker.main.error
+            name, error = worker.spec.name, worker.main.error
             if name not in self._said and (worker.opened is not None or error is not None):
                 self._said.add(name)
                 error = None if worker.opened else error or ""
@@ -333,7 +331,7 @@ class _Run:
             blocked = worker.blocked(_BLOCKED_S if worker.opened else _OPENING_S)
             if blocked is not None and f"{name} is blocked" not in self._said:
                 self._said.add(f"{name} is blocked")
-                logger.warning("sink %r (%s) %s", name, worker.route.kind, blocked)
+                logger.warning("sink %r (%s) %s", name, worker.spec.kind, blocked)
             if self._order.replay is not None and self._told.get(name) != worker.count:
                 count = self._told[name] = worker.count
                 self._host.say(RunProgress(run=self._order.run, sink=name, count=count))
@@ -365,7 +363,7 @@ class _Forward(logging.Handler):
         self._host.say(LogWarning(text=record.getMessage()))
 
 
-def _route(sink: SinkTask) -> SinkSpec:
+def _spec(sink: SinkTask) -> SinkSpec:
     return SinkSpec(
         name=sink.name,
         make=functools.partial(_make, sink),

@@ -28,9 +28,10 @@ from trainbus.errors import JournalError
 from trainbus.events import ArtifactLogged, CheckpointSaved, Record, RunEnded, RunStarted, encode
 from trainbus.interfaces import RunInfo, Sink
 from trainbus.journal.directory import RunFolder, open_private
+from trainbus.journal.encoding import Entry
 from trainbus.journal.file_access import FileResolver
 from trainbus.journal.locks import open_lock, try_lock
-from trainbus.journal.reader import Entry, RecordFile, RunReader, first_entry
+from trainbus.journal.reader import RecordFile, RunReader, first_entry
 from trainbus.journal.writer import JournalWriter
 
 logger = logging.getLogger("trainbus")
@@ -38,6 +39,7 @@ logger = logging.getLogger("trainbus")
 POLL_S = 0.1
 _BATCH = 500
 _SAVE_S = 1.0
+_SYNC_S = 1.0
 _MAX_OFFSET = 2**60
 _BLOCKED_S = 0.1
 _TAKEN = "another process delivers to this sink"
@@ -48,7 +50,7 @@ class SinkWorker:
 
     def __init__(
         self,
-        route: SinkSpec,
+        spec: SinkSpec,
         folder: RunFolder,
         files: FileResolver,
         *,
@@ -63,7 +65,7 @@ class SinkWorker:
         """Prepare; nothing is opened before the first step that finds a record.
 
         Args:
-            route: the sink.
+            spec: the sink.
             folder: the run's directory.
             files: which files records may name.
             attempt: the last attempt that is delivered, and the one that the report is about.
@@ -74,7 +76,7 @@ class SinkWorker:
             clock: seconds, for retries.
             mark: called with the lane (0, or 1 for uploads) before and after each call of the sink.
         """
-        self.route = route
+        self.spec = spec
         self.done = False
         """Whether the sink has the attempt's end and was closed."""
         self.opened: bool | None = None
@@ -87,8 +89,8 @@ class SinkWorker:
         self._pid = pid
         self._clock = clock
         self._sink: Sink | None = None
-        self._transform = Transform(route.transforms)
-        self._ledger = Ledger(folder.cursor(route.key), clock)
+        self._transform = Transform(spec.transforms)
+        self._ledger = Ledger(folder.cursor(spec.key), clock)
         self._reader: RunReader | None = None
         self._staged: deque[Entry] = deque()
         self._extra: list[bytes] = []
@@ -227,8 +229,8 @@ class SinkWorker:
             self.blocked(_BLOCKED_S) if pending else None,
         ]
         return SinkReport(
-            name=self.route.name,
-            kind=self.route.kind,
+            name=self.spec.name,
+            kind=self.spec.kind,
             taken=taken,
             skipped=skipped,
             dead=dead,
@@ -242,7 +244,7 @@ class SinkWorker:
     def _begin(self) -> bool:
         """Find out where to go on; False while another process delivers to this sink."""
         if self._lock_fd is None:
-            path = self._folder.cursor(self.route.key)
+            path = self._folder.cursor(self.spec.key)
             self._lock_fd = open_lock(path.with_suffix(".lock"))
         if not try_lock(self._lock_fd):
             self.main.error = _TAKEN
@@ -264,7 +266,7 @@ class SinkWorker:
             return Cursor(attempt=attempt, seq=seq, skipped=seq)
         if found is None:
             return Cursor(attempt=0 if self._is_replay else self._attempt)
-        if not found.closed and _is_durable_only_after_close(self.route):
+        if not found.closed and _is_durable_only_after_close(self.spec):
             # What it took since it was opened may have died with its process.
             return Cursor(attempt=found.attempt, location=found.location)
         return found
@@ -328,7 +330,7 @@ class SinkWorker:
         if not isinstance(event, RunStarted):
             event = RunStarted()
         start = Record(seq=0, run=record.run, time=record.time, event=event)
-        seen = Transform(self.route.transforms)(start)
+        seen = Transform(self.spec.transforms)(start)
         if seen is not None and isinstance(seen.event, RunStarted):
             event = seen.event
         run = RunInfo(
@@ -338,7 +340,7 @@ class SinkWorker:
             reopened=self._known_attempt == record.attempt,
             resume_after=self._ledger.cursor.seq,
             pid=self._pid,
-            base=self.route.base,
+            base=self.spec.base,
         )
         self._ledger.cursor.closed = False
         text = "can't be opened, training goes on without it"
@@ -350,7 +352,7 @@ class SinkWorker:
         return True
 
     def _make_and_open(self, run: RunInfo) -> None:
-        sink = self.route.make()
+        sink = self.spec.make()
         try:
             sink.open(run)
         except BaseException:
@@ -386,7 +388,7 @@ class SinkWorker:
         self._ledger.start_upload(item.record.seq)
         self._uploads.todo.append(item)
         if self._uploader is None:
-            name = f"trainbus uploads to {self.route.name}"
+            name = f"trainbus uploads to {self.spec.name}"
             thread = threading.Thread(target=self._run_uploads, name=name, daemon=True)
             try:
                 thread.start()
@@ -413,7 +415,7 @@ class SinkWorker:
 
     def _bury(self, record: Record, reason: str) -> None:
         self._ledger.count_rejected(record.seq)
-        path = self._folder.dead(self.route.key)
+        path = self._folder.dead(self.spec.key)
         about: Any = {"run": record.run, "attempt": record.attempt, "seq": record.seq}
         with suppress(RecursionError):  # what is nested too deep to be written is still counted
             about = msgspec.Raw(encode(record))
@@ -426,7 +428,7 @@ class SinkWorker:
             self.done = record.attempt >= self._attempt
 
     def _say(self, text: str) -> None:
-        logger.warning("sink %r (%s) %s", self.route.name, self.route.kind, text)
+        logger.warning("sink %r (%s) %s", self.spec.name, self.spec.kind, text)
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:
@@ -446,24 +448,24 @@ def count(folder: RunFolder, attempt: int) -> int:
 
 
 def report_on_disk(
-    route: SinkSpec, folder: RunFolder, *, attempt: int, emitted: int, error: str | None
+    spec: SinkSpec, folder: RunFolder, *, attempt: int, emitted: int, error: str | None
 ) -> SinkReport:
     """Return what the cursor tells of a sink whose worker can't be asked.
 
     Args:
-        route: the sink.
+        spec: the sink.
         folder: the run's directory.
         attempt: the attempt that the report is about.
         emitted: how many records it has.
         error: why the worker can't be asked; left out where nothing is missing.
     """
-    cursor = Ledger(folder.cursor(route.key), time.monotonic).read() or Cursor()
-    if cursor.attempt != attempt or (not cursor.closed and _is_durable_only_after_close(route)):
+    cursor = Ledger(folder.cursor(spec.key), time.monotonic).read() or Cursor()
+    if cursor.attempt != attempt or (not cursor.closed and _is_durable_only_after_close(spec)):
         cursor = Cursor(location=cursor.location)
     pending = max(emitted - cursor.taken - cursor.skipped - cursor.dead, 0)
     return SinkReport(
-        name=route.name,
-        kind=route.kind,
+        name=spec.name,
+        kind=spec.kind,
         taken=cursor.taken,
         skipped=cursor.skipped,
         dead=cursor.dead,
@@ -474,12 +476,12 @@ def report_on_disk(
     )
 
 
-def owe(route: SinkSpec, folder: RunFolder, attempt: int) -> None:
+def owe(spec: SinkSpec, folder: RunFolder, attempt: int) -> None:
     """Note that a sink which nobody delivers to has got nothing of the attempt.
 
     A later attempt that it gets would else be taken for the first one.
     """
-    ledger = Ledger(folder.cursor(route.key), time.monotonic)
+    ledger = Ledger(folder.cursor(spec.key), time.monotonic)
     if ledger.read() is None:
         ledger.start(Cursor(attempt=attempt))
         ledger.save(0.0)
@@ -493,12 +495,42 @@ def _is_sent(sink: Sink, record: Record) -> bool:
         return True
 
 
-def _is_durable_only_after_close(route: SinkSpec) -> bool:
-    sample = route.sample()
+def _is_durable_only_after_close(spec: SinkSpec) -> bool:
+    sample = spec.sample()
     return sample is not None and sample.durable_only_after_close
 
 
-_SYNC_S = 1.0
+delivering = threading.local()
+"""Marks the threads that deliver: what a sink emits from there would come back to it for ever."""
+
+
+def drive(
+    worker: SinkWorker,
+    *,
+    is_over: Callable[[], bool],
+    is_finishing: Callable[[], bool] = lambda: True,
+    wait: Callable[[float], object] = time.sleep,
+) -> None:
+    """Step a worker until its sink has everything or never will, or until `is_over`.
+
+    Args:
+        worker: what is driven; it is not closed.
+        is_over: asked before each step.
+        is_finishing: whether no more records will come; until then an idle worker waits for them.
+        wait: called with seconds where there is nothing to do now.
+    """
+    was_delivering = getattr(delivering, "here", False)
+    delivering.here = True
+    try:
+        while not worker.done and not is_over():
+            is_last = is_finishing()  # asked first: then the step sees all that there will be
+            secs = worker.step()
+            if is_last and (worker.main.stopped or (secs and worker.has_everything())):
+                break
+            if secs:
+                wait(secs)
+    finally:
+        delivering.here = was_delivering
 
 
 class ThreadedWorker:
@@ -515,7 +547,7 @@ class ThreadedWorker:
 
     def start(self) -> str | None:
         """Begin to deliver; return why no thread can be started, None if one was."""
-        name = f"trainbus delivers to {self.worker.route.name}"
+        name = f"trainbus delivers to {self.worker.spec.name}"
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         try:
             self._thread.start()
@@ -547,26 +579,23 @@ class ThreadedWorker:
         return self._thread is not None and not self._thread.is_alive()
 
     def _run(self) -> None:
-        worker = self.worker
-        delivering.here = True
-        while not self._stopping and not worker.done:
-            is_last = self._finishing  # asked first: then the step sees all that there will be
-            wait = worker.step()
-            if is_last and (worker.main.stopped or (wait and worker.has_everything())):
-                break
-            if wait:
-                self._sync()
-                self._wake.wait(wait)
-                if self._finishing:
-                    self._wake.clear()
-        worker.close()
+        delivering.here = True  # also while the sink is closed
+        drive(
+            self.worker,
+            is_over=lambda: self._stopping,
+            is_finishing=lambda: self._finishing,
+            wait=self._pause,
+        )
+        self.worker.close()
+
+    def _pause(self, secs: float) -> None:
+        self._sync()
+        self._wake.wait(secs)
+        if self._finishing:
+            self._wake.clear()
 
     def _sync(self) -> None:
         now = time.monotonic()
         if self._journal is not None and now - self._synced_at >= _SYNC_S:
             self._synced_at = now
             self._journal.sync()
-
-
-delivering = threading.local()
-"""Marks the threads that deliver: what a sink emits from there would come back to it for ever."""

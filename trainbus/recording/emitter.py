@@ -273,7 +273,8 @@ class Emitter:
         try:
             event_name(event)
             event, left_out = normalize.event(event)
-            event = redaction.event(with_absolute_paths(event), frozenset(self.settings.journal.redact))
+            secret = frozenset(self.settings.journal.redact)
+            event = redaction.event(with_absolute_paths(event), secret)
         except Exception as error:
             what = f"dropped a {type(event).__qualname__} that is no event of the schema: {error}"
             self._warn(what, what)

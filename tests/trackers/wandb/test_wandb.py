@@ -457,7 +457,7 @@ def test_broken_pictures_cost_only_themselves(
     assert 1 == wandb_file.read_finished(path).history[-1]["train/loss"]
     (report,) = bus.receipts[0].sinks
     assert (8, 0, 0) == (report.lost, report.dead, report.pending)
-    assert "8 of them can't be shown there" in str(bus.receipts[0])
+    assert "(8 not supported by this tracker)" in str(bus.receipts[0])
     assert "'gone' can't be shown in W&B: no file at" in caplog.text
 
 
@@ -551,5 +551,5 @@ def test_what_an_active_run_ignores_is_told(
     sink = WandbSink(WandbOptions(project="other", tags=["a"]))
     sink.open(run)
     sink.close()
-    assert "a W&B run is active and is used as it is; not set: project, tags" in caplog.text
+    assert "using the active W&B run as it is; ignored options: project, tags" in caplog.text
     mine.finish()
