@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
 from types import ModuleType
 
@@ -18,39 +19,38 @@ import trainbus
 
 ROOT = Path(__file__).parents[2]
 
-# A module imports only from the lines above its own.
-LAYERS = [
-    ["events", "errors"],
-    ["interfaces", "secretnames", "paths", "filestates", "auto"],
-    ["secrettexts"],
-    ["redact", "resolving"],
-    ["normalize", "transforms", "registry", "checks", "runfolder"],
-    ["receipt", "blobs", "identity", "lanes", "exits", "wrapping", "drawing"],
-    ["splitting"],
-    ["lines", "route", "cursor", "hooking", "storing"],
-    ["journal", "recordfile"],
-    ["files", "reading", "endings"],
-    ["ranks"],
-    ["delivery", "protocol"],
-    ["workerlog"],
-    ["sidecar"],
-    ["workers"],
-    ["sidecarmain", "emitter"],
-    ["run"],
-    ["bus"],
-    ["schema"],
-    ["yamlfile"],
-    ["config"],
-    ["compare", "doctor", "replay", "show"],
-    ["cli"],
-    ["__main__"],
+# What each package of the core, and each module beside the packages, may import of the core.
+BASE = {"events", "errors", "interfaces", "normalize", "text", "distributed", "paths", "registry"}
+REDACTION = BASE | {"redaction"}
+JOURNAL = REDACTION | {"journal"}
+DELIVERY = JOURNAL | {"delivery"}
+RECORDING = DELIVERY | {"recording"}
+BUS = RECORDING | {"run", "bus", "toolkit"}
+CONFIG = BUS | {"config"}
+LAYERS = {
+    **dict.fromkeys(BASE, BASE),
+    "redaction": REDACTION,
+    "journal": JOURNAL,
+    "toolkit": BASE | {"journal", "toolkit"},
+    "delivery": DELIVERY,
+    "recording": RECORDING,
+    **dict.fromkeys(("run", "bus"), BUS),
+    "config": CONFIG,
+    **dict.fromkeys(("cli", "startup", "__init__", "__main__"), CONFIG | {"cli", "__init__"}),
+}
+CORE = {
+    ".".join(path.relative_to(ROOT / "trainbus").with_suffix("").parts): path
+    for path in sorted((ROOT / "trainbus").rglob("*.py"))
+    if path.parent.name != "testing"
+}
+"""Name of a module, such as `journal.reader` → its file."""
+PLUGINS = [
+    path for folder in ("adapters", "sinks") for path in sorted((ROOT / folder).rglob("*.py"))
 ]
-CORE = [name for layer in LAYERS for name in layer]
-PLUGINS = sorted(path for folder in ("adapters", "sinks") for path in (ROOT / folder).glob("*.py"))
 # Heavy or optional: nobody pays for them before they are used.
 HEAVY = ("pandas", "pytest", "rich", "torch", "typer", "ultralytics", "wandb", "yaml")
 SHARED = {"numpy", "msgspec", "PIL"}  # trackers take pictures as objects of PIL
-TOOLS = ("hooking", "storing", "drawing")
+CONTRACT = {"events", "interfaces", "errors", "distributed", "toolkit"}
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,34 @@ def walk(node: ast.AST, package: str, *, at_top: bool, for_types: bool) -> Itera
 
 
 def ours(imported: Import) -> str | None:
-    """Return the module of ours that is imported, such as `events` or `sinks.wandb`."""
+    """Return the package or module of the core that is imported, or `sinks.wandb` of a plugin."""
     first, *rest = imported.target.split(".")
     if first != "trainbus":
         return None
-    if rest and rest[0] in ("adapters", "sinks", "testing"):
+    if rest and rest[0] in ("adapters", "sinks"):
         return ".".join(rest[:2])
-    return rest[0] if rest and rest[0] in CORE else "__init__"
+    return rest[0] if rest and rest[0] in {*LAYERS, "testing"} else "__init__"
+
+
+def module_of(imported: Import) -> str | None:
+    """Return the module of the core that is imported, such as `journal.reader`."""
+    name = imported.target.removeprefix("trainbus.")
+    for found in (f"{name}.__init__", name, name.rpartition(".")[0], "__init__"):
+        if found in CORE:
+            return found if imported.target.startswith("trainbus") else None
+    package = f"{name.rpartition('.')[0]}.__init__"
+    return package if package in CORE else None
+
+
+def title(path: Path) -> str:
+    """Return what the test of a plugin's file is called."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def plugin_of(path: Path) -> str:
+    """Return the name of the plugin that a file is, or is a part of, such as `sinks.wandb`."""
+    folder, name = path.relative_to(ROOT).with_suffix("").parts[:2]
+    return f"{folder}.{name}"
 
 
 def third_party(path: Path) -> set[str]:
@@ -110,32 +131,37 @@ def third_party(path: Path) -> set[str]:
     return names - set(sys.stdlib_module_names) - {"trainbus"}
 
 
-def core(name: str) -> Path:
-    return ROOT / "trainbus" / f"{name}.py"
-
-
-def test_every_module_of_the_core_has_a_layer() -> None:
-    """A new file of the core has to say, above, what it may import."""
-    found = {path.stem for path in (ROOT / "trainbus").glob("*.py")}
-    assert {*CORE, "__init__"} == found
+def test_every_package_of_the_core_has_a_layer() -> None:
+    """A new package or module of the core is listed above, with what it may import."""
+    assert {name.partition(".")[0] for name in CORE} == LAYERS.keys()
 
 
 @pytest.mark.parametrize("name", CORE)
 def test_the_core_imports_downwards(name: str) -> None:
-    """A module of the core imports only what is below it, except for type hints."""
-    layer = next(index for index, names in enumerate(LAYERS) if name in names)
-    below = {module for names in LAYERS[:layer] for module in names}
-    allowed = below | ({"__init__"} if name in ("cli", "__main__") else set())
-    found = {ours(imported) for imported in imports_of(core(name)) if not imported.for_types}
+    """A module of the core imports only what its row allows, except for type hints."""
+    allowed = LAYERS[name.partition(".")[0]]
+    found = {ours(each) for each in imports_of(CORE[name]) if not each.for_types}
     assert set() == found - allowed - {None}
+
+
+def test_no_imports_of_the_core_go_in_a_circle() -> None:
+    """Two modules that import each other are one, or have a third in common."""
+    above = {"__init__", "cli.__init__"}  # `trainbus` itself, which `load` imports all of
+    graph = {
+        name: {module_of(each) for each in imports_of(path) if not each.for_types} - {None, name}
+        for name, path in CORE.items()
+        if name not in above
+    }
+    order = list(TopologicalSorter(graph).static_order())
+    assert order.index("events") < order.index("journal.writer") < order.index("bus")
 
 
 @pytest.mark.parametrize(
     ("library", "modules"),
     [
-        ("blinker", {"bus"}),
-        ("yaml", {"yamlfile"}),
-        ("typer", {"cli"}),
+        ("blinker", {"recording.subscribers"}),
+        ("yaml", {"config.yaml_reader"}),
+        ("typer", {"cli.app"}),
         ("wandb", set()),
         ("ultralytics", set()),
         ("pytest", set()),
@@ -143,59 +169,55 @@ def test_the_core_imports_downwards(name: str) -> None:
 )
 def test_a_library_has_one_place(library: str, modules: set[str]) -> None:
     """What the core needs of others is imported in one module, trackers and frameworks in none."""
-    assert modules == {name for name in [*CORE, "__init__"] if library in third_party(core(name))}
+    assert modules == {name for name, path in CORE.items() if library in third_party(path)}
 
 
 def test_only_the_configuration_reads_the_environment() -> None:
     """Elsewhere in the core a variable would change what a file says."""
     readers = {
         name
-        for name in [*CORE, "__init__"]
-        for node in ast.walk(ast.parse(core(name).read_text(encoding="utf-8")))
+        for name, path in CORE.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv")
     }
-    # The sidecar hands its own on; a launcher says in it which processes belong together.
-    assert {"auto", "config", "hooking", "ranks", "sidecar"} == readers
+    # A launcher says in it which processes belong together; the sidecar gets the training's.
+    ranks, launchers = {"distributed", "recording.peers"}, {"cli.launch", "recording.launched"}
+    own = {"config.__init__", "delivery.sidecar", "startup.sitecustomize"}
+    assert own | ranks | launchers == readers
 
 
 def test_only_the_sidecar_starts_a_process() -> None:
     """A fork of a training holds its locks and its GPU; what runs beside it is started afresh."""
     starters, forks = set(), set()
-    for name in [*CORE, "__init__"]:
-        if any(imported.target.startswith("subprocess") for imported in imports_of(core(name))):
+    for name, path in CORE.items():
+        if any(imported.target.startswith("subprocess") for imported in imports_of(path)):
             starters.add(name)
-        tree = ast.parse(core(name).read_text(encoding="utf-8"))
+        tree = ast.parse(path.read_text(encoding="utf-8"))
         used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         if used & {"fork", "forkpty", "posix_spawn", "system", "popen", "Process", "Pool"}:
             forks.add(name)
-    assert ({"sidecar"}, set()) == (starters, forks)
+    assert ({"delivery.sidecar"}, set()) == (starters, forks)
 
 
 def test_the_training_never_imports_what_the_sidecar_runs() -> None:
     """It sets signals and streams of a process that is its own."""
     found = {
         name
-        for name in [*CORE, "__init__"]
-        for imported in imports_of(core(name))
-        if ours(imported) == "sidecarmain"
+        for name, path in CORE.items()
+        for imported in imports_of(path)
+        if module_of(imported) == "delivery.sidecar_main"
     }
     assert set() == found
 
 
-@pytest.mark.parametrize("path", PLUGINS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PLUGINS, ids=title)
 def test_a_plugin_imports_the_contract_only(path: Path) -> None:
-    """Plugins know the contract, the tools for plugins, and files that bear their own name."""
-    own = f"{path.parent.name}._{path.stem.lstrip('_').partition('_')[0]}"
-    for imported in imports_of(path):
-        module = ours(imported)
-        assert (
-            module in (None, "events", "interfaces", "errors", *TOOLS)
-            or f"{module}_".startswith(f"{own}_")
-            or (imported.target.startswith(f"trainbus.{own}_"))
-        ), imported.target
+    """Plugins know the contract, the tools for plugins, and the files of their own package."""
+    found = {ours(imported) for imported in imports_of(path)}
+    assert set() == found - CONTRACT - {None, plugin_of(path)}
 
 
-@pytest.mark.parametrize("path", PLUGINS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PLUGINS, ids=title)
 def test_a_plugin_has_one_library(path: Path) -> None:
     """Besides numpy, msgspec and PIL, a plugin imports the one third-party package it is for."""
     libraries = third_party(path) - SHARED
@@ -205,7 +227,7 @@ def test_a_plugin_has_one_library(path: Path) -> None:
 LIGHT = [
     "trainbus",
     "trainbus.delivery.sidecar_main",
-    *(f"trainbus.{p.parent.name}.{p.stem}" for p in PLUGINS if p.stem[0] != "_"),
+    *dict.fromkeys(f"trainbus.{plugin_of(path)}" for path in PLUGINS),
 ]
 EACH_ALONE = """
 import importlib, os, sys
@@ -251,7 +273,7 @@ pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", sys.argv[1]])
 print("loaded", *sys.modules)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT / "tests" / "test_transforms.py")],
+        [sys.executable, "-c", code, str(ROOT / "tests" / "unit" / "test_transforms.py")],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -261,19 +283,20 @@ print("loaded", *sys.modules)
     kind, *names = done.stdout.splitlines()[-1].split()
     assert "loaded" == kind
     assert "trainbus.bus" in names
-    assert set() == {"PIL", "pandas", "shapes", "torch", "ultralytics", "wandb"} & set(names)
+    heavy = {"PIL", "matplotlib", "pandas", "shapes", "torch", "ultralytics", "wandb"}
+    assert set() == heavy & set(names)
 
 
 def test_nobody_imports_the_testing_package() -> None:
     """The suites are for plugin authors; the product works without pytest."""
-    for path in [*map(core, CORE), core("__init__"), *PLUGINS]:
+    for path in [*CORE.values(), *PLUGINS]:
         for imported in imports_of(path):
-            assert not (ours(imported) or "").startswith("testing"), path
+            assert "testing" != ours(imported), path
 
 
 def test_the_product_has_no_pickle() -> None:
     """Nothing that comes from a file or another process is unpickled."""
-    for path in [*map(core, CORE), core("__init__"), *PLUGINS]:
+    for path in [*CORE.values(), *PLUGINS]:
         names = {imported.target.partition(".")[0] for imported in imports_of(path)}
         assert set() == names & {"pickle", "cloudpickle", "dill", "marshal", "shelve"}, path
 
@@ -299,8 +322,8 @@ def test_the_walk_sees_every_kind_of_import(tmp_path: Path) -> None:
 
 PUBLIC = """
 Adapter AttachError Bus ConfigError Detach Emit Event FilePath JournalError JournalSpec
-MissingPackageError NoAdapterError Options PluginError Receipt Record Route Run RunDefaults RunInfo
-Sink SinkError SinkReport SubscribeError TrainbusError UnknownPluginError load
+MissingPackageError NoAdapterError Options PluginError Receipt Record Run RunDefaults RunInfo
+Sink SinkError SinkReport SinkSpec SubscribeError TrainbusError UnknownPluginError load
 """
 PUBLIC_TESTING = """
 AdapterConformance MemorySink SinkConformance Training check_grammar sample_records
