@@ -628,7 +628,7 @@ def test_the_best_value_is_recorded_at_the_end(is_failed: bool) -> None:
     heard = Heard()
     report = Reporter(heard)
     given = Best(metric="f1", value=1.0)
-    bests = []
+    bests: list[Best | None] = []
     for best in (None, given, None):
         report.start(RunStarted())
         report.best = best_of("loss", np.float32(0.5), 3) if len(bests) < 2 else None

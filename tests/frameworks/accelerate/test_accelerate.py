@@ -215,7 +215,7 @@ def test_the_start_says_what_is_known(tmp_path: Path, bus: Bus, memory: MemorySi
 
 
 def test_the_idiom_gives_the_same_records(tmp_path: Path, bus: Bus, memory: MemorySink) -> None:
-    """`Accelerator(log_with=BusTracker(bus))` tells what an attached accelerator tells."""
+    """`Accelerator(log_with=BusTracker(bus))` reports what an attached accelerator reports."""
     attached = Loop(accelerator(tmp_path), 2)
     bus.attach(attached.accelerator)
     attached.run()
@@ -265,7 +265,7 @@ def test_it_is_a_tracker_of_accelerate(bus: Bus) -> None:
 
 
 def test_it_can_be_attached_after_init_trackers(bus: Bus, memory: MemorySink) -> None:
-    """An accelerator whose trackers are initialized, or that has none, tells its loop just so."""
+    """An accelerator whose trackers are initialized, or that has none, reports the same."""
     late = accelerator()
     late.init_trackers("tiny", {"lr": 0.1})
     bus.attach(late)
@@ -275,7 +275,7 @@ def test_it_can_be_attached_after_init_trackers(bus: Bus, memory: MemorySink) ->
 
 
 def test_a_tracker_of_the_program_is_not_doubled(bus: Bus, memory: MemorySink) -> None:
-    """Attaching an accelerator that has a `BusTracker` tells everything once."""
+    """Attaching an accelerator that has a `BusTracker` reports everything once."""
     loop = Loop(accelerator(log_with=tracker(bus)), 1)
     bus.attach(loop.accelerator)()
     bus.attach(loop.accelerator)
@@ -410,8 +410,8 @@ def test_a_value_that_can_not_be_read_stops_nothing(
 # Checkpoints, resuming, ends ----------------------------------------------------------------------
 
 
-def test_checkpoints_are_there_when_they_are_told(tmp_path: Path, bus: Bus) -> None:
-    """Each folder that the accelerator names itself is periodic, and complete when it is told."""
+def test_checkpoints_exist_when_they_are_recorded(tmp_path: Path, bus: Bus) -> None:
+    """Each folder that the accelerator names is periodic, and complete when it is recorded."""
     heard: list[tuple[Any, set[str]]] = []
 
     def listen(record: Record) -> None:
@@ -497,8 +497,10 @@ def test_a_training_that_never_ends_itself_is_ended(bus: Bus, memory: MemorySink
 
 
 @pytest.mark.parametrize("idiom", [True, False])
-def test_a_failure_before_the_first_step_is_told(idiom: bool, bus: Bus, memory: MemorySink) -> None:
-    """What a bus is left by after `init_trackers` is the end of a run, which begins so late."""
+def test_a_failure_before_the_first_step_is_recorded(
+    idiom: bool, bus: Bus, memory: MemorySink
+) -> None:
+    """An exception after `init_trackers` ends a run, which starts only then."""
 
     def leave() -> None:
         with bus:
@@ -514,8 +516,8 @@ def test_a_failure_before_the_first_step_is_told(idiom: bool, bus: Bus, memory: 
     assert ("failed", "ValueError: no data") == (ended.status, ended.reason)
 
 
-def test_nothing_is_told_without_init_trackers(bus: Bus, memory: MemorySink) -> None:
-    """A `BusTracker` whose accelerator never initializes its trackers tells nothing."""
+def test_nothing_is_emitted_without_init_trackers(bus: Bus, memory: MemorySink) -> None:
+    """A `BusTracker` whose accelerator never initializes its trackers emits nothing."""
     own = accelerator(log_with=tracker(bus))
     own.log({"loss": 1.0})
     own.end_training()
@@ -559,7 +561,7 @@ def test_importing_the_adapter_imports_no_framework() -> None:
 
 
 def test_the_hook_attaches_each_accelerator_once(tmp_path: Path) -> None:
-    """Under the hook, who calls `init_trackers` is attached, once, and signatures stay."""
+    """The hook attaches an accelerator at `init_trackers`, once; signatures stay."""
     source = """
         import inspect
         from accelerate import Accelerator, accelerator as module
@@ -635,7 +637,7 @@ def launch(folder: Path, *arguments: str) -> tuple[int, list[Any], list[str]]:
 
 @pytest.mark.parametrize("idiom", ["tracker", "attach"])
 def test_two_processes_have_one_run(idiom: str, tmp_path: Path) -> None:
-    """Rank 0 of two processes tells its metrics and checkpoints once; rank 1 leaves no journal."""
+    """Rank 0 of two processes reports metrics and checkpoints once; rank 1 leaves no journal."""
     code, events, files = launch(tmp_path, idiom)
     assert 0 == code
     assert ["r0-a1.jsonl"] == files
@@ -670,7 +672,7 @@ def test_a_tracker_that_goes_to_a_second_bus_stays_with_it() -> None:
     assert not given.report.active
 
 
-def test_a_tracker_of_accelerate_is_told_of(
+def test_a_tracker_of_accelerate_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What `log_with` names, and a sink feeds too, is said in one line and in the run's start."""

@@ -130,7 +130,7 @@ class Heard:
 
 @pytest.fixture
 def bus() -> Iterator[Any]:
-    """A bus, and what is heard on it."""
+    """A bus and its events."""
     with Bus(on_receipt=lambda receipt: None) as made:
         records: list[Record] = []
         made.subscribe(records.append)
@@ -275,7 +275,7 @@ class Counting(Tiny):
 
 
 def test_what_a_module_may_log(tmp_path: Path, bus: Any) -> None:
-    """Counters are dropped, NaN arrives, and so does what is logged last in an epoch."""
+    """Counters are dropped; NaN and the last values of an epoch are recorded."""
     heard = fit(bus, make(tmp_path, max_epochs=1), Counting())
     train = heard.of(MetricsLogged, "train")
     assert [{"broken", "lr-SGD"}] * 3 + [{"late"}] == [set(e.values) for e in train]
@@ -324,7 +324,7 @@ def events(records: list[Record]) -> list[Any]:
     return found
 
 
-def test_the_callback_tells_the_same(tmp_path: Path, bus: Any) -> None:
+def test_the_callback_reports_the_same(tmp_path: Path, bus: Any) -> None:
     """`Trainer(callbacks=[BusCallback(bus)])` gives the events that `bus.attach` gives."""
     heard = fit(bus, make(tmp_path / "same", callbacks=[saver(tmp_path)]))
     first = events(heard.records)
@@ -408,7 +408,7 @@ def test_trainers_with_the_callback_are_pickled(tmp_path: Path, bus: Any) -> Non
 # Evaluations, modes and second trainings ----------------------------------------------------------
 
 
-def test_evaluations_alone_tell_nothing(tmp_path: Path, bus: Any) -> None:
+def test_evaluations_alone_emit_nothing(tmp_path: Path, bus: Any) -> None:
     """`validate` before a training and after it is no run, nor part of one."""
     trainer = make(tmp_path, max_epochs=1)
     bus.attach(trainer)
@@ -422,7 +422,7 @@ def test_evaluations_alone_tell_nothing(tmp_path: Path, bus: Any) -> None:
     assert count == len(bus.heard.records)
 
 
-def test_a_search_for_a_rate_tells_nothing(tmp_path: Path, bus: Any) -> None:
+def test_a_search_for_a_rate_emits_nothing(tmp_path: Path, bus: Any) -> None:
     """The tuner calls `fit` and trains, and that is no run; the training after it is one."""
     trainer, module = make(tmp_path, max_epochs=1), Tiny()
     bus.attach(trainer)
@@ -459,7 +459,7 @@ def test_modes_of_the_trainer(
 
 
 def test_two_trainings_of_one_trainer_are_two_runs(tmp_path: Path, bus: Any) -> None:
-    """A second `fit` goes on counting epochs, in a run of its own."""
+    """A second `fit` continues to count epochs, in its own run."""
     trainer = make(tmp_path, max_epochs=1)
     fit(bus, trainer)
     trainer.fit_loop.max_epochs = 2
@@ -471,7 +471,7 @@ def test_two_trainings_of_one_trainer_are_two_runs(tmp_path: Path, bus: Any) -> 
 # Checkpoints and resuming -------------------------------------------------------------------------
 
 
-def test_checkpoints_are_there_when_they_are_told_of(tmp_path: Path, bus: Any) -> None:
+def test_checkpoints_exist_when_they_are_recorded_of(tmp_path: Path, bus: Any) -> None:
     """Each file exists by then, has its score, and best and last are final at the end."""
     missing: list[str] = []
     bus.subscribe(
@@ -513,7 +513,7 @@ def test_what_a_checkpoint_is(
 
 
 @pytest.mark.parametrize("idiom", ["attach", "callback"])
-def test_what_is_saved_because_of_an_exception_is_told(
+def test_a_checkpoint_saved_on_an_exception_is_recorded(
     tmp_path: Path, bus: Any, idiom: str
 ) -> None:
     """A checkpoint that is written when a training fails comes before the run's end."""
@@ -534,7 +534,7 @@ def test_what_is_saved_because_of_an_exception_is_told(
 def test_a_training_is_resumed(
     tmp_path: Path, bus: Any, options: dict[str, Any], epochs: list[int], step: int
 ) -> None:
-    """From the end of an epoch or from the middle of one, it goes on in the run it began in."""
+    """From the end of an epoch or from the middle of one, it continues its run."""
     trainer = make(tmp_path, callbacks=[ModelCheckpoint(tmp_path / "saved", **options)])
     trainer.callbacks.append(At("on_train_batch_start", throw(RuntimeError("boom")), step=5))
     with pytest.raises(RuntimeError, match="boom"):
@@ -602,7 +602,7 @@ def test_the_reason_of_an_end(
 
 
 class Faulty(Tiny):
-    """Fails in the hook that it is told."""
+    """Fails in the hook with this name."""
 
     def __init__(self, hook: str) -> None:
         super().__init__()
@@ -632,7 +632,7 @@ def test_a_failure_after_the_end_is_no_run(tmp_path: Path, bus: Any) -> None:
     assert "finished" == bus.heard.end.status
 
 
-def test_an_early_stop_is_told_once(tmp_path: Path, bus: Any) -> None:
+def test_an_early_stop_is_reported_once(tmp_path: Path, bus: Any) -> None:
     """What stopped an earlier training of the same callbacks does not stop a later one."""
     stop = EarlyStopping("val_loss", mode="max", patience=1)
     trainer = make(tmp_path, callbacks=[stop], max_epochs=5)
@@ -719,7 +719,7 @@ def runs_in(folder: Path) -> list[Heard]:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_are_one_run(two_processes: dict[str, Any], strategy: str) -> None:
-    """One rank tells the run, and an exception on the other is why it ended, however launched."""
+    """One rank reports the run; an exception on the other ends it, however launched."""
     folder, process = two_processes[strategy]
     process.wait(300)
     good, bad = runs_in(folder)
@@ -751,8 +751,10 @@ def test_a_callback_that_goes_to_a_second_bus_stays_with_it() -> None:
 # Beside Lightning's own loggers, and beside each other --------------------------------------------
 
 
-def test_a_logger_of_lightning_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Where a sink feeds the same tracker, one line says so; the run names what is fed twice."""
+def test_a_logger_of_lightning_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If a sink feeds the same tracker, one warning names both; so does the run."""
     heard = feeding("wandb")
     own = [pl.loggers.WandbLogger(save_dir=tmp_path, offline=True), pl.loggers.CSVLogger(tmp_path)]
     trainer = make(tmp_path, logger=own, max_epochs=1)
@@ -776,7 +778,7 @@ def test_a_logger_of_another_tracker_is_no_matter(
 
 
 @pytest.mark.parametrize("fails_in", ["", "prepare_data"])
-def test_a_callback_in_an_attached_trainer_tells_all(
+def test_a_callback_in_an_attached_trainer_reports_all(
     tmp_path: Path, bus: Any, fails_in: str
 ) -> None:
     """Whichever came first, a run comes once."""

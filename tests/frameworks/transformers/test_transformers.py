@@ -162,7 +162,7 @@ def plot(records: list[Record]) -> list[str]:
 
 
 def test_an_epoch_holds_its_evaluation_and_its_checkpoint(tmp_path: Path) -> None:
-    """Events come in the order of what they tell, and each once."""
+    """Events come in order, each once."""
     assert [
         "run.started",
         "model.described",
@@ -204,7 +204,7 @@ def test_values_are_those_of_the_log(tmp_path: Path) -> None:
     assert {"train", "validation"} == {event.phase for event in during}
 
 
-def test_the_start_tells_the_configuration(tmp_path: Path) -> None:
+def test_the_start_has_the_configuration(tmp_path: Path) -> None:
     """Arguments and model configuration are there as plain values, and tokens are not."""
     trainer = make(tmp_path, 1, run_name="tiny", metric_for_best_model="loss", hub_token="hf_abc")
     records = train(trainer)
@@ -291,7 +291,7 @@ def test_what_compute_metrics_returns_arrives(tmp_path: Path) -> None:
 
 
 def test_nan_stays_nan(tmp_path: Path) -> None:
-    """A loss that is no number arrives as one that is none."""
+    """A loss of NaN is recorded as NaN."""
     trainer = make(tmp_path, 1, learning_rate=1e30, max_grad_norm=0.0, logging_nan_inf_filter=False)
     (_, second, *_) = [e for e in of(train(trainer), MetricsLogged) if "loss" in e.values]
     assert math.isnan(second.values["loss"])
@@ -378,7 +378,7 @@ def test_early_stopping_says_what_it_saw(tmp_path: Path) -> None:
     ],
 )
 def test_a_stop_by_the_user_says_so(tmp_path: Path, event: str, reason: str) -> None:
-    """Who stopped a training is told by when it happened."""
+    """The reason depends on when the training was stopped."""
 
     def stop(args: Any, state: Any, control: Any) -> None:
         control.should_training_stop |= state.global_step > STEPS
@@ -435,8 +435,8 @@ def test_a_failure_in_the_last_hook_counts(tmp_path: Path) -> None:
     assert [] == check_grammar(records)
 
 
-def test_a_smaller_batch_goes_on_in_the_run(tmp_path: Path) -> None:
-    """Where memory runs out, the epoch ends as retried, and the smaller batch is told."""
+def test_a_smaller_batch_continues_the_run(tmp_path: Path) -> None:
+    """If memory runs out, the epoch ends as retried, and the smaller batch is recorded."""
     failed: list[int] = []
 
     def run_out(args: Any, state: Any, control: Any) -> None:
@@ -458,8 +458,8 @@ def test_a_smaller_batch_goes_on_in_the_run(tmp_path: Path) -> None:
 # Checkpoints --------------------------------------------------------------------------------------
 
 
-def test_checkpoints_are_there_when_they_are_told(tmp_path: Path) -> None:
-    """Each is a folder that exists by then; the best one is told as such, with its score."""
+def test_checkpoints_exist_when_they_are_recorded(tmp_path: Path) -> None:
+    """Each folder exists by then; the best one is recorded as best, with its score."""
     trainer, there = make(tmp_path, 2, metric_for_best_model="loss"), list[bool]()
 
     def look(record: Record) -> None:
@@ -483,7 +483,7 @@ def test_checkpoints_are_there_when_they_are_told(tmp_path: Path) -> None:
     assert trainer.state.best_metric == saved[-1].metrics["eval_loss"]
 
 
-def test_a_resumed_training_goes_on(tmp_path: Path) -> None:
+def test_a_resumed_training_continues(tmp_path: Path) -> None:
     """A checkpoint in the middle of an epoch, given by its path, saved below another folder."""
     first = train(make(tmp_path, 2, save_strategy="steps", save_steps=6, max_steps=6))
     trainer = make(tmp_path, 3)
@@ -503,7 +503,7 @@ def test_a_resumed_training_goes_on(tmp_path: Path) -> None:
 # Ways to attach -----------------------------------------------------------------------------------
 
 
-def test_the_callback_tells_the_same(tmp_path: Path) -> None:
+def test_the_callback_reports_the_same(tmp_path: Path) -> None:
     """`BusCallback(bus)` in the list of callbacks gives what `bus.attach(trainer)` gives."""
     attached, records = train(make(tmp_path / "a", 2)), list[Record]()
     with Bus() as bus:
@@ -517,7 +517,7 @@ def test_the_callback_tells_the_same(tmp_path: Path) -> None:
 
 
 def test_the_callback_leaves_a_failure_to_the_bus(tmp_path: Path) -> None:
-    """It hears of no exception; the one that leaves the bus's block ends its run."""
+    """It sees no exception; the one that leaves the bus's block ends its run."""
     records: list[Record] = []
     error = UserError("raised by the user")
     bus = Bus()
@@ -528,8 +528,8 @@ def test_the_callback_leaves_a_failure_to_the_bus(tmp_path: Path) -> None:
     assert "failed" == of(records, RunEnded)[0].status
 
 
-def test_callback_and_attach_together_tell_once(tmp_path: Path) -> None:
-    """The callback speaks, and the attached trainer tells its failure."""
+def test_callback_and_attach_together_report_once(tmp_path: Path) -> None:
+    """The callback reports, and the attached trainer records its failure."""
     error = UserError("raised by the user")
     bus = Bus()
     trainer = make(tmp_path, 2, callbacks=[adapter.BusCallback(bus), raising(error, at=5)])
@@ -539,8 +539,8 @@ def test_callback_and_attach_together_tell_once(tmp_path: Path) -> None:
     assert "failed" == of(records, RunEnded)[0].status
 
 
-def test_a_removed_callback_is_silent(tmp_path: Path) -> None:
-    """`remove_callback` takes it out, by its class or by itself, and training goes on."""
+def test_a_removed_callback_emits_nothing(tmp_path: Path) -> None:
+    """`remove_callback` removes it, by class or object, and training continues."""
     records: list[Record] = []
     with Bus() as bus:
         bus.subscribe(records.append)
@@ -552,7 +552,7 @@ def test_a_removed_callback_is_silent(tmp_path: Path) -> None:
     assert [] == records
 
 
-def test_a_detached_callback_is_silent(tmp_path: Path) -> None:
+def test_a_detached_callback_emits_nothing(tmp_path: Path) -> None:
     """After the bus is closed its callback stays in the trainer and says nothing."""
     records: list[Record] = []
     with Bus() as bus:
@@ -631,7 +631,7 @@ print(json.dumps(found))
 """
 
 
-def test_a_hooked_trainer_tells_once(tmp_path: Path) -> None:
+def test_a_hooked_trainer_reports_once(tmp_path: Path) -> None:
     """Hooked twice, and with a callback or an attach of the program's own: one run each."""
     done = subprocess.run(
         [sys.executable, "-c", HOOKED, str(tmp_path)],
@@ -704,7 +704,7 @@ COMMON: dict[str, Any] = {
 }
 
 
-def test_sft_tells_its_own_metrics(tmp_path: Path) -> None:
+def test_sft_reports_its_own_metrics(tmp_path: Path) -> None:
     """TRL's supervised trainer is a Trainer; what it adds to the log is there, in both phases."""
     words = tokenizer()
     from datasets import Dataset
@@ -731,7 +731,7 @@ def test_sft_tells_its_own_metrics(tmp_path: Path) -> None:
     assert 2 == of(records, RunStarted)[0].params["max_steps"]
 
 
-def test_grpo_tells_its_rewards(tmp_path: Path) -> None:
+def test_grpo_reports_its_rewards(tmp_path: Path) -> None:
     """Two steps of TRL's policy optimisation log the reward of each function by its name."""
     words = tokenizer()
     from datasets import Dataset
@@ -762,7 +762,7 @@ def test_grpo_tells_its_rewards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("idiom", ["attach", "callback"])
-def test_an_integration_of_transformers_is_told_of(
+def test_an_integration_of_transformers_is_reported(
     tmp_path: Path, idiom: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What `report_to` names, and a sink feeds too, is said in one line and in the run's start."""

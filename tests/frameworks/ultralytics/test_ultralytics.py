@@ -200,7 +200,7 @@ def outcomes(trained: Trained) -> list[tuple[int, str]]:
 
 
 def test_an_out_of_memory_retry_is_an_outcome(tmp_path: Path, data: Path) -> None:
-    """The epoch that ran out of memory ends as retried, and its smaller batch is told."""
+    """The epoch that ran out of memory ends as retried, and its smaller batch is recorded."""
     before = """
 from ultralytics.models.yolo.detect import DetectionTrainer
 real, failed = DetectionTrainer.preprocess_batch, []
@@ -236,7 +236,7 @@ model.add_callback("on_train_epoch_end", poison)
     assert [1, 2] == rows, "W&B has one row for the epoch that was redone"
 
 
-def test_an_early_stop_is_told(tmp_path: Path, data: Path, ours: Trained) -> None:
+def test_an_early_stop_is_the_reason(tmp_path: Path, data: Path, ours: Trained) -> None:
     """A training that patience ends is finished, and says why."""
     trained = train_local(
         tmp_path,
@@ -251,7 +251,7 @@ def test_an_early_stop_is_told(tmp_path: Path, data: Path, ours: Trained) -> Non
     assert len(trained.events(EpochEnded)) < 10
 
 
-def test_a_time_limit_is_told(tmp_path: Path, data: Path) -> None:
+def test_a_time_limit_is_the_reason(tmp_path: Path, data: Path) -> None:
     """A time limit changes the number of epochs, and is why the training ends."""
     trained = train_local(tmp_path, data, epochs=100, arguments={"time": 0.004})
     (end,) = trained.events(RunEnded)
@@ -260,8 +260,8 @@ def test_a_time_limit_is_told(tmp_path: Path, data: Path) -> None:
     assert [] == check_grammar(trained.records)
 
 
-def test_a_stop_by_a_callback_is_told(tmp_path: Path, data: Path) -> None:
-    """`trainer.stop = True` in a callback of the user's ends the run as finished, and is told."""
+def test_a_stop_by_a_callback_is_the_reason(tmp_path: Path, data: Path) -> None:
+    """`trainer.stop = True` in a callback of the user's ends the run as finished, with a reason."""
     before = "model.add_callback('on_fit_epoch_end', lambda t: setattr(t, 'stop', True))"
     trained = train_local(tmp_path, data, epochs=5, before=before)
     assert "stopped by a callback" == trained.events(RunEnded)[0].reason
@@ -341,7 +341,7 @@ model.callbacks["on_train_end"].insert(0, blind)
 
 
 def test_what_fails_in_a_hook_costs_only_its_events(tmp_path: Path, data: Path) -> None:
-    """What can't be read of a trainer is told once; training and everything else go on."""
+    """What can't be read from a trainer is logged once; everything else is recorded."""
     trained = train_local(tmp_path, data, before=BROKEN_PARTS, arguments={"plots": True})
     assert [] == trained.events(ModelDescribed) == trained.events(CurveLogged)
     assert [(0, "completed"), (1, "completed")] == outcomes(trained)
@@ -351,7 +351,7 @@ def test_what_fails_in_a_hook_costs_only_its_events(tmp_path: Path, data: Path) 
     assert 2 == sum(e.final for e in trained.events(CheckpointSaved))
     said = trained.process.stderr
     assert 2 == said.count("its events were not recorded")
-    assert "describe of trainbus.adapters.ultralytics" in said
+    assert "hook describe in trainbus.adapters.ultralytics" in said
     assert "RuntimeError: no info" in said
 
 
@@ -364,7 +364,7 @@ def test_what_fails_after_training_does_not_reach_the_user(tmp_path: Path, data:
 
 
 def test_the_users_error_is_not_hidden_by_one_of_ours(tmp_path: Path) -> None:
-    """A training that fails, of which no start can be told either, raises what it raised."""
+    """A failed training whose start can't be recorded either raises its own error."""
     before = "model.add_callback('on_pretrain_routine_start', lambda t: delattr(t, 'epochs'))"
     trained = train_local(tmp_path, tmp_path / "none.yaml", before=before, catch=True)
     assert trained.result["error"].startswith("RuntimeError(")
@@ -380,7 +380,7 @@ def test_each_checkpoint_has_its_own_metrics(ours: Trained) -> None:
 
 
 def test_a_moved_training_finds_its_run(tmp_path: Path, data: Path) -> None:
-    """Resumed from a folder that was moved, a training goes on in the same run."""
+    """Resumed from a folder that was moved, a training continues its run."""
     after = """
 import shutil
 from ultralytics import YOLO
@@ -416,7 +416,7 @@ def test_a_required_sink_stops_the_training_once(tmp_path: Path, data: Path) -> 
     assert 1 == len(trained.wandb_runs)
 
 
-def test_an_ultralytics_that_hands_on_no_callbacks_is_told_of(tmp_path: Path) -> None:
+def test_an_ultralytics_whose_children_have_no_callbacks_is_reported(tmp_path: Path) -> None:
     """After a multi-GPU training in older versions a line says that nothing was logged."""
     script = tmp_path / "deaf.py"
     script.write_text(
@@ -464,7 +464,7 @@ def test_detaching_one_bus_leaves_the_other() -> None:
 
 
 def test_what_is_no_model_is_left_as_it_was() -> None:
-    """An object with callbacks and no `train` is refused before anything is hung into it."""
+    """An object with callbacks and no `train` is rejected before it is changed."""
     from support import torchvision_cpu
 
     torchvision_cpu.install()
@@ -477,7 +477,7 @@ def test_what_is_no_model_is_left_as_it_was() -> None:
     assert before == {name: list(hooks) for name, hooks in predictor.callbacks.items()}
 
 
-def test_a_copied_model_falls_silent_with_the_original() -> None:
+def test_a_copied_model_is_detached_with_the_original() -> None:
     """After `detach`, the hooks in a deep copy of the model say nothing either."""
     model = yolo()
     detach = trainbus.Bus().attach(model)
