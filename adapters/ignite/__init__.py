@@ -5,22 +5,28 @@ The step is ignite's iteration: with gradient accumulation there are fewer updat
 
 from __future__ import annotations
 
+import inspect
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
-from trainbus.errors import AttachError
-from trainbus.events import Event, RunEnded
+from trainbus.events import Event, MetricsLogged, TextLogged
 from trainbus.interfaces import Detach, Emit
-from trainbus.toolkit.adapters import Reporter, described, guarded, patch
+from trainbus.toolkit.adapters import (
+    Origin,
+    Reporter,
+    guarded,
+    late_class,
+    lazy,
+    numbers,
+    patch,
+    wrong_target,
+)
 
-from . import _ignite_facts as facts
-from . import _ignite_handlers as handlers
-from ._ignite_checkpoints import Checkpoints
-from ._ignite_engines import Engines
-from ._ignite_hooks import BEFORE, Hooks, outermost
+from .evaluation import Engines
+from .hooks import BEFORE, EngineHooks, outermost
+from .trainer import REMEDY, Training, rank, settings, started
 
 TESTED_VERSIONS = "0.5.5"
 _EVENTS = (*BEFORE, "EPOCH_COMPLETED", "INTERRUPT", "EXCEPTION_RAISED")
@@ -30,20 +36,18 @@ REQUIRED_NAMES = (
     *(f"ignite.handlers:{name}" for name in ("Checkpoint.SAVED_CHECKPOINT", "EarlyStopping")),
     *(f"ignite.distributed:{name}" for name in ("backend", "get_rank", "get_world_size")),
 )
-"""What the adapter relies on; `trainbus doctor` looks whether it is there."""
-
-_REMEDY = "leave out either logger"
+"""What the adapter relies on; `trainbus doctor` checks that it exists."""
 
 
 def attach(target: Any, emit: Emit) -> Detach:
-    """Have the trainings of an engine emit events.
+    """Report the trainings of an engine.
 
     Args:
         target: the `Engine` that trains, before `run()`, or a `BusLogger`.
         emit: where the events go.
 
     Returns:
-        A function that takes the hooks out again.
+        A function that removes the hooks.
 
     Raises:
         AttachError: the object is neither.
@@ -53,25 +57,17 @@ def attach(target: Any, emit: Emit) -> Detach:
     if isinstance(target, BusLogger):
         return target.report.connect(emit, target.close)
     if not isinstance(target, Engine):
-        raise AttachError(
-            f"expected an ignite Engine that trains, found {type(target).__qualname__}; attach "
-            "the trainer, before `run()`, or call `BusLogger(bus).attach(trainer, …)`"
+        raise wrong_target(
+            target,
+            "an ignite Engine that trains",
+            "attach the trainer, before `run()`, or call `BusLogger(bus).attach(trainer, …)`",
         )
-    return Hooks(_Listener(Reporter(emit), target)).hang()
-
-
-def __getattr__(name: str) -> Any:
-    makers = {
-        "OutputHandler": handlers.output_handler,
-        "OptimizerParamsHandler": handlers.params_handler,
-    }
-    if name in makers:
-        return makers[name]()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    report = Reporter(emit, origin=Origin.ATTACH, rank=rank)
+    return EngineHooks(Training(report, target)).install()
 
 
 def hook(module: Any, attach: Callable[[object], object]) -> None:
-    """Have every engine attached that is run for epochs or iterations, and inside no other one.
+    """Attach every engine that runs for epochs or iterations, and not inside another engine.
 
     Args:
         module: `ignite.engine.engine`.
@@ -83,15 +79,15 @@ def hook(module: Any, attach: Callable[[object], object]) -> None:
 class BusLogger:
     """The bus as one of ignite's loggers: `BusLogger(bus).attach(trainer, evaluators={"val": e})`.
 
-    It has the methods of ignite's own loggers, too. What their handlers log goes into the run of
-    the trainer that is attached; where none is, into a run that ends with the logger.
+    It also has the methods of ignite's own loggers. What their handlers log goes into the run of
+    the attached trainer; if there is none, into a run that ends with the logger.
 
     Args:
         bus: where the events go.
     """
 
     def __init__(self, bus: Any) -> None:
-        self.report = Reporter()
+        self.report = Reporter(rank=rank)
         self._detach: weakref.WeakKeyDictionary[Any, Detach] = weakref.WeakKeyDictionary()
         bus.attach(self)
 
@@ -112,7 +108,7 @@ class BusLogger:
         trace: TracebackType | None,
     ) -> None:
         if error is not None:
-            self.report.fail(error, rank=facts.rank())
+            self.report.fail(error)
         self.close()
 
     def attach(
@@ -127,21 +123,21 @@ class BusLogger:
         output_transform: Callable[[Any], Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Have the trainings of an engine emit events, or a handler called as ignite's loggers do.
+        """Report the trainings of an engine, or add a handler as ignite's loggers do.
 
         Args:
             trainer: the engine that trains; with a handler, any engine.
             log_handler: such as an `OutputHandler` of this module.
-            event_name: when the handler is called.
-            *args: what the handler is called with besides engine, logger and event.
-            evaluators: name → engine; the name stands before those of its metrics.
-            optimizer: whose learning rates are logged.
+            event_name: the event that calls the handler.
+            *args: arguments of the handler after engine, logger and event.
+            evaluators: name → engine; the name becomes a prefix of its metrics.
+            optimizer: the optimizer whose learning rates are logged.
             params: configuration of the training, of which ignite knows little.
-            output_transform: makes a number, or a dict of them, of the trainer's output.
-            **kwargs: what the handler is called with.
+            output_transform: turns the trainer's output into a number, or a dict of numbers.
+            **kwargs: arguments of the handler.
 
         Returns:
-            A function that takes the hooks out again; with a handler, ignite's handle to remove it.
+            A function that removes the hooks; with a handler, ignite's handle to remove it.
 
         Raises:
             RuntimeError: ignite has no such event.
@@ -151,11 +147,11 @@ class BusLogger:
 
             return BaseLogger.attach(self, trainer, log_handler, event_name, *args, **kwargs)
         self._detach.pop(trainer, lambda: None)()
-        report = Reporter(self.report.emit)
+        report = Reporter(self.report.emit, rank=rank)
         report.active = self.report.active
         named, given = dict(evaluators or {}), dict(params or {})
-        listener = _Listener(report, trainer, named, optimizer, given, output_transform)
-        self._detach[trainer] = detach = Hooks(listener, logger=self).hang()
+        training = Training(report, trainer, named, optimizer, given, output_transform)
+        self._detach[trainer] = detach = EngineHooks(training, logger=self).install()
         return detach
 
     def attach_output_handler(self, engine: Any, event_name: Any, *args: Any, **kwargs: Any) -> Any:
@@ -163,7 +159,7 @@ class BusLogger:
 
         Args:
             engine: the engine.
-            event_name: when they are logged.
+            event_name: the event.
             *args: arguments of `OutputHandler`: `tag`, `metric_names`, `output_transform`,
                 `global_step_transform`, `state_attributes`.
             **kwargs: likewise.
@@ -171,7 +167,7 @@ class BusLogger:
         Returns:
             ignite's handle to remove the handler.
         """
-        return self.attach(engine, handlers.output_handler()(*args, **kwargs), event_name)
+        return self.attach(engine, _output_handler()(*args, **kwargs), event_name)
 
     def attach_opt_params_handler(
         self, engine: Any, event_name: Any, *args: Any, **kwargs: Any
@@ -180,173 +176,119 @@ class BusLogger:
 
         Args:
             engine: the engine.
-            event_name: when it is logged.
+            event_name: the event.
             *args: arguments of `OptimizerParamsHandler`: `optimizer`, `param_name`, `tag`.
             **kwargs: likewise.
 
         Returns:
             ignite's handle to remove the handler.
         """
-        return self.attach(engine, handlers.params_handler()(*args, **kwargs), event_name)
+        return self.attach(engine, _params_handler()(*args, **kwargs), event_name)
 
     @guarded
     def log(self, engine: Any, events: Iterable[Event]) -> None:
-        """Take what a handler logs; called by handlers."""
-        if facts.rank() or self.report.emit is None:
+        """Emit what a handler logs; called by handlers."""
+        if rank() or self.report.emit is None:
             return
         if self.report.emit.run_id is None and not self._detach:
             own = Engines(engine, {}).loggers()
-            self.report.start(facts.logging(engine), loggers=own, remedy=_REMEDY)
+            self.report.start(started(settings(engine, {})), loggers=own, remedy=REMEDY)
         for event in events if self.report.active else ():
             self.report.emit(event)
 
     def close(self) -> None:
-        """Take the hooks out of every engine, and end the run of the handlers if there is one."""
+        """Remove the hooks from every engine, and end the run of the handlers if there is one."""
         self.report.end()
         self.report.active = False
         while self._detach:
             self._detach.popitem()[1]()
 
 
-@dataclass(eq=False)
-class _Listener:
-    """Tells the trainings of one trainer to the bus."""
+class _OutputHandler:
+    """Logs metrics, outputs and attributes of an engine: `OutputHandler("training", "all")`.
 
-    report: Reporter
-    trainer: Any
-    named: Mapping[str, Any] = field(default_factory=dict)
-    optimizer: Any = None
-    params: dict[str, Any] = field(default_factory=dict)
-    output_transform: Callable[[Any], Any] | None = None
+    Arguments, names and values are those of ignite's own `OutputHandler`.
+    """
 
-    def __post_init__(self) -> None:
-        self._run: str | None = None
-        self._reached = 0
-        self._reset()
+    tag: str
+    global_step_transform: Callable[..., int]
+    _setup_output_metrics_state_attrs: Callable[..., Mapping[str, Any]]
 
-    def _reset(self) -> None:
-        self._optimizers: dict[str, Any] = {}
-        self._rates: dict[str, Any] = {}
-        self._engines = Engines(self.trainer, self.named)
-        self._checkpoints = Checkpoints(self._engines.handlers)
-
-    @guarded
-    def start(self, left: int | None = None) -> None:
-        self._reset()
-        if facts.rank() != 0:
-            return
-        self._checkpoints.skip()  # those of an earlier run
-        self._optimizers = self._checkpoints.saving("param_groups")
-        if self.optimizer is not None:
-            self._optimizers = {"optimizer": self.optimizer}
-        # Its own last run, unless a state was loaded since.
-        before = self._run if self.trainer.state.iteration == self._reached else None
-        self.report.start(
-            facts.started(
-                self.trainer,
-                # The user's own come first, and count more.
-                params=self.params | facts.settings(self.trainer, self._optimizers) | self.params,
-                save_dir=self._checkpoints.folder,
-                before=before,
-                is_cut=left is not None,
-            ),
-            loggers=self._engines.loggers(),
-            remedy=_REMEDY,
+    def __call__(self, engine: Any, logger: Any, event_name: Any) -> None:
+        found = self._setup_output_metrics_state_attrs(engine, log_text=True, key_tuple=False)
+        at, transform = self.global_step_transform(engine, event_name), self.global_step_transform
+        phase = next(
+            (p for start, p in _PHASES.items() if str(self.tag).startswith(start)), "train"
         )
-        self._run = getattr(self.report.emit, "run_id", None)
-        self._describe()
-        if left is not None:
-            self.report.start_epoch(left)
+        logger.log(engine, _events(found, phase, at, event_name, transform))
 
-    @guarded
-    def _describe(self) -> None:
-        models = self._checkpoints.saving("parameters").values()
-        parameters = [p for model in models for p in model.parameters()]
-        if parameters:
-            layers = sum(1 for model in models for _ in model.modules())
-            self.report.tell(described(parameters, layers))
 
-    @guarded
-    def start_epoch(self) -> None:
-        self.cut_epoch()  # of a `terminate_epoch(skip_epoch_completed=True)`
-        self.report.start_epoch(self.trainer.state.epoch - 1)
+class _OptimizerParamsHandler:
+    """Logs a parameter of an optimizer's groups: `OptimizerParamsHandler(optimizer)`.
 
-    @guarded
-    def step(self) -> None:
-        # Before the handlers: a scheduler among them sets the rates of the next update.
-        self._rates = facts.rates(self._optimizers)
-        step = int(self.trainer.state.iteration)
-        if self.report.wants_step(step) and (values := self._output()):
-            values |= self._rates
-            epoch = self.report.epoch
-            self.report.metrics(values, "train", epoch=epoch, step=step, on_request=True)
+    Arguments, names and values are those of ignite's own `OptimizerParamsHandler`.
+    """
 
-    @guarded
-    def _output(self) -> dict[str, float]:
-        """Return what the trainer's function returned last, as far as it is numbers."""
-        output = self.trainer.state.output
-        if self.output_transform is not None:
-            output = self.output_transform(output)
-        return facts.numbers(output)
+    tag: str | None
+    optimizer: Any
+    param_name: str
 
-    @guarded
-    def end_epoch(self) -> None:
-        self.tell_saved()
-        self._tell_epoch(facts.metrics(self.trainer.state))
+    def __call__(self, engine: Any, logger: Any, event_name: Any) -> None:
+        name = f"{self.tag}/{self.param_name}" if self.tag else self.param_name
+        found = {
+            f"{name}/group_{i}": group[self.param_name]
+            for i, group in enumerate(self.optimizer.param_groups)
+        }
+        at = engine.state.get_event_attrib_value(event_name)
+        logger.log(engine, _events(found, "train", at, event_name))
 
-    @guarded
-    def cut_epoch(self) -> None:
-        self._tell_epoch({})  # the metrics are still those of the epoch before
 
-    def _tell_epoch(self, values: dict[str, Any]) -> None:
-        if self.report.epoch is not None:
-            values = {**(values or self._output() or {}), **self._rates}
-            self.report.metrics(values, "train", epoch=self.report.epoch)
-            self.report.end_epoch()
+_PHASES = {"train": "train", "test": "test", "val": "validation", "eval": "validation"}
 
-    @guarded
-    def meet(self, engine: Any, data: Any) -> str:
-        if engine not in self._engines:
-            self.tell_saved()
-            self._engines.add(engine)
-            self._checkpoints.skip()  # those of an earlier run
-        is_train = data is not None and data is self.trainer.state.dataloader
-        return self._engines.name(engine, is_train=is_train)
 
-    @guarded
-    def tell_evaluation(self, engine: Any, name: str, during: str | None) -> None:
-        if engine.state.times.get("EPOCH_COMPLETED"):  # else the metrics are those of a run before
-            is_summary = during in ("EPOCH_COMPLETED", "COMPLETED")
-            self.report.metrics(
-                {f"{name}/{key}": value for key, value in engine.state.metrics.items()},
-                next((p for p in ("train", "test") if name.startswith(p)), "validation"),
-                epoch=self.report.epoch,
-                step=None if is_summary else self.trainer.state.iteration,
-                final=during == "COMPLETED",
-            )
-        self.tell_saved()
+def _events(
+    found: Mapping[str, Any],
+    phase: str,
+    at: int,
+    event: Any,
+    transform: Callable[..., int] | None = None,
+) -> Iterator[Event]:
+    """Yield the values as events.
 
-    @guarded
-    def tell_saved(self) -> None:
-        if self.report.is_open:
-            for saved in self._checkpoints.saved(self.trainer.state, self.report.epoch):
-                self.report.tell(saved)
+    Args:
+        found: name → value.
+        phase: their phase.
+        at: the position that ignite's loggers would use: an epoch, counted from 1, or a step.
+        event: the event that called the handler.
+        transform: the function that gave the position.
+    """
+    is_epoch = _counts_epochs(event, transform)
+    epoch, step = (int(at) - 1 if at > 0 else None, None) if is_epoch else (None, int(at))
+    if values := numbers(found):
+        yield MetricsLogged(values=values, phase=phase, epoch=epoch, step=step)
+    for name, value in found.items():
+        if isinstance(value, str):
+            yield TextLogged(key=name, text=value, epoch=epoch, step=step)
 
-    @guarded
-    def end(
-        self, error: BaseException | None, *, is_interrupted: bool, is_terminated: bool
-    ) -> None:
-        self._reached = self.trainer.state.iteration
-        best = self._checkpoints.best
-        if error is not None:  # a handler of the user's swallowed it, and training was over
-            self.report.fail(error, rank=facts.rank(), best=best)
-        elif is_interrupted:
-            self.report.tell(RunEnded(status="stopped", reason="interrupted", best=best))
-            self.report.is_open = False
-        elif self.report.is_open:
-            self.tell_saved()
-            for saved in self._checkpoints.final():
-                self.report.tell(saved)
-            handlers = self._engines.handlers()
-            why = facts.why_terminated(self.trainer, handlers) if is_terminated else None
-            self.report.end(why, best)
+
+def _counts_epochs(event: Any, transform: Callable[..., int] | None) -> bool:
+    """Return whether a position is an epoch; that of a user's transform counts as a step."""
+    from ignite.engine import State
+
+    name = getattr(transform, "__qualname__", "")
+    if transform is not None and name.startswith("global_step_from_engine"):
+        event = inspect.getclosurevars(transform).nonlocals.get("custom_event_name") or event
+    elif transform is not None and not name.startswith("BaseOutputHandler."):
+        return False
+    return bool(State.event_to_attr.get(event) == "epoch")
+
+
+_BASE = "ignite.handlers.base_logger:Base"
+_output_handler = late_class(__name__, "OutputHandler", _OutputHandler, f"{_BASE}OutputHandler")
+_params_handler = late_class(
+    __name__,
+    "OptimizerParamsHandler",
+    _OptimizerParamsHandler,
+    f"{_BASE}OptimizerParamsHandler",
+)
+__getattr__ = lazy(__name__, OutputHandler=_output_handler, OptimizerParamsHandler=_params_handler)

@@ -1,42 +1,37 @@
-"""What the `Checkpoint` handlers of a training save, and which of their files are the best."""
+"""The files that the `Checkpoint` handlers of a training save, and which of them are the best."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from msgspec import structs
-
 from trainbus.events import Best, CheckpointSaved
+from trainbus.toolkit.adapters import Reporter
 
 
 class Checkpoints:
-    """The files of one training's `Checkpoint` handlers.
+    """The files of one training.
 
     Args:
+        report: records them.
         handlers: returns the handlers of the trainer and its evaluators.
     """
 
-    def __init__(self, handlers: Callable[[], Iterable[Any]]) -> None:
+    def __init__(self, report: Reporter, handlers: Callable[[], Iterable[Any]]) -> None:
+        self._report = report
         self._all_handlers = handlers
         self._seen: dict[int, Any] = {}
-        self._newest: dict[int, CheckpointSaved] = {}
         self._bests: dict[int, Best] = {}
 
     @property
-    def best(self) -> Best | None:
-        """The best score by the first handler that has one."""
-        return next(iter(self._bests.values()), None)
-
-    @property
     def folder(self) -> str | None:
-        """Where the first handler saves that saves to a folder."""
+        """The folder of the first handler that saves to one."""
         folders = [_folder(handler) for handler in self._handlers()]
         return next((str(folder) for folder in folders if folder is not None), None)
 
     def saving(self, attribute: str) -> dict[str, Any]:
-        """Return what is saved and has an attribute, as models and optimizers do, by name."""
+        """Return the saved objects that have an attribute, as models and optimizers do, by name."""
         found = {k: v for h in self._handlers() for k, v in dict(h.to_save or {}).items()}
         return {name: value for name, value in found.items() if hasattr(value, attribute)}
 
@@ -44,14 +39,13 @@ class Checkpoints:
         """Leave out what was saved up to now."""
         self._new_items()
 
-    def saved(self, state: Any, epoch: int | None) -> Iterator[CheckpointSaved]:
-        """Yield what was saved since the last call.
+    def record(self, state: Any) -> None:
+        """Record the files that were saved since the last call.
 
         Args:
             state: that of the trainer.
-            epoch: the one that is under way, None between two.
         """
-        epoch = state.epoch - 1 if epoch is None else epoch
+        epoch = state.epoch - 1 if self._report.epoch is None else self._report.epoch
         for handler, item in self._new_items():
             folder = _folder(handler)
             if folder is None or not (folder / item.filename).exists():
@@ -64,24 +58,19 @@ class Checkpoints:
                 if item is handler._saved[-1]:
                     kind = "best"
                     self._bests[id(handler)] = Best(metric=name, value=value, epoch=epoch)
+                    self._report.best = next(iter(self._bests.values()))
             has_own_name = kind == "periodic" and handler.filename_pattern is None and not metrics
-            saved = CheckpointSaved(
-                path=str(folder / item.filename),
-                kind=kind,
-                epoch=epoch if epoch >= 0 else None,
-                step=int(state.iteration),
-                metrics=metrics,
-                final=has_own_name,
+            self._report.checkpoint(
+                CheckpointSaved(
+                    path=str(folder / item.filename),
+                    kind=kind,
+                    epoch=epoch if epoch >= 0 else None,
+                    step=int(state.iteration),
+                    metrics=metrics,
+                    final=has_own_name,
+                ),
+                slot=None if kind == "periodic" else id(handler),
             )
-            yield saved
-            if kind != "periodic":
-                self._newest[id(handler)] = saved
-
-    def final(self) -> Iterator[CheckpointSaved]:
-        """Yield the newest best and last files, which nobody writes again."""
-        for saved in self._newest.values():
-            if Path(saved.path).exists():
-                yield structs.replace(saved, final=True)
 
     def _handlers(self) -> list[Any]:
         from ignite.handlers import Checkpoint
@@ -89,13 +78,13 @@ class Checkpoints:
         return [h for h in self._all_handlers() if isinstance(h, Checkpoint)]
 
     def _new_items(self) -> list[tuple[Any, Any]]:
-        """Return what was saved since the last call: the handler, and its entry of the file."""
+        """Return what was saved since the last call: the handler, and its entry for the file."""
         found = [(h, i) for h in self._handlers() for i in h._saved if id(i) not in self._seen]
         self._seen.update((id(item), item) for _, item in found)
         return found
 
 
 def _folder(checkpoint: Any) -> Path | None:
-    """Return where a handler saves, None where that is no folder of this machine."""
+    """Return the folder of a handler, None if it saves elsewhere than on this machine."""
     folder = getattr(checkpoint.save_handler, "dirname", None)
     return None if folder is None else Path(folder).absolute()

@@ -1,4 +1,4 @@
-"""A trainer and the engines that run inside its run: their names, and their handlers."""
+"""The engines that evaluate inside a trainer's run: their names and their handlers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 
 class Engines:
-    """A trainer, the evaluators that were met in one training of it, and those that a user named.
+    """A trainer, the evaluators seen in one of its trainings, and those that the user named.
 
     Args:
         trainer: the engine that trains.
-        named: name → evaluator, as the user gave them.
+        named: name → evaluator, given by the user.
     """
 
     def __init__(self, trainer: Any, named: Mapping[str, Any]) -> None:
@@ -26,18 +26,18 @@ class Engines:
         return id(evaluator) in self._evaluators
 
     def add(self, evaluator: Any) -> None:
-        """Add an evaluator that was met."""
+        """Add an evaluator that is about to run."""
         self._evaluators[id(evaluator)] = evaluator
 
     def handlers(self) -> list[Any]:
         """Return the handlers of trainer and evaluators, each once."""
         found = [handler for handler, *_ in self._entries()]
-        # Behind an event with a filter, a function stands for the handler.
+        # For an event with a filter, ignite registers a function in place of the handler.
         handlers = [h._parent() if hasattr(h, "_parent") else h for h in found]
         return list({id(h): h for h in handlers}.values())
 
     def loggers(self) -> list[Any]:
-        """Return what handlers are called with, among which are ignite's loggers."""
+        """Return the arguments of handlers, among which are ignite's loggers."""
         return [each for _, args, _ in self._entries() for each in args]
 
     def _entries(self) -> Iterator[tuple[Any, Sequence[Any], Mapping[str, Any]]]:
@@ -47,11 +47,11 @@ class Engines:
                 yield from entries
 
     def name(self, evaluator: Any, *, is_train: bool) -> str:
-        """Return the user's name, else that of the engine's logger, else `val`, told apart.
+        """Return the user's name, else that of the engine's logger, else `val`, made unique.
 
         Args:
             evaluator: the engine.
-            is_train: whether it runs over the trainer's own data.
+            is_train: whether it runs over the training data.
         """
         given = next((name for name, each in self._named.items() if each is evaluator), None)
         name = given or _logger_name(evaluator) or "val"
@@ -68,7 +68,7 @@ class Engines:
 
 
 def _logger_name(engine: Any) -> str:
-    """Return the name that a user gave to an engine's logger: `val` of `Val Evaluator`."""
+    """Return the name that the user gave an engine's logger: `val` for `Val Evaluator`."""
     name = engine.logger.name
     if name.startswith("ignite."):
         return ""

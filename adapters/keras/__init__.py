@@ -1,26 +1,36 @@
-"""Turns Keras 3's `fit` into events: one run a call, with its epochs, metrics and checkpoints.
+"""Turns the `fit` of Keras 3 into events: each call is a run with epochs, metrics and checkpoints.
 
 Attaches to a `keras.Model`, or is a `BusCallback(bus)` among the callbacks of `fit`. Epoch values
-are exactly those of Keras' `History`; values of a batch are Keras' running means over the epoch.
+equal those of Keras' `History`; values of a batch are Keras' running means over the epoch.
 Checkpoints are what `save` and `save_weights` of the model write during `fit`.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from inspect import signature
 from types import MethodType
 from typing import Any
 
-from trainbus.distributed import current_rank
 from trainbus.errors import AttachError, SinkError
 from trainbus.interfaces import Detach, Emit
-from trainbus.toolkit.adapters import Reporter, around_of, guarded, late_class, patch, wrap
+from trainbus.toolkit.adapters import (
+    Hooks,
+    Origin,
+    argument,
+    around_of,
+    guarded,
+    late_class,
+    lazy,
+    patch,
+    with_argument,
+    wrap,
+    wrong_target,
+)
 
-from ._keras_call import Call, flat
-from ._keras_facts import Facts
-from ._keras_training import Training
+from .trainer import Facts, Training
 
 TESTED_VERSIONS = "3.15.1"
 _TRAIN_HOOKS = ("train_begin", "epoch_begin", "train_batch_end", "epoch_end", "train_end")
@@ -36,14 +46,14 @@ REQUIRED_NAMES = (
 
 
 def attach(target: Any, emit: Emit) -> Detach:
-    """Have every `fit` of a model, or those that a `BusCallback` is given to, emit events.
+    """Report every `fit` of a model, or those that a `BusCallback` is passed to.
 
     Args:
         target: a `keras.Model`, or a `BusCallback` of this module.
         emit: where the events go.
 
     Returns:
-        A function that leaves the target as it was.
+        A function that restores the target.
 
     Raises:
         AttachError: the object is neither.
@@ -51,26 +61,22 @@ def attach(target: Any, emit: Emit) -> Detach:
     import keras
 
     if isinstance(target, _Hooks):
-        target.is_users = True
-        return target.report.connect(emit, target.detach)
+        return target.report.connect(emit, target.release)
     if not isinstance(target, keras.Model):
-        raise AttachError(
-            f"expected a keras.Model or a BusCallback, found {type(target).__qualname__}; "
-            "attach the model that you call `fit()` on"
-        )
-    hooks = _callback_class()()
-    hooks.report.connect(emit)
+        advice = "attach the model that you call `fit()` on"
+        raise wrong_target(target, "a keras.Model or a BusCallback", advice)
+    hooks: _Hooks = _callback_class()(origin=Origin.ATTACH)
     unwrap = wrap(target, "fit", _Fit(hooks))
 
-    def detach() -> None:
-        hooks.detach()
+    def release() -> None:
+        hooks.release()
         unwrap()
 
-    return detach
+    return hooks.report.connect(emit, release)
 
 
 def hook(module: Any, attach: Callable[[object], object]) -> None:
-    """Have every model attached when its `fit` is called, unless a callback of ours hears it.
+    """Attach every model when its `fit` is called, unless a callback of ours reports the call.
 
     Args:
         module: `keras`.
@@ -80,21 +86,21 @@ def hook(module: Any, attach: Callable[[object], object]) -> None:
     def fit(function: Any, model: Any, /, *args: Any, **kwargs: Any) -> Any:
         method = MethodType(function, model)
         try:
-            given = inspect.signature(method).bind(*args, **kwargs).arguments
-            is_heard = any(_listens(callback) for callback in flat(given.get("callbacks")))
-        except Exception:  # no call that will train: Keras says what is wrong with it
-            is_heard = True
-        if not is_heard and _around(model) is None:
+            given = signature(method).bind(*args, **kwargs).arguments
+            is_reported = any(_reports(callback) for callback in _flat(given.get("callbacks")))
+        except Exception:  # an invalid call, for which Keras raises an error of its own
+            is_reported = True
+        if not is_reported and _around(model) is None:
             attach(model)
-        # Not through `model.fit`: a subclass may be on its way here from one of its own.
-        around = None if is_heard else _around(model)
+        # Not `model.fit`: the `fit` of a subclass may be the caller.
+        around = None if is_reported else _around(model)
         return around(method, *args, **kwargs) if around else method(*args, **kwargs)
 
     patch(module.Model, "fit", fit)
 
 
 class _Fit:
-    """Stands around a model's `fit`: gives it our callback as the last, and sees what leaves it."""
+    """Wraps a model's `fit`: adds our callback as the last, and records exceptions."""
 
     def __init__(self, hooks: Any) -> None:
         self.hooks = hooks
@@ -117,9 +123,10 @@ class _Fit:
 
     @guarded
     def _join(self, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the callback that hears this call, and the call with it."""
-        call = Call(method, args, kwargs)
-        hooks = next((c for c in call.callbacks if _listens(c) and c.is_users), self.hooks)
+        """Return the callback that reports this call, and the call with that callback."""
+        call = _Call(method, args, kwargs)
+        users = (c for c in call.callbacks if _reports(c) and c.report.emit is not None)
+        hooks = next((c for c in users if c.report.origin is Origin.USER), self.hooks)
         if not hooks.report.active:
             return None
         hooks.prepare(method.__self__, call.callbacks, call.arguments)
@@ -128,82 +135,69 @@ class _Fit:
         return hooks, call
 
 
-class _Hooks:
-    """Reports to a bus each training that it is a callback of: `callbacks=[BusCallback(bus)]`.
+class _Hooks(Hooks):
+    """Reports each training that it is a callback of: `callbacks=[BusCallback(bus)]`.
 
-    It is best the last of them. An exception is told at once only where the model is attached, too.
+    It should be the last callback. Exceptions are recorded only if the model is attached, too.
     """
 
     model: Any
     params: Any
+    _training: Training | None = None
+    _callbacks: Sequence[Any] = ()
+    _arguments: Mapping[str, Any] = {}
 
-    def __init__(self, bus: Any = None) -> None:
-        super().__init__()
-        self.report = Reporter()
-        self.is_users = False  # but made for a model that is attached
-        self._callbacks: Sequence[Any] = ()
-        self._arguments: dict[str, Any] = {}
+    def __init__(self, bus: Any = None, *, origin: Origin = Origin.USER) -> None:
         self._facts = Facts()
-        self._training: Training | None = None
-        if bus is not None:
-            bus.attach(self)
+        super().__init__(bus, origin=origin)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the training out: tuners copy their callbacks for each trial."""
-        return {**vars(self), "_model": None, "_callbacks": (), "_training": None}
+    def reset(self) -> None:
+        self.release()
+        self._training = None
 
     def release(self) -> None:
-        """Take away what was hung in for one training."""
+        """Unwrap what was wrapped for one training."""
         if self._training is not None:
             self._training.release()
 
-    def detach(self) -> None:
-        """Fall silent."""
-        self.report.active = False
-        self.release()
-
     def prepare(self, model: Any, callbacks: Sequence[Any], arguments: Mapping[str, Any]) -> None:
-        """Get ready for a call of `fit`."""
-        self._forget()
+        """Prepare for a call of `fit`."""
+        self.reset()
         self.set_model(model)
         self._arguments = {k: v for k, v in arguments.items() if isinstance(v, int | float | str)}
         self._callbacks = callbacks
 
     def set_model(self, model: Any) -> None:
         super().set_model(model)  # type: ignore[misc]
-        # Keras tells a callback nothing of the others; the list that calls this method has them.
+        # Keras does not pass the other callbacks; the list that calls this method has them.
         caller = sys._getframe(1).f_locals.get("self")
         self._callbacks = getattr(caller, "callbacks", ())
 
     @guarded
     def on_train_begin(self, logs: Any = None) -> None:
-        self._forget()  # a `fit` before this one, of a model that is not attached
-
-    def _forget(self) -> None:
-        self.release()
-        self._training = None
+        self.reset()  # an earlier `fit`, of a model that is not attached, may have failed
 
     @guarded
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        # Not before: BackupAndRestore finds the first epoch when training begins.
-        self._begin(epoch).start_epoch(epoch)
+        # Not earlier: BackupAndRestore sets the first epoch when training begins.
+        self._start(epoch).start_epoch(epoch)
 
-    def _begin(self, epoch: int) -> Training:
+    def _start(self, epoch: int) -> Training:
         if self._training is None:
             given = {**self._arguments, **(self.params or {})}
             self._training = Training(self.report, self._facts, self.model, self._callbacks, given)
-            self._training.begin(epoch)
+            self._training.start(epoch)
         return self._training
 
     @property
     def on_train_batch_end(self) -> Any:
-        # Where all have the method of the base class, Keras reads no values between two batches.
+        # If all callbacks have the method of the base class, Keras skips the values of batches.
         emit = self.report.emit
-        is_asked = emit is not None and emit.every("train") is not None
-        return self._batch_end if is_asked else super().on_train_batch_end  # type: ignore[misc]
+        is_requested = emit is not None and emit.every("train") is not None
+        return self._end_batch if is_requested else super().on_train_batch_end  # type: ignore[misc]
 
     @guarded
-    def _batch_end(self, batch: int, logs: Any = None) -> None:
+    def _end_batch(self, batch: int, logs: Any = None) -> None:
         if self._training is not None:
             self._training.end_batch(logs or {})
 
@@ -219,32 +213,82 @@ class _Hooks:
 
     @guarded
     def fail(self, error: BaseException) -> None:
-        """Tell what left `fit`, also before its first epoch."""
+        """Record the exception that left `fit`, even before its first epoch."""
         best = None if self._training is None else self._training.best
-        self._begin(self._arguments.get("initial_epoch", 0))
-        self.report.fail(error, rank=current_rank(), best=best)
+        self._start(self._arguments.get("initial_epoch", 0))
+        self.report.fail(error, best=best)
 
 
-def _listens(callback: object) -> bool:
+def _reports(callback: object) -> bool:
     return isinstance(callback, _Hooks) and callback.report.active
 
 
 def _around(model: Any) -> Any:
-    """Return what stands around a model's `fit`, if that is of ours."""
+    """Return our active wrapper of a model's `fit`, None if there is none."""
     around = around_of(model, "fit")
     return around if isinstance(around, _Fit) and around.hooks.report.active else None
 
 
-def _base() -> type:
+_callback_class = late_class(__name__, "BusCallback", _Hooks, "keras:callbacks.Callback")
+__getattr__ = lazy(__name__, BusCallback=_callback_class)
+
+
+class _Call:
+    """One call of a model's `fit`, to which a callback can be added.
+
+    Args:
+        fit: the method, Keras' own or a subclass's.
+        args: its arguments.
+        kwargs: likewise.
+
+    Raises:
+        AttachError: the method takes no callbacks.
+    """
+
+    def __init__(
+        self, fit: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.args = args
+        self.kwargs = kwargs
+        self._fit = _taking_callbacks(fit)
+        names = signature(self._fit).parameters
+        self.arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        self.callbacks = _flat(self.arguments.get("callbacks"))
+        self.release: Callable[[], object] = lambda: None
+        """Restores what the user passed."""
+
+    def add(self, callback: Any) -> None:
+        """Add a callback as the last one."""
+        import keras
+
+        given = argument(self._fit, "callbacks", self.args, self.kwargs)
+        if isinstance(given, keras.callbacks.CallbackList):
+            callback.set_params(given.params)
+            given.callbacks.append(callback)
+            self.release = partial(given.callbacks.remove, callback)
+        else:
+            callbacks = [*self.callbacks, callback]
+            self.args, self.kwargs = with_argument(
+                self._fit, "callbacks", callbacks, self.args, self.kwargs
+            )
+
+
+def _flat(callbacks: Any) -> list[Any]:
+    """Return the callbacks that are passed to `fit` as a list."""
     import keras
 
-    return keras.callbacks.Callback  # type: ignore[no-any-return]
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        return callbacks.callbacks  # type: ignore[no-any-return]
+    return keras.tree.flatten(callbacks) if callbacks else []
 
 
-_callback_class = late_class(__name__, "BusCallback", _Hooks, _base)
+def _taking_callbacks(fit: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `fit`, or Keras' own if `fit` passes its arguments on to that."""
+    import keras
 
-
-def __getattr__(name: str) -> Any:
-    if name == "BusCallback":
-        return _callback_class()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    parameters = signature(fit).parameters
+    if "callbacks" in parameters:
+        return fit
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise AttachError("this `fit` takes no `callbacks`: put a BusCallback into those it uses")
+    return partial(keras.Model.fit, None)

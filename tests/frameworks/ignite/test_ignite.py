@@ -581,7 +581,7 @@ def test_a_transform_that_raises_costs_its_values_alone(
     assert [] == check_grammar(heard.records)
     assert [0, 1] == [e.epoch for e in heard.of(EpochEnded)]
     assert [] == heard.metrics("train")
-    assert 1 == caplog.text.count("hook output in trainbus.adapters.ignite raised")
+    assert 1 == caplog.text.count("hook output in trainbus.adapters.ignite.trainer raised")
 
 
 @pytest.mark.parametrize("folder", ["saved", None])
