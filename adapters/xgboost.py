@@ -85,7 +85,7 @@ def attach(target: Any, emit: Emit) -> Detach:
             f"expected an estimator that boosts, found {type(target).__qualname__}: XGBoost takes "
             "no callbacks for a forest, which is one round"
         )
-    hooks = _callback_class()(origin=Origin.ATTACH)
+    hooks: _Hooks = _callback_class()(origin=Origin.ATTACH)
     return hooks.report.connect(emit, wrap(target, "fit", partial(_fit, hooks)))
 
 
