@@ -287,6 +287,7 @@ def about_plugins() -> dict[tuple[str, str], tuple[str, str]]:
 
 
 @pytest.mark.usefixtures("without_plotly")
+@pytest.mark.needs("keras", "tensorboard")
 def test_plugins_name_the_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plugin whose package is not installed does not load, and what installs it is said."""
     monkeypatch.setitem(sys.modules, "stable_baselines3", None)
@@ -355,6 +356,8 @@ sinks:
 """
 
 
+@pytest.mark.needs("tensorboard", "mlflow", "trackio", "plotly", "comet_ml", "clearml")
+@pytest.mark.needs("swanlab", "dvclive", "apprise", "prometheus_client")
 def test_validate_check_tries_every_kind_of_sink(folder: Path) -> None:
     """Each sink says what it found, and none starts a run or leaves a file."""
     (folder / "a.yaml").write_text(CHECKED)
@@ -370,11 +373,27 @@ def test_validate_check_tries_every_kind_of_sink(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("sink", "text"),
     [
-        ("{type: mlflow, tracking_uri: 'http://127.0.0.1:9'}", "no MLflow server answers at http"),
-        ("{type: notify, urls: ['nonsense://x']}", "found a URL that Apprise does not take"),
+        pytest.param(
+            "{type: mlflow, tracking_uri: 'http://127.0.0.1:9'}",
+            "no MLflow server answers at http",
+            marks=pytest.mark.needs("mlflow"),
+        ),
+        pytest.param(
+            "{type: notify, urls: ['nonsense://x']}",
+            "found a URL that Apprise does not take",
+            marks=pytest.mark.needs("apprise"),
+        ),
         ("{type: csv, dir: 'a.yaml/{run}'}", "can't write below"),
-        ("{type: comet, mode: online}", "found no API key for Comet"),
-        ("{type: prometheus, address: 203.0.113.1}", "can't listen on port 9464 of 203.0.113.1"),
+        pytest.param(
+            "{type: comet, mode: online}",
+            "found no API key for Comet",
+            marks=pytest.mark.needs("comet_ml"),
+        ),
+        pytest.param(
+            "{type: prometheus, address: 203.0.113.1}",
+            "can't listen on port 9464 of 203.0.113.1",
+            marks=pytest.mark.needs("prometheus_client"),
+        ),
     ],
 )
 def test_validate_check_says_what_would_fail(folder: Path, sink: str, text: str) -> None:

@@ -146,6 +146,7 @@ def test_yaml_blocks_load(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert ["tracking", "local"] == [route.name for route in trainbus.load(file).settings.sinks]
 
 
+@pytest.mark.needs("ultralytics")
 def test_60_seconds(folder: Path) -> None:
     """The first block trains a real YOLO, and its receipt is the one that README shows."""
     train.save_below(folder)
