@@ -373,6 +373,7 @@ def test_validate_check_tries_every_kind_of_sink(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("sink", "text"),
     [
+        ("{type: csv, dir: 'a.yaml/{run}'}", "can't write below"),
         pytest.param(
             "{type: mlflow, tracking_uri: 'http://127.0.0.1:9'}",
             "no MLflow server answers at http",
@@ -383,7 +384,6 @@ def test_validate_check_tries_every_kind_of_sink(folder: Path) -> None:
             "found a URL that Apprise does not take",
             marks=pytest.mark.needs("apprise"),
         ),
-        ("{type: csv, dir: 'a.yaml/{run}'}", "can't write below"),
         pytest.param(
             "{type: comet, mode: online}",
             "found no API key for Comet",
