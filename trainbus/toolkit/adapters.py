@@ -326,8 +326,6 @@ class Reporter:
                 raise AttachError("this callback has no bus: make it with one, as `…(bus)`")
             self.emit(event)
 
-    tell = record
-
     def start_epoch(self, epoch: int) -> None:
         """Record that an epoch starts, counted from 0."""
         self.epoch, self._epoch_began = int(epoch), time.monotonic()
