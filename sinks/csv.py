@@ -217,13 +217,12 @@ class CsvSink(Sink):
         row |= {self._columns(name): _number(value) for name, value in event.values.items()}
         if event.final:
             phase = self._text(event.phase)
-            self._table("final").put((phase, epoch), {"phase": phase, **row})
+            self._table("final").put({"phase": phase, **row})
         elif event.step is not None:
             table = self._table(f"{self._phases(event.phase)}{_STEPS}")
-            table.put((str(event.step),), {"step": str(event.step), **row})
+            table.put({"step": str(event.step), **row})
         else:
-            table = self._table(self._phases(event.phase))
-            table.put((epoch, "" if epoch else row["time"]), row)
+            self._table(self._phases(event.phase)).put(row)
 
     def _since(self, record: Record) -> float:
         return round(record.time - (self._began or 0.0), 6)
@@ -239,8 +238,7 @@ class CsvSink(Sink):
         """Put values under their names, in place of earlier ones."""
         table = self._table(name)
         for key, value in flat(values).items():
-            cell = self._names(key)
-            table.put((cell,), {"name": cell, "value": self._text(value)})
+            table.put({"name": self._names(key), "value": self._text(value)})
 
     def _text(self, value: Any) -> str:
         """Return a value as a cell."""
@@ -345,9 +343,9 @@ class _Table:
         self._changes = _Changes(path.with_name(_changes_of(path.name)))
         self._read()
         self._is_changed = False
-        for key, cells in self._changes.read():
+        for cells in self._changes.read():
             self._must_copy = True
-            self.put(key, cells)
+            self.put(cells)
 
     def _read(self) -> None:
         names: Sequence[str] = self._first
@@ -357,10 +355,11 @@ class _Table:
                 names = cells
                 self._add_columns(names)
                 continue
-            key = self._key(cells)
+            row = self._named(cells)
+            key = self._key(row)
             if key in self._rows:  # the file was edited
                 self._must_copy = True
-                self.put(key, dict(zip(self._columns, cells, strict=False)))
+                self.put(row)
             else:
                 self._is_new(key)
                 self._rows[key] = _Row(cells, begin)
@@ -376,9 +375,11 @@ class _Table:
         for name in names:
             self._columns.setdefault(name, len(self._columns))
 
-    def _key(self, cells: Sequence[str]) -> _Key:
-        """Return the key of a row that was read, as it was given to `put`."""
-        row = dict(zip(self._columns, cells, strict=False))
+    def _named(self, cells: Sequence[str]) -> dict[str, str]:
+        return dict(zip(self._columns, cells, strict=False))
+
+    def _key(self, row: Mapping[str, str]) -> _Key:
+        """Return the cells that distinguish a row; a row without an epoch has its time."""
         match self._first:
             case ("phase", *_):
                 return row.get("phase", ""), row.get("epoch", "")
@@ -414,9 +415,9 @@ class _Table:
         """Return the first parts of the keys that are in memory."""
         return [key[0] for key in self._rows]
 
-    def put(self, key: _Key, cells: Mapping[str, str]) -> None:
-        """Put cells into the row of a key; its other cells stay."""
-        width = len(self._columns)
+    def put(self, cells: Mapping[str, str]) -> None:
+        """Put cells into the row with their key; its other cells stay."""
+        key, width = self._key(cells), len(self._columns)
         self._add_columns([*cells])
         self._must_copy |= len(self._columns) > width
         self._is_changed = True
@@ -466,28 +467,24 @@ class _Table:
 
     def _write_last(self) -> None:
         """Write the rows in memory from the first new or changed one on."""
-        changed = []
-        for key, row in reversed(self._rows.items()):
+        changed: list[_Row] = []
+        for row in reversed(self._rows.values()):
             if row.at is not None and row.at < self._clean:
                 break
-            changed.append((key, row))
+            changed.append(row)
         if not changed:
             return
         changed.reverse()
-        old = {
-            key: dict(zip(self._columns, row.cells, strict=False))
-            for key, row in changed
-            if row.at is not None
-        }
+        old = [self._named(row.cells) for row in changed if row.at is not None]
         if len(old) > 1:  # a kill could leave them half written
             self._changes.save(old)
-        lines = self._encoded([row for _, row in changed])
+        lines = self._encoded(changed)
         with self._path.open("r+b") as file:
             file.seek(self._clean)
             file.writelines(lines)
             file.truncate()
             _sync(file)
-        self._place([row for _, row in changed], lines, self._clean)
+        self._place(changed, lines, self._clean)
         if len(old) > 1:
             self._changes.rewrite()
 
@@ -524,7 +521,7 @@ class _Table:
             if begin >= first:
                 return
             if number:
-                self._fill(cells, changes.pop(self._key(cells), {}))
+                self._fill(cells, changes.pop(self._key(self._named(cells)), {}))
                 yield cells
 
     def _encoded(self, rows: Sequence[_Row]) -> list[bytes]:
@@ -558,13 +555,12 @@ class _Changes:
         self._unsaved: dict[_Key, dict[str, str]] = {}
         self._size = 0
 
-    def read(self) -> list[tuple[_Key, dict[str, str]]]:
+    def read(self) -> list[dict[str, str]]:
         """Return what an earlier process left; a line that a crash cut short is skipped."""
-        found: list[tuple[_Key, dict[str, str]]] = []
+        found: list[dict[str, str]] = []
         with suppress(OSError, ValueError):
             for line in self._path.read_bytes().splitlines(keepends=True):
-                key, cells = json.loads(line)
-                found.append((tuple(key), cells))
+                found.append(json.loads(line))
                 self._size += len(line)
         return found
 
@@ -572,9 +568,9 @@ class _Changes:
         self.rows.setdefault(key, {}).update(cells)
         self._unsaved.setdefault(key, {}).update(cells)
 
-    def save(self, more: Mapping[_Key, Mapping[str, str]] | None = None) -> None:
+    def save(self, more: Sequence[Mapping[str, str]] = ()) -> None:
         """Write the new changes, and more that are about to be written to the table."""
-        new = [*self._unsaved.items(), *(more or {}).items()]
+        new = [*self._unsaved.values(), *more]
         if not new:
             return
         data = b"".join(json.dumps(each).encode() + b"\n" for each in new)

@@ -249,11 +249,8 @@ class _Messages:
     def _end(self, event: RunEnded, record: Record) -> dict[str, str | None]:
         best, reason, error = event.best or self._best, event.reason, None
         if event.error is not None:
-            error = _error(event.error)
-            if reason in (event.error.type, event.error.message) or (
-                reason == f"{event.error.type}: {event.error.message}"
-            ):
-                reason = None  # it repeats the error
+            error, kind, message = _error(event.error), event.error.type, event.error.message
+            reason = None if reason in (kind, message, f"{kind}: {message}") else reason
         took = None if self._begun is None else _duration(record.time - self._begun)
         goals = [name for name in self._values if self._goal(name) is not None]
         names = [*goals, *(name for name in reversed(self._values) if name not in goals)][:_SHOWN]

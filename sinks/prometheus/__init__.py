@@ -183,15 +183,26 @@ class PrometheusSink(Sink):
         self.lost = self._values.lost
         is_time = time.monotonic() - self._published >= self.options.interval_secs
         if self._values.is_over or is_time:
-            self._publish()
+            self.flush()
 
     def flush(self) -> None:
-        """Write or push the values.
+        """Write the file and push the group, unless nothing is new.
 
         Raises:
             SinkError: the file can't be written, or the Pushgateway can't be reached.
         """
-        self._publish()
+        with self._publishing:
+            if not self._is_dirty:
+                return
+            self._is_dirty = False
+            registry = _registry(self._values, is_live=False)
+            try:
+                for way in self._ways:
+                    way.publish(registry)
+            except BaseException:
+                self._is_dirty = True
+                raise
+            self._published = time.monotonic()
 
     def close(self) -> None:
         """Publish the last values, and wait up to `linger_secs` until they are scraped."""
@@ -200,7 +211,7 @@ class PrometheusSink(Sink):
         self._is_open = False
         self._stop.set()
         try:
-            self._publish()
+            self.flush()
             if not self.options.keep:
                 for way in self._ways:
                     way.forget()
@@ -217,29 +228,18 @@ class PrometheusSink(Sink):
         """Publish values that came too soon after the last time, if no record follows."""
         stop = self._stop
         while not stop.wait(self.options.interval_secs):
-            with suppress(SinkError):  # `write` and `flush` raise it too
-                self._publish()
-
-    def _publish(self) -> None:
-        """Write and push, unless nothing is new."""
-        with self._publishing:
-            if not self._is_dirty:
-                return
-            self._is_dirty = False
-            registry = _registry(self._values, is_live=False)
-            try:
-                for way in self._ways:
-                    way.publish(registry)
-            except BaseException:
-                self._is_dirty = True
-                raise
-            self._published = time.monotonic()
+            with suppress(SinkError):  # `write` raises it too
+                self.flush()
 
 
 def _registry(values: Values, *, is_live: bool) -> Any:
     """Return a registry of these values; `is_live` adds the lag."""
     from prometheus_client import CollectorRegistry
 
-    registry = CollectorRegistry()
-    registry.register(values.collector(is_live=is_live))
+    class Collector:
+        def collect(self) -> list[Any]:
+            return values.families(is_live=is_live)
+
+    registry: Any = CollectorRegistry()
+    registry.register(Collector())
     return registry

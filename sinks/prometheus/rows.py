@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -84,10 +83,6 @@ class Values:
                     if sample.name == "trainbus_metric" and labels.get("run") == self._run:
                         series[labels["metric"], labels["phase"]] = sample.value
 
-    def collector(self, *, is_live: bool) -> Any:
-        """Return a collector of the values for a registry; `is_live` adds the lag."""
-        return _Collector(self, is_live=is_live)
-
     def _take(self, record: Record) -> None:
         event = record.event
         if isinstance(event, UnknownEvent):
@@ -145,7 +140,7 @@ class Values:
             self._set("trainbus_run_status", state == status, state)
 
     def families(self, *, is_live: bool) -> list[Any]:
-        """Return all values as families of prometheus_client."""
+        """Return all values as families of prometheus_client; `is_live` adds the lag."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         with self._mutex:
@@ -163,12 +158,3 @@ class Values:
             if metric.samples:
                 found.append(metric)
         return found
-
-
-class _Collector:
-    def __init__(self, values: Values, *, is_live: bool) -> None:
-        self._values = values
-        self._is_live = is_live
-
-    def collect(self) -> Iterable[Any]:
-        return self._values.families(is_live=self._is_live)
