@@ -1,4 +1,4 @@
-"""Examples and pages of the adapters: each runs as it stands, and the table tells what came."""
+"""Examples and pages of the adapters: each runs unchanged, and the table lists its events."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def needing(framework: str, *values: object) -> object:
 
 @pytest.mark.parametrize("example", [needing(title(each), each) for each in examples()])
 def test_the_example_runs(example: Path, ran: Callable[[Path], Ran]) -> None:
-    """With `config/local.yaml` it leaves one run that obeys the grammar, in 30 lines at most."""
+    """It records one run that obeys the grammar with `config/local.yaml`, in at most 30 lines."""
     done, folder = ran(example)
     assert 0 == done.returncode, done.stdout[-2000:] + done.stderr[-4000:]
     assert "config/local.yaml" in example.read_text(encoding="utf-8")
@@ -58,14 +58,14 @@ def test_the_example_runs(example: Path, ran: Callable[[Path], Ran]) -> None:
 
 @pytest.mark.needs(*FRAMEWORKS)
 def test_the_table_tells_what_the_examples_supplied(ran: Callable[[Path], Ran]) -> None:
-    """The page's table is the one that the trainings of this run make; `make docs` writes it."""
+    """The table of the page lists the events that the examples emit; `make docs` writes it."""
     supplied = {title(each): counted(records_of(ran(each)[1])) for each in examples()}
     assert event_table.shown() == event_table.table(supplied)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_page_begins_with_the_example(page: Path) -> None:
-    """The first block of a page is the example, to the letter."""
+    """The first block of a page is the example, character by character."""
     example = ROOT / "examples" / f"{page.stem}_basic.py"
     assert example.read_text(encoding="utf-8") == blocks(page)[0]
 
@@ -75,7 +75,7 @@ def test_the_page_begins_with_the_example(page: Path) -> None:
     [needing(page.stem, page, n) for page in PAGES for n in range(1, len(blocks(page)))],
 )
 def test_other_blocks_run(page: Path, number: int, tmp_path: Path) -> None:
-    """Every further block of a page is a script that ends well and leaves a whole run."""
+    """Every further block of a page is a script that succeeds and records a complete run."""
     script = tmp_path / "script.py"
     script.write_text(blocks(page)[number])
     done = run_script(script, tmp_path)
@@ -84,7 +84,7 @@ def test_other_blocks_run(page: Path, number: int, tmp_path: Path) -> None:
 
 
 def test_every_adapter_has_a_page_and_an_example() -> None:
-    """Who finds an adapter finds how to use it."""
+    """Every adapter has a page and an example, and the index links to the page."""
     names = set(registry.plugins(registry.ADAPTERS)) - {"pytorch_lightning"}
     assert names <= {page.stem for page in PAGES}
     assert names <= {title(example) for example in examples()}

@@ -1,4 +1,4 @@
-"""The examples run as they stand, and everything they promise arrives."""
+"""The examples run unchanged, and everything they log arrives."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Example:
 
     @property
     def receipt(self) -> str:
-        """What was printed about the sinks at the end."""
+        """The receipt that was printed at the end."""
         found = self.process.stderr.find("trainbus: run ")
         assert found >= 0, self.process.stderr[-4000:]
         return self.process.stderr[found:]
@@ -60,13 +60,13 @@ class Example:
 
     @property
     def wandb_run(self) -> WandbRun:
-        """What W&B was sent."""
+        """The run that W&B received."""
         (log,) = wandb_file.find_runs(self.folder)
         return wandb_file.read_run(log)
 
 
 def run(folder: Path, *command: str) -> Example:
-    """Run an example in a fresh copy of what it needs."""
+    """Run an example in a folder with a copy of everything that it needs."""
     for name in ("examples", "config"):
         copytree(ROOT / name, folder / name, ignore=ignore_patterns("__pycache__"))
     process = subprocess.run(
@@ -90,7 +90,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Example:
 
 
 def test_plain_loop_runs(tmp_path: Path) -> None:
-    """Its run is whole, in the file that the receipt names, with the numbers of ten epochs."""
+    """The file in the receipt has the complete run, with the numbers of ten epochs."""
     example = run(tmp_path, "examples/plain_loop.py")
     assert 0 == example.process.returncode, example.process.stderr[-4000:]
     assert [] == check_grammar(example.records)
@@ -101,7 +101,7 @@ def test_plain_loop_runs(tmp_path: Path) -> None:
 
 
 def test_plain_loop_is_short() -> None:
-    """A loop of one's own takes 15 lines of code at most."""
+    """A plain loop takes at most 15 lines of code."""
     assert len(code_lines((ROOT / "examples" / "plain_loop.py").read_text())) <= 15
 
 
@@ -113,7 +113,7 @@ def test_code_lines_are_counted() -> None:
 
 
 def code_lines(text: str) -> set[int]:
-    """Return the numbers of the lines that hold code."""
+    """Return the numbers of the lines that contain code."""
     found: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type not in NO_CODE:
@@ -125,7 +125,7 @@ def code_lines(text: str) -> set[int]:
 
 @pytest.mark.needs("ultralytics")
 def test_demo_succeeds(demo: Example) -> None:
-    """It ends well, and so does its W&B run."""
+    """The demo exits with 0, and its W&B run too."""
     assert 0 == demo.process.returncode, demo.process.stderr[-4000:]
     assert ("shapes", "demo", 0) == (
         demo.wandb_run.name,
@@ -140,13 +140,13 @@ def test_demo_says_where_everything_is(demo: Example) -> None:
     assert [str(demo.wandb_run.dir)] == re.findall(r"wandb sync (.+)", demo.receipt)
     assert demo.file.is_relative_to(demo.folder)
     assert [] == check_grammar(demo.records)
-    taken = re.findall(r"(\d+) (?:records|taken)", demo.receipt)
-    assert [str(len(demo.records))] * 4 == taken
+    counts = re.findall(r"(\d+) (?:records|delivered)", demo.receipt)
+    assert [str(len(demo.records))] * 4 == counts
 
 
 @pytest.mark.needs("ultralytics")
 def test_demo_logs_a_row_an_epoch(demo: Example) -> None:
-    """Losses, learning rates and metrics of each epoch are in one row, at its number."""
+    """Losses, learning rates and metrics of an epoch are in one row, with its number."""
     expected = {
         *(f"{phase}/{loss}_loss" for phase in ("train", "val") for loss in ("box", "cls", "dfl")),
         *(f"metrics/{name}(B)" for name in ("precision", "recall", "mAP50", "mAP50-95")),
@@ -161,7 +161,7 @@ def test_demo_logs_a_row_an_epoch(demo: Example) -> None:
 
 @pytest.mark.needs("ultralytics")
 def test_demo_describes_the_model_once(demo: Example) -> None:
-    """Its size and speed come with the first epoch, and not again."""
+    """Size and speed are logged with the first epoch, and not again."""
     expected = {"model/parameters", "model/GFLOPs", "model/speed_PyTorch(ms)"}
     described = [row for row in demo.wandb_run.history if expected & row.keys()]
     assert [1] == [row["epoch"] for row in described]
@@ -187,7 +187,7 @@ def test_demo_logs_every_plot_once(demo: Example) -> None:
 
 @pytest.mark.needs("ultralytics")
 def test_demo_logs_the_best_model(demo: Example) -> None:
-    """The artifact is called best, holds the weights, and says what they are."""
+    """The artifact is called best, contains the weights and has their metadata."""
     (model,) = [artifact for artifact in demo.wandb_run.artifacts if "model" == artifact.type]
     assert "best" in model.aliases
     best = demo.folder / "runs" / "detect" / "demo" / "shapes" / "weights" / "best.pt"

@@ -1,4 +1,4 @@
-"""docs/your-first-adapter.md, followed to the letter."""
+"""The files and commands of docs/your-first-adapter.md work as they are."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FILE = re.compile(r"# file: (\S+)\n")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty folder with the files of the page, and what its `pip` command installs."""
+    """A folder with the files of the page, and what its `pip` command installs."""
     found = tmp_path_factory.mktemp("tinyloop")
     for _, text in BLOCK.findall(PAGE.read_text(encoding="utf-8")):
         if name := FILE.match(text):
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(folder: Path, *arguments: str) -> str:
-    """Return what Python prints when it is called so in the folder."""
+    """Return what Python prints when it is called in the folder with these arguments."""
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
@@ -71,7 +71,7 @@ def test_the_adapter_is_found(folder: Path) -> None:
 
 
 def test_a_training_is_logged_without_a_line_in_it(folder: Path) -> None:
-    """The page's last command gives the whole run."""
+    """The page's last command records a complete run."""
     *_, (name, *arguments) = commands()
     assert "trainbus" == name
     arguments[-2] = sys.executable

@@ -1,4 +1,4 @@
-"""The pages of the sinks: their YAML loads, and their tables are those of the options classes."""
+"""The pages of the sinks: their YAML loads, and their tables match the options classes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BLOCKS = [
     ("page", "number"), BLOCKS, ids=lambda value: getattr(value, "stem", str(value))
 )
 def test_the_configuration_loads(page: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every YAML block of a page is a whole configuration."""
+    """Every YAML block of a page is a complete configuration."""
     for name in re.findall(r"\$\{(\w+)\}", page.read_text(encoding="utf-8")):
         monkeypatch.setenv(name, "https://example.org/secret")
     text = YAML.findall(page.read_text(encoding="utf-8"))[number]
@@ -35,12 +35,12 @@ def test_the_configuration_loads(page: Path, number: int, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_option_table_is_that_of_the_class(page: Path) -> None:
-    """`make docs` writes the table; each option says what it is for."""
+    """The page has the table that `make docs` writes."""
     assert option_tables.table(page.stem) == option_tables.shown(page)
 
 
 def test_every_sink_has_a_page() -> None:
-    """Who finds a sink finds how to use it."""
+    """Every sink has a page, and the index links to it."""
     assert set(registry.plugins(registry.SINKS)) == {page.stem for page in PAGES}
     index = (option_tables.FOLDER / "README.md").read_text(encoding="utf-8")
     assert [] == [page.name for page in PAGES if f"({page.name})" not in index]
