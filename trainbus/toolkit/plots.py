@@ -1,7 +1,7 @@
-"""Pictures: of what a tracker has no object of its own for, and of what users have as a picture.
+"""Pictures of events that a tracker has no object for, and of what users log as a picture.
 
-matplotlib draws curves, matrices and histograms, without its global state: a training that plots is
-not disturbed.
+matplotlib draws curves, matrices and histograms without its global state, so plots of the training
+are not affected.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def drawn(event: Any) -> bytes | None:
 
 
 def picture(event: Any) -> tuple[bytes, str]:
-    """Return the bytes of an event's picture and the suffix of its file; drawn if it has none.
+    """Return the bytes of an event's picture and the suffix of its file; draw it if it has none.
 
     Raises:
         MissingPackageError: matplotlib or pillow is not installed.
         OSError: its file can't be read.
-        ValueError: there is nothing to be seen.
+        ValueError: the event has no picture.
     """
     path, array = getattr(event, "path", None), getattr(event, "array", None)
     if path is not None:
@@ -80,7 +80,7 @@ def png(array: Array) -> bytes:
 
     Raises:
         MissingPackageError: pillow is not installed.
-        ValueError: the array is no picture.
+        ValueError: the array is not a picture.
     """
     try:
         from PIL import Image
@@ -102,19 +102,19 @@ def png(array: Array) -> bytes:
 
 
 def pixels(value: Any) -> Array:
-    """Return a figure, a picture of Pillow, the bytes of a file, or an array as an array of pixels.
+    """Return a figure, a Pillow image, the bytes of a file, or an array as an array of pixels.
 
-    A figure of matplotlib, or axes of one, is drawn as it is now. An array or tensor may be of any
-    device and dtype: (H, W), (H, W, C), or (C, H, W) where only the first axis can be channels.
-    Floats in 0…1 and bytes stay as they are; other values are scaled to bytes, those in 0…255 as
-    they are, any others from the least to the greatest.
+    A matplotlib figure, or axes of one, is drawn in its current state. An array or tensor may have
+    any device and dtype: (H, W), (H, W, C), or (C, H, W) where only the first axis can be channels.
+    Floats in 0…1 and bytes are unchanged. Other values in 0…255 are rounded to bytes; any others
+    are scaled to bytes from their minimum to their maximum.
 
     Raises:
-        ValueError: it is no picture; the text says what to do.
+        ValueError: it is not a picture; the message says what to do.
     """
     if (figure := figure_of(value)) is not None:
         file = io.BytesIO()
-        figure.savefig(file, format="png", dpi="figure")  # on a canvas of its own
+        figure.savefig(file, format="png", dpi="figure")  # on its own canvas
         value = file.getvalue()
     if isinstance(value, bytes):
         from PIL import Image
@@ -136,7 +136,7 @@ def pixels(value: Any) -> Array:
 
 
 def figure_of(value: Any) -> Figure | None:
-    """Return the figure of matplotlib that something is or belongs to, None if it is none."""
+    """Return the matplotlib figure that an object is or belongs to, else None."""
     if "matplotlib.figure" not in sys.modules:
         return None
     from matplotlib.figure import Figure
@@ -150,7 +150,7 @@ def figure_of(value: Any) -> Figure | None:
 
 
 def is_pillow(value: Any) -> bool:
-    """Return whether something is a picture of Pillow."""
+    """Return whether an object is a Pillow image."""
     module = sys.modules.get("PIL.Image")
     return module is not None and isinstance(value, module.Image)
 
@@ -167,7 +167,7 @@ def _of_pillow(image: Any) -> Array:
 
 
 def _in_range(found: Array) -> Array:
-    """Return pixels as bytes, or as floats that are in 0…1 but for a little overshoot."""
+    """Return pixels as bytes, or as floats in 0…1, which may overshoot a little."""
     if found.dtype == np.uint8:
         return found
     if found.dtype.kind == "b":
@@ -250,5 +250,5 @@ def _cell(value: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return a text in which matplotlib sees no formula and no character that it can't draw."""
+    """Return a string without formulas and without characters that matplotlib can't draw."""
     return "".join(c if c.isprintable() else "?" for c in text).replace("$", r"\$")

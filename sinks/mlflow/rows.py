@@ -1,33 +1,32 @@
-"""One run in MLflow: what it has of parameters, metrics and tags, and what is still to be sent."""
+"""One run in MLflow: its parameters, metrics and tags, and those that are still to be sent."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from trainbus.events import Record
-from trainbus.toolkit.sinks import Names, SeenRecords, Timeline, flat
-
-from ._mlflow_text import clean_name, clean_text
+from trainbus.toolkit.sinks import Names, SeenRecords, Timeline, flat, utf8
 
 logger = logging.getLogger("trainbus.sinks.mlflow")
 
 RUN, _POSITION = "trainbus.run", "trainbus.position"
-_METRICS_AT_ONCE, _PARAMS_AT_ONCE = 200, 20  # what is in a request of 1 MB, however long it is
+_METRICS_AT_ONCE, _PARAMS_AT_ONCE = 200, 20  # so that a request stays below 1 MB
 
 
 class TrackedRun:
-    """A run that is found by its tag, or made by `begin`: before, its `id` is None.
+    """A run that is found by its tag, or created by `begin`; until then its `id` is None.
 
-    `files` is the address of its files, `tags` are those that it will have once all is sent,
-    `taken` knows the records that it has, and `timeline` where events stand.
+    `files` is the address of its files, `tags` are those that it has once everything is sent,
+    `seen` are the records that it has, and `timeline` the positions of events.
     """
 
     def __init__(self, client: Any, experiment: str, run: str) -> None:
-        """Ask MLflow what it has of the run.
+        """Read from MLflow what it has of the run.
 
         Args:
             client: MLflow's client.
@@ -38,7 +37,7 @@ class TrackedRun:
 
         self._longest_param, self.longest_tag = MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
         self._client, self._experiment, self._run = client, experiment, run
-        self._names = Names(clean_name)
+        self._names = Names(_clean_name)
         runs = client.search_runs([experiment], f"tags.`{RUN}` = '{run}'", max_results=1)
         found = runs[0] if runs else None
         self.id: str | None = found.info.run_id if found else None
@@ -47,14 +46,14 @@ class TrackedRun:
         self._params: dict[str, str] = dict(found.data.params) if found else {}
         self.tags: dict[str, str] = dict(found.data.tags) if found else {}
         *last, at = _position(self.tags.get(_POSITION))
-        self.taken, self.timeline = SeenRecords(last=(last[0], last[1])), Timeline(at)
-        self._sent = self.taken.last
+        self.seen, self.timeline = SeenRecords(last=(last[0], last[1])), Timeline(at)
+        self._sent = self.seen.last
         self._new_metrics: list[Any] = []
         self._new_params: list[Any] = []
         self._new_tags: dict[str, str] = {}
 
     def begin(self, name: str, time: float) -> str:
-        """Make the run, unless there is one, have it run, and return its id."""
+        """Create the run unless it exists, mark it as running, and return its id."""
         if self.id is None:
             info = self._client.create_run(
                 self._experiment,
@@ -69,7 +68,7 @@ class TrackedRun:
         return str(self.id)
 
     def end(self, status: str, time: float) -> None:
-        """Tell MLflow how the run ended."""
+        """End the run with a status of MLflow's."""
         self._client.set_terminated(self.id, status, int(time * 1000))
         self._is_running = False
 
@@ -81,7 +80,7 @@ class TrackedRun:
         self._new_metrics += [Metric(self._names(k), v, time, step) for k, v in values.items()]
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log parameters; MLflow keeps the first value of each, so a later one becomes a tag."""
+        """Log parameters; MLflow never changes one, so a later value becomes a tag."""
         from mlflow.entities import Param
 
         for name, value in flat(params).items():
@@ -99,7 +98,7 @@ class TrackedRun:
         self.tags[key] = self._new_tags[key] = _cut(name, value, self.longest_tag)
 
     def untag(self, *names: str) -> None:
-        """Remove tags, if they are there."""
+        """Remove tags, if they exist."""
         if self._new_tags.keys() & set(names):
             self.send()
         for name in self.tags.keys() & set(names):
@@ -108,12 +107,12 @@ class TrackedRun:
 
     @property
     def is_full(self) -> bool:
-        """Whether what is to be sent should be, before more comes."""
+        """Whether to call `send` before more is logged."""
         return len(self._new_metrics) >= _METRICS_AT_ONCE
 
     def send(self) -> None:
-        """Send what was gathered; the position goes with, or after, all that it stands for."""
-        if self.taken.last == self._sent:
+        """Send everything that was logged; the position is sent with, or after, what it covers."""
+        if self.seen.last == self._sent:
             return
         from mlflow.entities import RunTag
 
@@ -123,9 +122,24 @@ class TrackedRun:
             self._client.log_batch(self.id, *parts, tags[:_PARAMS_AT_ONCE])
             del self._new_metrics[:_METRICS_AT_ONCE], self._new_params[:_PARAMS_AT_ONCE]
             del tags[:_PARAMS_AT_ONCE]
-        position = RunTag(_POSITION, "{}.{}.{}".format(*self.taken.last, self.timeline.last))
+        position = RunTag(_POSITION, "{}.{}.{}".format(*self.seen.last, self.timeline.last))
         self._client.log_batch(self.id, metrics=self._new_metrics, tags=[position])
-        self._sent, self._new_metrics, self._new_tags = self.taken.last, [], {}
+        self._sent, self._new_metrics, self._new_tags = self.seen.last, [], {}
+
+
+def _clean_name(name: str) -> str:
+    """Return a name without what MLflow rejects in metrics, parameters and tags."""
+    return without_dots(re.sub(r"[^\w./\- :]", "_", name))
+
+
+def clean_text(text: str) -> str:
+    """Return a string that MLflow's databases accept."""
+    return utf8(text).replace("\x00", "")
+
+
+def without_dots(path: str) -> str:
+    """Return a path without empty parts, `.` and `..`."""
+    return "/".join(part for part in path.split("/") if part not in ("", ".", ".."))
 
 
 def _cut(name: str, value: str, longest: int) -> str:
@@ -136,7 +150,7 @@ def _cut(name: str, value: str, longest: int) -> str:
 
 
 def _position(text: str | None) -> tuple[int, int, int]:
-    """Return attempt and seq of the last record, and where the last metric stands."""
+    """Return attempt and seq of the last record, and the position of the last metric."""
     try:
         attempt, seq, at = (text or "").split(".")
         return int(attempt), int(seq), int(at)
@@ -145,19 +159,19 @@ def _position(text: str | None) -> tuple[int, int, int]:
 
 
 def _context() -> dict[str, str]:
-    """Return what `mlflow.start_run` would note of the training: user, source, commit and so on."""
+    """Return the tags that `mlflow.start_run` would set: user, source, commit and so on."""
     from mlflow.tracking.context.git_context import GitRunContext
     from mlflow.tracking.context.registry import resolve_tags
     from mlflow.utils import git_utils, mlflow_tags
 
-    # MLflow looks for the repository by the first argument, which is relative as a rule: the
-    # training may have left the folder that it was started in.
+    # MLflow finds the repository by the first argument, which is usually relative; the training
+    # may have changed its working directory.
     found: dict[str, str] = resolve_tags(ignore=[GitRunContext])
     module = sys.modules.get("__main__")
     if getattr(getattr(module, "__spec__", None), "name", None) == "trainbus.__main__" or (
         os.path.basename(sys.argv[0]) == "trainbus"
     ):
-        # A replay: what trained, and from which commit, is not known here.
+        # A replay, where the training's program and commit are unknown.
         sources = (mlflow_tags.MLFLOW_SOURCE_NAME, mlflow_tags.MLFLOW_SOURCE_TYPE)
         return {name: value for name, value in found.items() if name not in sources}
     main = getattr(module, "__file__", None)

@@ -1,4 +1,4 @@
-"""The database or server that MLflow keeps runs in: reached, asked, and shown without passwords."""
+"""The database or server where MLflow stores runs: connection, errors, and its address."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from trainbus.errors import MissingPackageError, SinkError
-from trainbus.toolkit.sinks import check_folder
+from trainbus.errors import SinkError
+from trainbus.toolkit.sinks import check_folder, make_folder, required_package
 
 _TELEMETRY = "MLFLOW_DISABLE_TELEMETRY"
 _OWN_PROCESS = {
@@ -19,25 +19,25 @@ _OWN_PROCESS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-"""Set where the process is the sink's: the bus itself tries again, and does so without an end."""
+"""Set where the process is the sink's own: the bus itself retries, without a limit."""
 
 
 class Store:
-    """Where MLflow keeps runs."""
+    """Where MLflow stores runs."""
 
     def __init__(
         self, uri: str | None, *, base: str | None = None, in_own_process: bool = False
     ) -> None:
-        """Import MLflow, and make the folder of a database.
+        """Import MLflow, and create the folder of a database.
 
         Args:
-            uri: the address; None for that of the environment, else a database in `base`.
+            uri: the address; None for that in the environment, else a database in `base`.
             base: folder that the path of a database is relative to; None for the working directory.
-            in_own_process: whether MLflow's settings are the sink's to make.
+            in_own_process: whether the sink may change MLflow's settings.
 
         Raises:
             MissingPackageError: mlflow is not installed.
-            SinkError: the database's folder can't be made.
+            SinkError: the database's folder can't be created.
         """
         if in_own_process:
             for name, value in _OWN_PROCESS.items():
@@ -48,7 +48,7 @@ class Store:
         self._base = base
 
     def check(self) -> str:
-        """Return what was found: that the server answers, or the database can be written.
+        """Make sure that the server answers or the database can be written, and return which.
 
         Raises:
             PermissionError: the server refuses.
@@ -56,21 +56,21 @@ class Store:
         """
         if self._uri.startswith("sqlite:///"):
             return check_folder(Path(self._uri.removeprefix("sqlite:///")).parent)
-        with self.asking():
+        with self.translated_errors():
             self.client().search_experiments(max_results=1)
         return "the server answers"
 
     def client(self) -> Any:
-        """Return a client, which neither knows nor changes the active run."""
+        """Return a client, which doesn't use the active run."""
         return self._mlflow.MlflowClient(self._uri)
 
     @contextmanager
-    def asking(self) -> Iterator[None]:
-        """Turn MLflow's errors into such as tell the bus whether to try again.
+    def translated_errors(self) -> Iterator[None]:
+        """Turn MLflow's errors into ones that say whether a retry may help.
 
         Raises:
             PermissionError: the server refuses.
-            SinkError: something is wrong; `retry` where the server is down.
+            SinkError: any other error; `retry` where the server is down.
         """
         place = _shown(self._uri)
         _reach(self._uri)
@@ -82,18 +82,18 @@ class Store:
             if status in (401, 403):
                 advice = "check MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN"
                 raise PermissionError(f"{text}; {advice}") from error
-            # A database says by 503 that it is locked or away, and by 500 that something is wrong.
+            # For a database, 503 means that it is locked or unreachable, and 500 any other error.
             is_away = status >= (500 if self._uri.startswith(("http", "databricks")) else 502)
             raise SinkError(text, retry=is_away or status in (408, 429)) from error
 
     def experiment(self, client: Any, name: str | None, project: str, location: str | None) -> str:
-        """Return the id of an experiment, which is made if there is none of that name.
+        """Return the id of an experiment, which is created if there is none of that name.
 
         Args:
             client: what `client` returned.
-            name: its name; None for that of MLflow's own variables, else the project.
+            name: its name; None for that in MLflow's own variables, else the project.
             project: the training's.
-            location: where the files of one that is made are kept; None to leave it to MLflow.
+            location: where to store the files of a new experiment; None to let MLflow decide.
 
         Raises:
             SinkError: it was deleted.
@@ -101,7 +101,7 @@ class Store:
         number = os.environ.get("MLFLOW_EXPERIMENT_ID")
         name = name or os.environ.get("MLFLOW_EXPERIMENT_NAME")
         if name is None and number:
-            found = client.get_experiment(number)  # or an error that says that there is none
+            found = client.get_experiment(number)  # or an error that says so
             name = found.name
         name = name or project
         found = client.get_experiment_by_name(name)
@@ -109,7 +109,7 @@ class Store:
             try:
                 return str(client.create_experiment(name, location or self._files(name)))
             except self._mlflow.MlflowException:
-                found = client.get_experiment_by_name(name)  # another process was faster
+                found = client.get_experiment_by_name(name)  # another process created it first
                 if found is None:
                     raise
         if found.lifecycle_stage != "active":
@@ -120,25 +120,25 @@ class Store:
         return str(found.experiment_id)
 
     def delete(self, files: str, path: str) -> None:
-        """Delete files of a run, if they are there.
+        """Delete files of a run, if they exist.
 
         Args:
             files: address of the run's files.
             path: a file or folder among them.
 
         Raises:
-            Exception: it can't be; what the store of the files raises has no common class.
+            Exception: they can't be deleted; the errors of the stores have no common class.
         """
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
         get_artifact_repository(files, tracking_uri=self._uri).delete_artifacts(path)
 
     def _files(self, name: str) -> str | None:
-        """Return where the files of an experiment are kept; None to leave it to MLflow."""
+        """Return where to store the files of an experiment; None to let MLflow decide."""
         is_database, base = self._uri.startswith("sqlite:///"), self._base
         if not is_database or base is None:
             return None
-        # MLflow itself would keep them where the process happens to be.
+        # MLflow itself would use the working directory.
         with suppress(OSError):
             if os.path.samefile(base, os.curdir):
                 return None
@@ -154,13 +154,12 @@ class Store:
 
 
 def _imported() -> Any:
-    """Return mlflow; an import by this sink does not start MLflow's telemetry."""
+    """Import mlflow without starting its telemetry."""
     given = os.environ.get(_TELEMETRY)
     os.environ[_TELEMETRY] = given or "true"
     try:
-        import mlflow
-    except ImportError as error:
-        raise MissingPackageError("mlflow", extra="mlflow") from error
+        with required_package("mlflow"):
+            import mlflow
     finally:
         if given is None:
             os.environ.pop(_TELEMETRY, None)
@@ -168,7 +167,7 @@ def _imported() -> Any:
 
 
 def _reach(uri: str) -> None:
-    """Ask a server for a sign of life: MLflow's client would try for minutes, and tell nobody."""
+    """Check that a server answers: MLflow's client would silently retry for minutes."""
     if not uri.startswith("http"):
         return
     import ssl
@@ -179,7 +178,7 @@ def _reach(uri: str) -> None:
     place, found = _shown(uri), ""
     try:
         urlopen(f"{place}/health", timeout=10).close()
-    except HTTPError as error:  # it may have no such page, or ask for a password
+    except HTTPError as error:  # it may lack this page, or require a password
         error.close()
         found = str(error) if error.code in (502, 503, 504) else ""
     except (OSError, HTTPException) as error:
@@ -193,18 +192,15 @@ def _reach(uri: str) -> None:
 
 
 def _absolute(uri: str, base: str | None) -> str:
-    """Return the URI of a database with the whole path of its file, in a folder that exists."""
+    """Return the URI of a database with the absolute path of its file, and create its folder."""
     kind, separator, path = uri.partition(":///")
     if kind != "sqlite" or not separator or path in ("", ":memory:"):
         return uri.rstrip("/")
     file = Path(base or "", Path(path).expanduser()).absolute()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SinkError(f"can't make {file.parent}: {error}; set another `tracking_uri`") from error
+    make_folder(file.parent, option="tracking_uri")
     return f"sqlite:///{file}"
 
 
 def _shown(text: str) -> str:
-    """Return a URI, or a text with some, without names and passwords."""
+    """Return a URI, or a text that contains URIs, without user names and passwords."""
     return re.sub(r"(?<=://)[^@/\s]*@", "", text)

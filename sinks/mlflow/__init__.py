@@ -1,18 +1,18 @@
-"""Takes a run to MLflow: parameters, metrics, pictures, tables, texts, files, and how it ended.
+"""Sends a run to MLflow: parameters, metrics, pictures, tables, texts, files, and its status.
 
-Guarantees: only MLflow's client is used, so no active run or setting of the user's is touched; the
-position of the last record is a tag, and what comes again has the names and times that it had, so
-that nothing is there twice; a server that is down is noticed at once and left to the bus to retry.
+Guarantees: only MLflow's client is used, so the user's active run and settings are untouched; the
+position of the last record is a tag, and records that come again get the same names and times, so
+nothing is stored twice; a server that is down is noticed at once, and the bus retries.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from trainbus.errors import SinkError
+from msgspec import Meta
+
 from trainbus.events import (
     AlertRaised,
     ArtifactLogged,
@@ -31,17 +31,21 @@ from trainbus.events import (
     TextLogged,
     encode,
 )
-from trainbus.interfaces import RunInfo, Sink
-from trainbus.toolkit.sinks import Superseded, is_wanted, metric_name
+from trainbus.interfaces import FilePath, Options, RunInfo
+from trainbus.toolkit.sinks import (
+    SaveCheckpoints,
+    Superseded,
+    TrackerSink,
+    epochs_done,
+    metric_name,
+    model_values,
+    set_fields,
+    to_json,
+)
 
-from ._mlflow_artifacts import Artifacts
-from ._mlflow_checkpoints import Checkpoints
-from ._mlflow_options import MlflowOptions
-from ._mlflow_run import RUN, TrackedRun
-from ._mlflow_store import Store
-from ._mlflow_text import clean_text, fields
-
-logger = logging.getLogger("trainbus.sinks.mlflow")
+from .files import Artifacts, Checkpoints
+from .rows import RUN, TrackedRun, clean_text
+from .session import Store
 
 TESTED_VERSIONS = "3.17.2"
 REQUIRED_NAMES = (
@@ -56,25 +60,72 @@ REQUIRED_NAMES = (
     "mlflow.exceptions:MlflowException.get_http_status_code",
     *(f"mlflow.utils.validation:MAX_{what}_VAL_LENGTH" for what in ("PARAM", "TAG")),
 )
-"""What the sink relies on; `trainbus doctor` looks whether it is there."""
+"""Names that the sink relies on; `trainbus doctor` checks that they exist."""
 
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
-class MlflowSink(Sink):
+class MlflowOptions(Options, frozen=True, kw_only=True):
+    """Options of the `mlflow` sink; the training provides what is not set here."""
+
+    tracking_uri: (
+        Annotated[
+            str,
+            Meta(
+                pattern=r"^(databricks|(?!file:)[A-Za-z][A-Za-z0-9+.-]*:.+)$",
+                extra={
+                    "expected": "a URI such as `sqlite:///mlflow.db` or `http://host:5000`; "
+                    "MLflow no longer has a store of plain files"
+                },
+                description="Database or server; by default `MLFLOW_TRACKING_URI`, else "
+                "`sqlite:///mlflow.db`",
+            ),
+        ]
+        | None
+    ) = None
+    experiment: (
+        Annotated[
+            str,
+            Meta(
+                pattern=r"\S",
+                max_length=500,
+                extra={"expected": "an MLflow experiment name: 1 to 500 characters, not blank"},
+                description="Experiment; by default `MLFLOW_EXPERIMENT_NAME` or `_ID`, else the "
+                "project of the training, else `Default`",
+            ),
+        ]
+        | None
+    ) = None
+    run_name: Annotated[str, Meta(min_length=1, max_length=250, description="Run name")] | None = (
+        None
+    )
+    artifact_location: (
+        Annotated[
+            FilePath,
+            Meta(
+                min_length=1,
+                description="Where files are stored if this sink creates the experiment; by "
+                "default MLflow decides: the server's store, or `./mlruns` beside a database",
+            ),
+        ]
+        | None
+    ) = None
+    save_checkpoints: SaveCheckpoints = "best"
+    tags: Annotated[dict[str, str], Meta(description="Tags and their values")] | None = None
+
+
+class MlflowSink(TrackerSink):
     """Feeds one MLflow run."""
 
     Options = MlflowOptions
     service = "mlflow"
+    tracker = "MLflow"
     options: MlflowOptions
 
-    def __init__(self, options: MlflowOptions | None = None) -> None:
-        super().__init__(options)
-        self._client: Any = None
-        self._location: str | None = None
+    _client: Any = None
 
     def check(self) -> str:
-        """Ask the server, or make sure that the database can be written.
+        """Query the server, or make sure that the database can be written.
 
         Raises:
             MissingPackageError: mlflow is not installed.
@@ -84,21 +135,21 @@ class MlflowSink(Sink):
         return Store(self.options.tracking_uri).check()
 
     def open(self, run: RunInfo) -> None:
-        """Find the experiment, or make it, and what it has of this run.
+        """Find or create the experiment, and find what it has of this run.
 
         Raises:
             MissingPackageError: mlflow is not installed.
             PermissionError: the server refuses.
             SinkError: the server is down, or the experiment can't be used.
         """
-        self._client, self._location = None, None
-        self._superseded = Superseded()
-        self.lost, self._info, options = 0, run, self.options
+        super().open(run)
+        self._client, self._superseded = None, Superseded()
+        self._info, options = run, self.options
         self._name = options.run_name or clean_text(run.started.name or "") or run.id
         project = clean_text(run.started.project or "").strip()[:500]
         is_own = run.pid is not None
         self._store = Store(options.tracking_uri, base=run.base, in_own_process=is_own)
-        with self._store.asking():
+        with self._store.translated_errors():
             client = self._store.client()
             self._experiment = self._store.experiment(
                 client, options.experiment, project or "Default", options.artifact_location
@@ -107,16 +158,11 @@ class MlflowSink(Sink):
             self._find()
 
     def _find(self) -> None:
-        """Read from MLflow what it has of the run; what was not sent yet comes again."""
+        """Read from MLflow what it has of the run; records that it lacks come again."""
         self._run = TrackedRun(self._client, self._experiment, self._info.id)
-        self._files = Artifacts(self._client, self._run, self._lose)
+        self._files = Artifacts(self._client, self._run, self)
         self._checkpoints = Checkpoints(
-            self.options.save_checkpoints,
-            self._store,
-            self._files,
-            self._run,
-            self._superseded,
-            self._lose,
+            self.options.save_checkpoints, self._store, self._files, self._superseded, self
         )
         self._is_stale = False
         if self._run.id is not None:
@@ -127,15 +173,13 @@ class MlflowSink(Sink):
 
         Raises:
             PermissionError: the server refuses.
-            SinkError: nothing was opened, or MLflow can't take it; `retry` where it is down.
+            SinkError: MLflow rejects it; `retry` where the server is down.
         """
-        if self._client is None:
-            raise SinkError("no run is open; call open(run) first")
-        with self._store.asking():
+        with self._store.translated_errors():
             if self._is_stale:
                 self._find()
-            self._is_stale = True  # until all of it is there
-            for record in self._run.taken.new(records):
+            self._is_stale = True  # until everything is sent
+            for record in self._run.seen.new(records):
                 run_id = self._run.begin(self._name, record.time)
                 self._location = self._store.address(self._experiment, run_id)
                 self._take(record)
@@ -144,20 +188,11 @@ class MlflowSink(Sink):
             self._run.send()
             self._is_stale = False
 
-    def wants_files(self, event: CheckpointSaved | ArtifactLogged) -> bool:
-        """Return whether the files of an event become artifacts."""
-        return is_wanted(self.options.save_checkpoints, event)
-
     def close(self) -> None:
-        """Let go of the client; a run whose end was not written stays as it is."""
+        """Release the client; a run without an end keeps its status."""
         if self._client is not None:
-            self._checkpoints.end()
+            self.lose_superseded(self._superseded)
         self._client = None
-
-    @property
-    def location(self) -> str | None:
-        """Address of the run, or the command that shows it."""
-        return self._location
 
     def _take(self, record: Record) -> None:
         run, files, event = self._run, self._files, record.event
@@ -167,7 +202,8 @@ class MlflowSink(Sink):
             case ParamsUpdated():
                 run.log_params(event.params)
             case ModelDescribed():
-                run.log(record, _model_values(event), 0)
+                values = model_values(event).items()  # MLflow allows no brackets in names
+                run.log(record, {k.replace("(ms)", "_ms"): float(v) for k, v in values}, 0)
                 if event.classes:
                     files.write("model", json.dumps({"classes": event.classes}), "classes.json")
             case MetricsLogged():
@@ -183,11 +219,11 @@ class MlflowSink(Sink):
             case TextLogged():
                 files.write(f"text/{event.key}", event.text, f"{files.stamp(record)}.txt")
             case CheckpointSaved():
-                self._checkpoints.keep(record, event)
+                self._checkpoints.store(event)
             case ArtifactLogged():
-                about = fields(record, "kind", "aliases", "metadata")
+                about = to_json(set_fields(event, "kind", "aliases", "metadata"))
                 run.tag(f"artifact/{event.name}", json.dumps(about))
-                files.keep(event.name, event.paths)
+                files.store(event.name, event.paths)
             case AlertRaised():
                 title = f"{event.level}: {event.title}"
                 run.tag("alert", title)
@@ -199,12 +235,12 @@ class MlflowSink(Sink):
         run = self._run
         run.untag("ended", "error")
         names = ("group", "job_type", "task", "framework", "framework_version", "save_dir")
-        about = {name: getattr(event, name) for name in names}
         tags = {
             **dict.fromkeys(event.tags, "true"),
-            **{n: v for n, v in {**about, "mlflow.note.content": event.notes}.items() if v},
+            **set_fields(event, *names),
+            **({"mlflow.note.content": event.notes} if event.notes else {}),
             **(self.options.tags or {}),
-            RUN: self._info.id,  # whatever a tag of the training is called
+            RUN: self._info.id,  # no tag of the training may replace it
         }
         for name, value in tags.items():
             run.tag(name, value)
@@ -218,20 +254,7 @@ class MlflowSink(Sink):
             if error.traceback:
                 self._files.write("errors", error.traceback, f"attempt-{record.attempt}.txt")
         if best is not None:
-            step = run.timeline.last if best.epoch is None else best.epoch + 1
+            step = epochs_done(best.epoch) or run.timeline.last
             run.log(record, {f"best/{best.metric}": best.value}, step)
-        self._checkpoints.end()
+        self.lose_superseded(self._superseded)
         run.end(_STATUS[event.status], record.time)
-
-    def _lose(self, name: str, error: Exception) -> None:
-        self.lost += 1
-        logger.warning("%r can't be kept in MLflow: %s", name, error)
-
-
-def _model_values(event: ModelDescribed) -> dict[str, float]:
-    known = {
-        **{name: getattr(event, name) for name in ("parameters", "gradients", "layers", "gflops")},
-        **{f"speed_{name}_ms": value for name, value in event.speed_ms.items()},
-        **event.extra,
-    }
-    return {f"model/{name}": float(v) for name, v in known.items() if v is not None}
