@@ -45,7 +45,7 @@ from trainbus.events import (
 )
 from trainbus.testing import SinkConformance
 
-# ClearML's own imports warn, and it leaves files to the collector.
+# ClearML's imports emit warnings, and it leaves open files to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore:unclosed:ResourceWarning"
 )
@@ -53,7 +53,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(autouse=True)
 def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ClearML finds no configuration and no server here."""
+    """Hide any configuration and server from ClearML."""
     for name in [name for name in os.environ if name.startswith(("CLEARML_", "TRAINS_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -64,7 +64,7 @@ class TestClearml(SinkConformance):
     package = "clearml"
     extra = "clearml"
     heavy = ("matplotlib", "PIL")
-    # Without run.started there is no run; epochs are nothing that ClearML shows.
+    # run.started is required, and ClearML does not show epochs.
     stores = CONTENT
 
     def make(self, folder: Path) -> ClearmlSink:
@@ -78,7 +78,7 @@ _UNREPEATABLE = ("timestamp", "task", "key", "url", "uri", "id", "offline_folder
 
 
 def content(path: Path) -> dict[str, Any]:
-    """Return what an archive holds, without what no two share, such as times and random names."""
+    """Return the content of an archive without times and random names, which always differ."""
     with ZipFile(path) as archive:
         names = archive.namelist()
         task = json.loads(archive.read("task.json"))
@@ -97,7 +97,7 @@ def content(path: Path) -> dict[str, Any]:
                 kept["name"] = value["key"]
             return kept
 
-        # Without an event there is no such file.
+        # The file does not exist if there are no events.
         reported = archive.read("metrics.jsonl") if "metrics.jsonl" in names else b""
         lines = reported.decode().splitlines()
         return {
@@ -108,7 +108,7 @@ def content(path: Path) -> dict[str, Any]:
 
 
 class Archive:
-    """What a person finds in an archive."""
+    """The content of an archive as a person sees it."""
 
     def __init__(self, path: Path) -> None:
         found = content(path)
@@ -146,7 +146,7 @@ def log(
     attempt: int = 1,
     **options: Any,
 ) -> Archive:
-    """Log events of one attempt, and return its archive."""
+    """Log events of one attempt and return its archive."""
     sink = ClearmlSink(ClearmlOptions(dir=str(folder), **options))
     first = started or RunStarted()
     sink.open(RunInfo(id="r", started=first, attempt=attempt))
@@ -160,7 +160,7 @@ def metrics(value: float, **about: Any) -> MetricsLogged:
 
 
 def test_values_and_steps_are_exact(tmp_path: Path) -> None:
-    """Values by step stand at their step, those of an epoch at the epochs done, all as they are."""
+    """Step values are at their step, epoch values at the number of epochs done; all are exact."""
     found = log(
         tmp_path,
         *(metrics(v, epoch=i) for i, v in enumerate([0.1, 5e-324, 1e308])),
@@ -174,8 +174,8 @@ def test_values_and_steps_are_exact(tmp_path: Path) -> None:
     assert {"Summary:final/loss": 3.0} == found.singles
 
 
-def test_what_is_not_finite_is_told(tmp_path: Path) -> None:
-    """Of NaN and ±Inf ClearML would make 0: they are lines in the console, and no point."""
+def test_non_finite_values_are_console_lines(tmp_path: Path) -> None:
+    """NaN and ±Inf are console lines instead of points, because ClearML would store 0."""
     values = [math.nan, math.inf, -math.inf]
     found = log(
         tmp_path,
@@ -188,7 +188,7 @@ def test_what_is_not_finite_is_told(tmp_path: Path) -> None:
 
 
 def test_names_stay_apart(tmp_path: Path) -> None:
-    """Names never become one, neither by cutting nor by title and series."""
+    """Different names stay different when they are shortened or split into title and series."""
     long = "x" * 300
     names = ["a", "a/a", "/a", "a/", "a//a", "b/a", "b/c/a", f"{long}1", f"{long}2"]
     names += ["", " ", "a\nb", "a_b", "..", "../..", "µ/loss", "\ud800"]
@@ -200,7 +200,7 @@ def test_names_stay_apart(tmp_path: Path) -> None:
 
 
 def test_params_are_flat_and_updated(tmp_path: Path) -> None:
-    """Nested parameters have dotted names; all values are ClearML's text of them."""
+    """Nested parameters have dotted names; ClearML stores all values as strings."""
     params: dict[str, Any] = {"a": {"b": 1, "c": [1, 2]}, "none": None, "long": "x" * 5000}
     params |= {f"p{i}": i for i in range(300)} | {"s/l": True, "f": math.nan, "e": {}}
     found = log(tmp_path, ParamsUpdated(params={"a": {"b": 2}}), started=RunStarted(params=params))
@@ -211,7 +211,7 @@ def test_params_are_flat_and_updated(tmp_path: Path) -> None:
 
 
 def test_the_run_is_described(tmp_path: Path) -> None:
-    """Project, name, tags, group, notes and model arrive; options win over the trainer's."""
+    """Project, name, tags, group, notes and model arrive; options override the trainer's values."""
     started = RunStarted(name="n", project="p", tags=["a"], group="g", notes="text")
     described = ModelDescribed(parameters=7, speed_ms={"inference": 1.5})
     found = log(tmp_path, described, started=started, project="mine", tags=("b",))
@@ -223,8 +223,8 @@ def test_the_run_is_described(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../../../out", "a/../../b", "/", "..", "a\nb", "x" * 400])
-def test_names_lead_to_no_other_folder(tmp_path: Path, name: str) -> None:
-    """Whatever project, run and images are called, everything is in the one archive."""
+def test_names_do_not_leave_the_folder(tmp_path: Path, name: str) -> None:
+    """No name of a project, run or image makes ClearML write outside the archive."""
     picture = ImageLogged(key=name, array=np.zeros((2, 2)))
     found = log(tmp_path / "in", picture, started=RunStarted(name=name, project=name))
     assert 1 == len(found.media)
@@ -233,7 +233,7 @@ def test_names_lead_to_no_other_folder(tmp_path: Path, name: str) -> None:
 
 
 def test_charts_are_clearmls_own(tmp_path: Path) -> None:
-    """Curves, a matrix, a histogram, a table, a text and pictures are what ClearML has for them."""
+    """Curves, matrices, histograms, tables, texts and images use ClearML's own types."""
     found = log(
         tmp_path,
         CurveLogged(
@@ -268,16 +268,16 @@ def test_charts_are_clearmls_own(tmp_path: Path) -> None:
 
 
 def test_every_image_of_a_name_is_kept(tmp_path: Path) -> None:
-    """ClearML's limit of images a name does not apply."""
+    """ClearML's limit on the number of images per name does not apply."""
     pictures = [ImageLogged(key="i", array=np.full((2, 2), i / 255), epoch=i) for i in range(120)]
     found = log(tmp_path, *pictures)
     assert (120, 120) == (len(found.media), len({data for *_, data, _ in found.media}))
 
 
-def test_what_can_not_be_shown_costs_only_itself(
+def test_an_event_that_can_not_be_shown_is_the_only_loss(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Files that are gone and arrays that are no picture are counted; the rest arrives."""
+    """Missing files and arrays that are not images are counted; everything else arrives."""
     sink = ClearmlSink(ClearmlOptions(dir=str(tmp_path)))
     sink.open(RunInfo(id="r", started=RunStarted()))
     gone = str(tmp_path / "gone.png")
@@ -293,7 +293,7 @@ def test_what_can_not_be_shown_costs_only_itself(
 
 
 def test_artifacts_are_kept_as_they_were(tmp_path: Path) -> None:
-    """Files of an artifact are in the archive with what they held when they were logged."""
+    """The archive has the files of an artifact as they were when they were logged."""
     file, folder = tmp_path / "a b.txt", tmp_path / "folder"
     folder.mkdir()
     (folder / "one").write_text("1")
@@ -309,7 +309,7 @@ def test_artifacts_are_kept_as_they_were(tmp_path: Path) -> None:
 
 
 def test_files_of_one_name_are_both_kept(tmp_path: Path) -> None:
-    """An artifact's files have their folders in their names where two would have one."""
+    """Files of an artifact that share a name keep their folders in their names."""
     paths = [tmp_path / name / "x.txt" for name in ("a", "b")]
     for path in paths:
         path.parent.mkdir()
@@ -331,19 +331,19 @@ def test_files_of_one_name_are_both_kept(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_the_end_is_told(tmp_path: Path, ended: RunEnded, tags: list[str]) -> None:
-    """Every end is among the parameters, a failure in the console, what did not finish a tag."""
+def test_the_end_is_stored(tmp_path: Path, ended: RunEnded, tags: list[str]) -> None:
+    """The status is a parameter, a failure is in the console, and an unfinished run has a tag."""
     found = log(tmp_path, ended)
-    told = found.params["trainbus"]
-    assert (ended.status, ended.reason) == (told["status"], told.get("ended"))
+    values = found.params["trainbus"]
+    assert (ended.status, ended.reason) == (values["status"], values.get("ended"))
     assert tags == found.task["tags"]
     assert ([("ERROR", "no")] if ended.status == "failed" else []) == found.log
     if ended.best:
-        assert ({"Summary:best/acc": 0.5}, "2") == (found.singles, told["best_epoch"])
+        assert ({"Summary:best/acc": 0.5}, "2") == (found.singles, values["best_epoch"])
 
 
 def test_attempts_are_archives_of_one_run(tmp_path: Path) -> None:
-    """A resumed run is a second archive, with the tag of the first."""
+    """A resumed run is a second archive with the same tag as the first."""
     first = log(tmp_path, metrics(1.0, epoch=0))
     second = log(tmp_path, metrics(2.0, epoch=1), attempt=2)
     assert (["run:r"], ["run:r"]) == (first.task["tags"], second.task["tags"])
@@ -368,8 +368,8 @@ os._exit(9)
 """
 
 
-def test_what_a_killed_process_took_is_there_once(tmp_path: Path) -> None:
-    """A process that was killed leaves nothing beside the archive of the one that goes on."""
+def test_records_of_a_killed_process_are_stored_once(tmp_path: Path) -> None:
+    """The archive of the next process replaces what a killed process left."""
     command = [sys.executable, "-c", _KILLED, str(tmp_path / "out")]
     assert 9 == subprocess.run(command, timeout=60, check=False).returncode
     assert ["r-1"] == [path.name for path in (tmp_path / "out").iterdir()]
@@ -381,8 +381,8 @@ def test_what_a_killed_process_took_is_there_once(tmp_path: Path) -> None:
     assert [0.0, 1.0, 2.0, 3.0] == [value for _, value, _ in Archive(found).scalars]
 
 
-def test_what_need_not_come_again_stays(tmp_path: Path) -> None:
-    """Where only the rest of an attempt comes, it is an archive beside the first."""
+def test_the_rest_of_an_attempt_is_a_second_archive(tmp_path: Path) -> None:
+    """The rest of an attempt becomes a second archive and does not replace the first."""
     log(tmp_path, metrics(1.0, epoch=0))
     sink = ClearmlSink(ClearmlOptions(dir=str(tmp_path)))
     sink.open(RunInfo(id="r", started=RunStarted(), reopened=True, resume_after=2))
@@ -397,7 +397,7 @@ def test_what_need_not_come_again_stays(tmp_path: Path) -> None:
     [("none", []), ("best", ["best"]), ("last", ["last"]), ("all", ["best", "last", "periodic-1"])],
 )
 def test_save_checkpoints_chooses(tmp_path: Path, save: Any, expected: Sequence[str]) -> None:
-    """`best`, `last`, `all` or `none` of the checkpoints are artifacts, as they were at the end."""
+    """The option selects the checkpoints to store; each is stored in its final state."""
     options = ClearmlOptions(dir=str(tmp_path / "out"), save_checkpoints=save)
     files = {kind: tmp_path / f"{kind}.pt" for kind in ("best", "last", "periodic")}
     bus = trainbus.Bus({"c": ClearmlSink(options)}, on_receipt=lambda r: None)
@@ -414,7 +414,7 @@ def test_save_checkpoints_chooses(tmp_path: Path, save: Any, expected: Sequence[
 
 
 def test_two_runs_at_a_time_are_two_archives(tmp_path: Path) -> None:
-    """Runs that are open at once do not end each other."""
+    """Two runs can be open at the same time."""
 
     def make() -> ClearmlSink:
         return ClearmlSink(ClearmlOptions(dir=str(tmp_path)))
@@ -431,7 +431,7 @@ def test_two_runs_at_a_time_are_two_archives(tmp_path: Path) -> None:
 
 @pytest.fixture
 def state() -> Iterator[Any]:
-    """A function that returns what of the process and of ClearML a sink must leave alone."""
+    """Return a function that reads the state of the process that a sink must not change."""
     from clearml import Task
     from clearml.backend_api import Session
     from clearml.backend_interface.base import InterfaceBase
@@ -451,7 +451,7 @@ def state() -> Iterator[Any]:
 
 
 def test_the_process_is_left_as_it_was(tmp_path: Path, state: Any) -> None:
-    """Afterwards ClearML is as online as before, and no hook and no file of it is anywhere else."""
+    """Afterwards ClearML's mode is restored, and no hooks or files of it are left."""
     before, threads = state(), set(threading.enumerate())
     log(tmp_path / "out", metrics(1.0, epoch=0))
     assert before == state()
@@ -460,20 +460,20 @@ def test_the_process_is_left_as_it_was(tmp_path: Path, state: Any) -> None:
     assert ["r-1.zip"] == [path.name for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_training_that_has_a_task_hands_nothing_down(
+def test_an_inherited_task_is_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: Any
 ) -> None:
-    """The id that a training process with a ClearML task of its own hands down is not heeded."""
+    """The inherited id of a training process's own ClearML task is ignored."""
     monkeypatch.setenv("CLEARML_PROC_MASTER_ID", "1:abc")
     before = state()
     assert [("loss:loss", 1.0, 1)] == log(tmp_path, metrics(1.0, epoch=0)).scalars
     assert before == state()
 
 
-def test_a_task_of_the_users_own_stays_online(
+def test_an_online_task_of_the_user_stays_online(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: Any
 ) -> None:
-    """The sink does not take the process offline under an online task, and says what to do."""
+    """The sink refuses to take the process offline under an online task, and says what to do."""
     from clearml import Task
 
     monkeypatch.setattr(Task, "current_task", lambda: object())
@@ -483,10 +483,10 @@ def test_a_task_of_the_users_own_stays_online(
     assert before == state()[0]
 
 
-def test_a_cache_that_can_not_be_written_is_told(
+def test_a_cache_that_can_not_be_written_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: Any
 ) -> None:
-    """ClearML begins in its own cache: where that can't be, the error says which setting helps."""
+    """If ClearML's cache can't be written, the error names the setting to change."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CLEARML_CACHE_DIR", str(tmp_path / "file"))
     before = state()
@@ -495,8 +495,10 @@ def test_a_cache_that_can_not_be_written_is_told(
     assert before == state()
 
 
-def test_says_what_can_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that can't be made is named; an archive that ClearML did not write is an error."""
+def test_the_error_names_what_can_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error names a folder that can't be created; a missing archive is an error."""
     (tmp_path / "file").write_text("")
     with pytest.raises(SinkError, match=r"can't write .*/file/x: .*; set another `dir`"):
         log(tmp_path / "file/x")
@@ -516,7 +518,7 @@ def test_says_what_can_not_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("run", ["", "a b/ä", "x" * 300, "\ud800", ".."])
 def test_every_run_has_an_archive(tmp_path: Path, run: str) -> None:
-    """Whatever the run is called, its archive is in the folder."""
+    """The archive is in the folder for every run id."""
     sink = ClearmlSink(ClearmlOptions(dir=str(tmp_path / "out")))
     sink.open(RunInfo(id=run, started=RunStarted()))
     sink.close()
@@ -526,13 +528,13 @@ def test_every_run_has_an_archive(tmp_path: Path, run: str) -> None:
 
 
 def test_options_are_checked() -> None:
-    """A choice that there is not is refused where the configuration is read."""
+    """An unknown choice is rejected when the configuration is read."""
     with pytest.raises(ConfigError, match="save_checkpoints"):
         config.loads("sinks: {c: {type: clearml, save_checkpoints: some}}")
 
 
 def test_a_configured_bus_writes_an_archive(tmp_path: Path) -> None:
-    """A run through a YAML configuration arrives, and `where` is the command that uploads it."""
+    """A run of a YAML configuration arrives, and `location` is the command that uploads it."""
     text = f"sinks: {{c: {{type: clearml, dir: '{tmp_path}/my out'}}}}"
     with config.loads(text) as bus, bus.run(name="n") as run:
         for i in run.epochs(2):

@@ -42,7 +42,7 @@ from trainbus.events import (
 )
 from trainbus.testing import SinkConformance
 
-# Comet's own imports warn, and it leaves sockets and files to the collector.
+# Comet's imports emit warnings, and it leaves open sockets and files to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore:unclosed:ResourceWarning"
 )
@@ -50,7 +50,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(autouse=True)
 def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Comet finds no configuration and no key here, and waits less before it looks again."""
+    """Hide any configuration and key from Comet, and shorten its polling interval."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in [name for name in os.environ if name.startswith("COMET_")]:
         monkeypatch.delenv(name)
@@ -70,9 +70,9 @@ class TestComet(SinkConformance):
     package = "comet_ml"
     extra = "comet"
     heavy = ("matplotlib", "PIL")
-    # Without run.started there is no run; epochs are nothing that Comet shows.
+    # run.started is required, and Comet does not show epochs.
     stores = CONTENT
-    reopens = False  # an archive can't be asked, or gone on in: what is taken anew is a second one
+    reopens = False  # an archive can't be continued: records that come again are a second one
 
     def make(self, folder: Path) -> CometSink:
         return CometSink(CometOptions(mode="offline", dir=str(folder), save_checkpoints="all"))
@@ -88,7 +88,7 @@ _UNREPEATABLE = ("start_time", "stop_time", "local_timestamp", "message_id", "im
 
 
 def content(path: Path) -> dict[str, Any]:
-    """Return what an archive holds, without what no two share, such as times and random names."""
+    """Return the content of an archive without times and random names, which always differ."""
     with ZipFile(path) as archive:
 
         def same(value: Any) -> Any:
@@ -109,7 +109,7 @@ def content(path: Path) -> dict[str, Any]:
 
 
 class Archive:
-    """What a person finds in an archive."""
+    """The content of an archive as a person sees it."""
 
     def __init__(self, path: Path) -> None:
         found = content(path)
@@ -147,7 +147,7 @@ def log(
     attempt: int = 1,
     **options: Any,
 ) -> Archive:
-    """Log events of one run, and return its newest archive."""
+    """Log events of one run and return its newest archive."""
     sink = CometSink(CometOptions(mode="offline", dir=str(folder), **options))
     first = started or RunStarted()
     sink.open(RunInfo(id="r", started=first, attempt=attempt))
@@ -161,7 +161,7 @@ def metrics(value: float, **about: Any) -> MetricsLogged:
 
 
 def test_values_and_steps_are_exact(tmp_path: Path) -> None:
-    """Values by step stand at their step, those of an epoch at the epochs done, all as they are."""
+    """Step values are at their step, epoch values at the number of epochs done; all are exact."""
     values = [0.1, math.nan, math.inf, -math.inf, 5e-324]
     found = log(
         tmp_path,
@@ -177,7 +177,7 @@ def test_values_and_steps_are_exact(tmp_path: Path) -> None:
 
 
 def test_names_stay_apart(tmp_path: Path) -> None:
-    """Names that Comet would cut or refuse stay different, and those that it takes are as given."""
+    """Names that Comet would shorten or reject stay different; valid names are unchanged."""
     names = ["x" * 150 + "a", "x" * 150 + "b", "", " ", "a\nb", "a_b", "~", "µ/loss", "a b"]
     values = {name: float(i) for i, name in enumerate(names)}
     found = log(tmp_path, MetricsLogged(values=values, phase="train", epoch=0)).metrics
@@ -188,7 +188,7 @@ def test_names_stay_apart(tmp_path: Path) -> None:
 
 
 def test_params_are_flat_and_updated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Nested parameters have dotted names; a text that is cut is told of."""
+    """Nested parameters have dotted names; shortening a text logs a warning."""
     params: dict[str, Any] = {"a": {"b": 1, "c": [1, 2]}, "none": None, "long": "x" * 5000}
     params |= {f"p{i}": i for i in range(500)}
     found = log(tmp_path, ParamsUpdated(params={"a": {"b": 2}}), started=RunStarted(params=params))
@@ -198,7 +198,7 @@ def test_params_are_flat_and_updated(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 def test_the_run_is_described(tmp_path: Path) -> None:
-    """Project, name, tags, group and notes arrive; those of the options win."""
+    """Project, name, tags, group and notes arrive; options override the trainer's values."""
     started = RunStarted(name="n", project="p", tags=["a"], group="g", notes="text")
     found = log(tmp_path, started=started, project="mine", workspace="w", tags=("b",))
     about = {k: found.experiment[k] for k in ("project_name", "workspace")}
@@ -208,7 +208,7 @@ def test_the_run_is_described(tmp_path: Path) -> None:
 
 
 def test_charts_are_comets_own(tmp_path: Path) -> None:
-    """Curves, a matrix, a histogram, a table, a text and a picture are what Comet has for them."""
+    """Curves, matrices, histograms, tables, texts and images use Comet's own types."""
     found = log(
         tmp_path,
         CurveLogged(
@@ -239,15 +239,15 @@ def test_charts_are_comets_own(tmp_path: Path) -> None:
 
 
 def test_a_matrix_with_nan_is_a_picture(tmp_path: Path) -> None:
-    """What Comet's matrix can't hold is drawn."""
+    """A matrix with NaN, which Comet's type can't represent, is drawn as an image."""
     matrix = ConfusionMatrixLogged(key="m", matrix=np.array([[math.nan]]), classes=["a"])
     assert b"\x89PNG" == log(tmp_path, matrix).named("m.png")[:4]
 
 
-def test_what_can_not_be_shown_costs_only_itself(
+def test_an_event_that_can_not_be_shown_is_the_only_loss(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Files that are gone and arrays that are no picture are counted; the rest arrives."""
+    """Missing files and arrays that are not images are counted; everything else arrives."""
     sink = CometSink(CometOptions(mode="offline", dir=str(tmp_path)))
     sink.open(RunInfo(id="r", started=RunStarted()))
     gone = str(tmp_path / "gone.png")
@@ -263,7 +263,7 @@ def test_what_can_not_be_shown_costs_only_itself(
 
 
 def test_files_of_one_name_are_both_kept(tmp_path: Path) -> None:
-    """An artifact's files have their folders in their names where two would have one."""
+    """Files of an artifact that share a name keep their folders in their names."""
     paths = [tmp_path / name / "x.txt" for name in ("a", "b")]
     for path in paths:
         path.parent.mkdir()
@@ -286,8 +286,8 @@ def test_files_of_one_name_are_both_kept(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_the_end_is_told(tmp_path: Path, ended: RunEnded, crashed: bool) -> None:
-    """A failure is an error of the experiment, every end is among the others."""
+def test_the_end_is_stored(tmp_path: Path, ended: RunEnded, crashed: bool) -> None:
+    """A failure is an error of the experiment; the status is under Other."""
     found = log(tmp_path, ended)
     assert (ended.status, ended.reason) == (found.others["status"], found.others.get("ended"))
     assert crashed == found.experiment["customer_error_reported"]
@@ -296,7 +296,7 @@ def test_the_end_is_told(tmp_path: Path, ended: RunEnded, crashed: bool) -> None
 
 
 def test_attempts_are_one_experiment(tmp_path: Path) -> None:
-    """A resumed run is a second archive, which an upload adds to the experiment of the first."""
+    """A resumed run is a second archive that an upload adds to the same experiment."""
     log(tmp_path, metrics(1.0, epoch=0))
     log(tmp_path, metrics(2.0, epoch=1), attempt=2)
     first, second = archives(tmp_path)
@@ -307,14 +307,14 @@ def test_attempts_are_one_experiment(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("run", ["", "a b/ä", "x" * 300, "\ud800"])
-def test_every_run_has_a_key_that_comet_takes(run: str) -> None:
-    """Whatever the run is called, its key is 32 to 50 letters and digits."""
+def test_every_run_has_a_key_that_comet_accepts(run: str) -> None:
+    """The key has 32 to 50 letters and digits for every run id."""
     key = experiment_key(run)
     assert (True, True) == (key.isalnum(), 32 <= len(key) <= 50)
 
 
-def test_what_an_abandoned_sink_took_is_there_once(tmp_path: Path) -> None:
-    """A process that was killed leaves no archive that could be uploaded beside the whole one."""
+def test_records_of_a_killed_process_are_stored_once(tmp_path: Path) -> None:
+    """The next process removes the unfinished archive of a killed process."""
     events = records(RunStarted(), *(metrics(float(i), epoch=i) for i in range(4)))
     first = CometSink(CometOptions(mode="offline", dir=str(tmp_path)))
     first.open(RunInfo(id="r", started=RunStarted()))
@@ -333,7 +333,7 @@ def test_what_an_abandoned_sink_took_is_there_once(tmp_path: Path) -> None:
     [("none", []), ("best", ["best"]), ("last", ["last"]), ("all", ["best", "last", "periodic-1"])],
 )
 def test_save_checkpoints_chooses(tmp_path: Path, save: Any, expected: Sequence[str]) -> None:
-    """`best`, `last`, `all` or `none` of the checkpoints are models, as they were at the end."""
+    """The option selects the checkpoints to store; each is stored in its final state."""
     options = CometOptions(mode="offline", dir=str(tmp_path / "out"), save_checkpoints=save)
     files = {kind: tmp_path / f"{kind}.pt" for kind in ("best", "last", "periodic")}
     bus = trainbus.Bus({"c": CometSink(options)}, on_receipt=lambda r: None)
@@ -355,7 +355,7 @@ def test_save_checkpoints_chooses(tmp_path: Path, save: Any, expected: Sequence[
 
 @pytest.fixture
 def mine(tmp_path: Path) -> Iterator[Any]:
-    """An experiment of the user's own."""
+    """Return an experiment of the user."""
     from comet_ml import OfflineExperiment
 
     experiment = OfflineExperiment(
@@ -369,8 +369,8 @@ def mine(tmp_path: Path) -> Iterator[Any]:
     experiment.end()
 
 
-def test_the_users_experiment_goes_on(tmp_path: Path, mine: Any) -> None:
-    """An experiment that was active before stays active, and gets nothing of ours."""
+def test_an_experiment_of_the_user_continues(tmp_path: Path, mine: Any) -> None:
+    """An experiment that was active before stays active and receives no data of the sink."""
     import comet_ml
 
     log(tmp_path / "out", metrics(1.0, epoch=0))
@@ -380,7 +380,7 @@ def test_the_users_experiment_goes_on(tmp_path: Path, mine: Any) -> None:
 
 
 def test_two_runs_at_a_time_are_two_experiments(tmp_path: Path) -> None:
-    """Runs that are open at once do not end each other."""
+    """Two runs can be open at the same time."""
 
     def make() -> CometSink:
         return CometSink(CometOptions(mode="offline", dir=str(tmp_path)))
@@ -410,7 +410,7 @@ assert [] == [f for f in sys.meta_path if "comet" in type(f).__module__]
 
 
 def test_the_process_is_left_as_it_was(tmp_path: Path) -> None:
-    """No hook of Comet's is left in an interpreter that imports Comet for the sink alone."""
+    """Comet leaves no hooks in an interpreter in which only the sink imports it."""
     env = {**os.environ, "HOME": str(tmp_path), "COMET_DISABLE_SENTRY": "1"}
     done = subprocess.run(
         [sys.executable, "-c", LEFT],
@@ -427,7 +427,7 @@ def test_the_process_is_left_as_it_was(tmp_path: Path) -> None:
 def test_an_unreachable_server_may_come_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Online, a missing key is an error for good, a server that is down one to try again."""
+    """Online, a missing key is a permanent error, and an unreachable server is retried."""
     sink = CometSink(CometOptions(dir=str(tmp_path)))
     run = RunInfo(id="r", started=RunStarted())
     with pytest.raises(SinkError, match=r"no API key for Comet; set COMET_API_KEY") as caught:
@@ -445,20 +445,20 @@ def test_an_unreachable_server_may_come_back(
 
 
 def test_options_are_checked() -> None:
-    """A mode that there is not is refused where the configuration is read."""
+    """An unknown mode is rejected when the configuration is read."""
     with pytest.raises(ConfigError, match="mode"):
         config.loads("sinks: {c: {type: comet, mode: disabled}}")
 
 
-def test_says_what_can_not_be_written(tmp_path: Path) -> None:
-    """A folder that can't be made is named, with what to change."""
+def test_the_error_names_what_can_not_be_written(tmp_path: Path) -> None:
+    """The error names a folder that can't be created, and the option to change."""
     (tmp_path / "file").write_text("")
     with pytest.raises(SinkError, match=r"can't write .*/file/x: .*; set another `dir`"):
         log(tmp_path / "file/x")
 
 
 def test_a_configured_bus_writes_an_archive(tmp_path: Path) -> None:
-    """A run through a YAML configuration arrives, and `where` is the command that uploads it."""
+    """A run of a YAML configuration arrives, and `location` is the command that uploads it."""
     text = f"sinks: {{c: {{type: comet, mode: offline, dir: '{tmp_path}/my out'}}}}"
     with config.loads(text) as bus, bus.run(name="n") as run:
         for i in run.epochs(2):

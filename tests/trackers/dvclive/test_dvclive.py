@@ -45,7 +45,7 @@ from trainbus.events import (
 )
 from trainbus.testing import SinkConformance
 
-# DVC's own imports warn, and Pillow leaves the file that DVCLive opens to the collector.
+# DVC's imports emit warnings, and Pillow leaves DVCLive's open file to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore:unclosed file:ResourceWarning"
 )
@@ -55,7 +55,7 @@ class TestDvclive(SinkConformance):
     package = "dvclive"
     extra = "dvclive"
     heavy = ("dvc", "PIL", "matplotlib", "ruamel.yaml")
-    # Without run.started there is no run; the others are nothing that DVC shows.
+    # run.started is required, and DVC does not show the others.
     stores = tuple(set(EVENT_TYPES) - {RunStarted, EpochStarted, EpochEnded, AlertRaised})
 
     def make(self, folder: Path) -> DvcliveSink:
@@ -69,7 +69,7 @@ class TestDvclive(SinkConformance):
 
 
 def content(path: Path) -> Any:
-    """Return what a file holds."""
+    """Return the content of a file."""
     match path.suffix:
         case ".tsv":
             with path.open(encoding="utf-8", newline="") as file:
@@ -85,7 +85,7 @@ def content(path: Path) -> Any:
 
 
 def log(folder: Path, *events: Event, started: RunStarted | None = None, **options: Any) -> Path:
-    """Log events of one run, and return its folder."""
+    """Log events of one run and return its folder."""
     sink = DvcliveSink(DvcliveOptions(dir=str(folder), **options))
     first = started or RunStarted()
     sink.open(RunInfo(id="r", started=first))
@@ -108,7 +108,7 @@ def metrics(value: float, **about: Any) -> MetricsLogged:
 
 
 def test_values_and_steps_are_exact(tmp_path: Path) -> None:
-    """Values by step stand at their step, those of an epoch at the epochs done, all as they are."""
+    """Step values are at their step, epoch values at the number of epochs done; all are exact."""
     values = [0.1, math.nan, math.inf, -math.inf, 5e-324]
     log(tmp_path, *(metrics(v, epoch=i) for i, v in enumerate(values)), metrics(2.0, step=70))
     expected = [*enumerate(values, 1), (70, 2.0)]
@@ -118,7 +118,7 @@ def test_values_and_steps_are_exact(tmp_path: Path) -> None:
 
 
 def test_final_values_are_a_summary_and_no_curve(tmp_path: Path) -> None:
-    """What was measured of the chosen weights is under `final`, and moves no step."""
+    """Values of the final evaluation are under `final` and do not change the step."""
     log(tmp_path, metrics(1.0, epoch=3), metrics(9.0, final=True))
     summary = content(tmp_path / "metrics.json")
     assert (4, 1.0, 9.0) == (
@@ -129,15 +129,15 @@ def test_final_values_are_a_summary_and_no_curve(tmp_path: Path) -> None:
     assert [(4, 1.0)] == curve(tmp_path, "train/loss")
 
 
-def test_what_sums_up_stands_at_the_last_step(tmp_path: Path) -> None:
-    """What has neither step nor epoch stands where the last metric does."""
+def test_a_summary_is_at_the_last_step(tmp_path: Path) -> None:
+    """A value with neither step nor epoch is at the last metric's position."""
     summary = MetricsLogged(values={"train_loss": 0.5}, phase="train")
     log(tmp_path, metrics(1.0, step=40, epoch=0), summary)
     assert [(40, 0.5)] == curve(tmp_path, "train_loss")
 
 
 def test_a_superseded_best_is_no_loss(tmp_path: Path) -> None:
-    """A best file that the training removed for a better one is not missed; the last one is."""
+    """A replaced best checkpoint is not a loss; a missing newest one is."""
     (tmp_path / "2.pt").write_text("better")
     best = [CheckpointSaved(path=str(tmp_path / f"{n}.pt"), kind="best") for n in (1, 2, 3)]
     for expected, events in ((0, best[:2]), (1, best)):
@@ -153,7 +153,7 @@ def test_a_superseded_best_is_no_loss(tmp_path: Path) -> None:
 
 
 def test_names_stay_apart_and_in_the_folder(tmp_path: Path) -> None:
-    """Names that are no file names, too long, or DVCLive's own are files of their own."""
+    """Names that are too long, reserved or invalid as file names get separate files."""
     names = ["../../up", "/etc/x", "a:b", "a?b", "x" * 300, "𠀀" * 200, "step", "t/step", "", "a/"]
     names += [
         "epoch",
@@ -182,7 +182,7 @@ def test_names_stay_apart_and_in_the_folder(tmp_path: Path) -> None:
 
 
 def test_names_are_the_same_in_every_process(tmp_path: Path) -> None:
-    """A name that had to be changed goes on in the file of the attempt before."""
+    """A name that was replaced has the same file in the next attempt."""
     values = {"loss": 1.0, "loss/box": 2.0, "a?b": 3.0}
     log(tmp_path, MetricsLogged(values=values, phase="train", epoch=0))
     before = sorted(tmp_path.rglob("*.tsv"))
@@ -196,7 +196,7 @@ def test_names_are_the_same_in_every_process(tmp_path: Path) -> None:
 
 
 def test_params_are_nested_and_updated(tmp_path: Path) -> None:
-    """Parameters keep their nesting; what changes later leaves the others as they are."""
+    """Parameters keep their nesting; an update leaves the others unchanged."""
     params: dict[str, Any] = {"a": {"b": 1, "c": [1, {"d": None}]}, "long": "x" * 10_000}
     params |= {f"p{i}": i for i in range(500)}
     started = RunStarted(name="n", tags=["t"], params={**params, "n": np.float32(0.5), "t": (1, 2)})
@@ -207,14 +207,14 @@ def test_params_are_nested_and_updated(tmp_path: Path) -> None:
     assert ("x" * 10_000, 499, 0.5, [1, 2]) == tuple(found[k] for k in ("long", "p499", "n", "t"))
 
 
-def test_params_of_the_training_win_over_the_sinks(tmp_path: Path) -> None:
+def test_params_of_the_training_override_the_sinks(tmp_path: Path) -> None:
     """A parameter named `run` is not replaced by the run's name and tags."""
     log(tmp_path, started=RunStarted(name="n", params={"run": 1}))
     assert {"run": 1} == content(tmp_path / "params.yaml")
 
 
 def test_charts_are_plots_of_dvc(tmp_path: Path) -> None:
-    """Curves, matrices and histograms are data, and `dvc.yaml` says how they are drawn."""
+    """Curves, matrices and histograms are stored as data, and `dvc.yaml` has their templates."""
     x = np.array([0.0, 0.5])
     y = np.array([[1, math.nan], [2, 3]])
     matrix = np.array([[2, 1], [0, 1]])
@@ -270,7 +270,7 @@ def test_dvc_reads_what_is_written(tmp_path: Path) -> None:
 
 
 def test_pictures_tables_and_texts_are_files(tmp_path: Path) -> None:
-    """Pictures are PNG files with a slider over steps, tables are drawn, texts are as logged."""
+    """Images and drawn tables are PNG files per step; texts are unchanged."""
     from PIL import Image
 
     pixels = np.array([[0.0, 1.0]])
@@ -290,10 +290,10 @@ def test_pictures_tables_and_texts_are_files(tmp_path: Path) -> None:
     assert text.encode() == (tmp_path / "texts/note.txt").read_bytes()
 
 
-def test_what_can_not_be_shown_costs_only_itself(
+def test_an_event_that_can_not_be_shown_is_the_only_loss(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A picture that is gone or none at all is counted and told; what comes after it arrives."""
+    """Missing and invalid images are counted and logged; later events arrive."""
     sink = DvcliveSink(DvcliveOptions(dir=str(tmp_path)))
     sink.open(RunInfo(id="r", started=RunStarted()))
     gone = ImageLogged(key="gone", path=str(tmp_path / "gone.png"))
@@ -317,14 +317,14 @@ def test_what_can_not_be_shown_costs_only_itself(
 def test_the_end_is_in_the_summary(
     tmp_path: Path, ended: RunEnded, expected: tuple[str, str]
 ) -> None:
-    """How and why the run ended is in metrics.json."""
+    """The status and reason of the end are in metrics.json."""
     log(tmp_path, ended)
     run = content(tmp_path / "metrics.json")["run"]
     assert expected == (run["status"], run["reason"])
 
 
 def test_the_best_value_is_in_the_summary(tmp_path: Path) -> None:
-    """The best value and its epoch, counted from 1, are in metrics.json, whatever else is there."""
+    """The best value and its epoch, counted from 1, are always in metrics.json."""
     best = Best(metric="acc", value=0.5, epoch=1)
     own = MetricsLogged(values={"best": 1.0}, phase="train", epoch=0)
     log(tmp_path / "a", RunEnded(status="finished", best=best))
@@ -334,8 +334,8 @@ def test_the_best_value_is_in_the_summary(tmp_path: Path) -> None:
     assert (1.0, True) == (summary["best"], 0.5 in summary.values())
 
 
-def test_what_an_abandoned_sink_wrote_is_there_once(tmp_path: Path) -> None:
-    """A process that was killed leaves files that the next one goes on in."""
+def test_records_of_a_killed_process_are_stored_once(tmp_path: Path) -> None:
+    """The next process continues the files of a killed process."""
     events = records(RunStarted(), *(metrics(float(i), epoch=i) for i in range(4)))
     first = DvcliveSink(DvcliveOptions(dir=str(tmp_path)))
     first.open(RunInfo(id="r", started=RunStarted()))
@@ -348,8 +348,8 @@ def test_what_an_abandoned_sink_wrote_is_there_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("torn", ["", "{", "[1]"])
-def test_goes_on_with_files_that_a_crash_cut_short(tmp_path: Path, torn: str) -> None:
-    """A torn metrics.json or params.yaml is written anew."""
+def test_continues_files_that_a_crash_truncated(tmp_path: Path, torn: str) -> None:
+    """A truncated metrics.json or params.yaml is written again."""
     log(tmp_path, metrics(1.0, epoch=0), started=RunStarted(params={"a": 1}))
     for name in ("metrics.json", "params.yaml"):
         (tmp_path / name).write_text(torn)
@@ -362,8 +362,8 @@ def test_goes_on_with_files_that_a_crash_cut_short(tmp_path: Path, torn: str) ->
     assert 2.0 == content(tmp_path / "metrics.json")["train"]["loss"]
 
 
-def test_a_git_repository_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DVCLive would run `dvc init` in a Git repository: the sink does not."""
+def test_a_git_repository_is_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sink does not run `dvc init` in a Git repository, unlike DVCLive."""
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_STUDIO_TOKEN", "secret")
@@ -372,7 +372,7 @@ def test_a_git_repository_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_files_of_one_name_are_both_kept(tmp_path: Path) -> None:
-    """An artifact's files keep their folders where two have one name."""
+    """Files of an artifact that share a name keep their folders."""
     paths = [tmp_path / name / "x.txt" for name in ("a", "b")]
     for path in paths:
         path.parent.mkdir()
@@ -392,7 +392,7 @@ def test_files_of_one_name_are_both_kept(tmp_path: Path) -> None:
     ],
 )
 def test_save_checkpoints_chooses(tmp_path: Path, save: Any, expected: Sequence[str]) -> None:
-    """`best`, `last`, `all` or `none` of the checkpoints are copied, as they were at the end."""
+    """The option selects the checkpoints to copy; each is copied in its final state."""
     sink = DvcliveSink(DvcliveOptions(dir=str(tmp_path / "out"), save_checkpoints=save))
     files = {kind: tmp_path / f"{kind}.pt" for kind in ("best", "last", "periodic")}
     with trainbus.Bus({"d": sink}, on_receipt=lambda r: None) as bus, bus.run() as run:
@@ -408,20 +408,20 @@ def test_save_checkpoints_chooses(tmp_path: Path, save: Any, expected: Sequence[
 
 
 def test_options_are_checked() -> None:
-    """A `dvc.yaml` of another name is refused where the configuration is read."""
+    """A `dvc.yaml` with another name is rejected when the configuration is read."""
     with pytest.raises(ConfigError, match=r"dvc\.yaml"):
         config.loads("sinks: {d: {type: dvclive, dvcyaml: other.yaml}}")
 
 
-def test_says_what_can_not_be_written(tmp_path: Path) -> None:
-    """A folder that can't be made is named, with what to change."""
+def test_the_error_names_what_can_not_be_written(tmp_path: Path) -> None:
+    """The error names a folder that can't be created, and the option to change."""
     (tmp_path / "file").write_text("")
     with pytest.raises(SinkError, match=r"can't write .*/file/x: .*; set another `dir`"):
         log(tmp_path / "file/x")
 
 
 def test_a_configured_bus_fills_the_folder(tmp_path: Path) -> None:
-    """A run through a YAML configuration arrives, in the folder of its id."""
+    """A run of a YAML configuration arrives in the folder of its id."""
     text = f"sinks:\n  dvc:\n    type: dvclive\n    dir: {tmp_path}/out/{{run}}\n"
     with config.loads(text) as bus, bus.run(name="n") as run:
         for i in run.epochs(2):

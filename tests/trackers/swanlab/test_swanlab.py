@@ -52,7 +52,7 @@ RUN = trainbus.RunInfo(id="run", started=RunStarted(project="p", name="shown"))
 
 @pytest.fixture(autouse=True)
 def _no_run_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing is read from or written to the user's home, and no test leaves a run open."""
+    """Keep tests out of the user's home, and finish any run that a test leaves open."""
     monkeypatch.setenv("HOME", str(tmp_path))
     yield
     if swanlab.has_run():
@@ -60,7 +60,7 @@ def _no_run_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Return the runs below a folder by their ids; the files of one are put together."""
+    """Return the runs in a folder by id, each with the content of all its files."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("run-*/run-*.swanlab")):
         if path.parent.name.startswith("run-"):
@@ -115,7 +115,7 @@ class TestSwanlab(SinkConformance):
     stores = CONTENT
 
     def make(self, folder: Path) -> SwanlabSink:
-        """Store in a folder of the suite's."""
+        """Return a sink that writes to a folder."""
         return SwanlabSink(SwanlabOptions(mode="offline", logdir=str(folder)))
 
     def read(self, folder: Path) -> object:
@@ -132,7 +132,7 @@ def opened(folder: Path, run: trainbus.RunInfo = RUN, **options: Any) -> Swanlab
 
 
 def log(folder: Path, *events: Event, **options: Any) -> dict[str, Any]:
-    """Log events to a run, and return what SwanLab has of it."""
+    """Log events to a run and return SwanLab's data of it."""
     sink = opened(folder, **options)
     sink.write(records(RUN.started, *events))
     sink.close()
@@ -146,7 +146,7 @@ def metric(value: float, *, name: str = "loss", **more: Any) -> MetricsLogged:
 
 
 def test_metrics_keep_their_values_and_steps(tmp_path: Path) -> None:
-    """A step is the axis where there is one, else the epochs done; no value is too odd."""
+    """The x axis is the step, else the number of epochs done; all values are exact."""
     values = [0.1 + 0.2, math.nan, math.inf, -math.inf, 5e-324]
     epochs = [metric(value, epoch=epoch) for epoch, value in enumerate(values)]
     found = log(tmp_path, *epochs, metric(0.5, name="acc", step=7), metric(1, name="a", final=True))
@@ -155,8 +155,8 @@ def test_metrics_keep_their_values_and_steps(tmp_path: Path) -> None:
     assert [(7, 1.0)] == found["scalars"]["final/a"]
 
 
-def test_what_sums_up_stands_at_the_last_step(tmp_path: Path) -> None:
-    """What has neither step nor epoch stands where the last metric does, after a restart too."""
+def test_a_summary_is_at_the_last_step(tmp_path: Path) -> None:
+    """A value with neither step nor epoch is at the last metric's step, also after a restart."""
     made = records(RUN.started, metric(1.0, step=40, epoch=0), metric(0.5, name="train_loss"))
     for part in (made[:2], made[2:]):
         sink = opened(tmp_path)
@@ -165,15 +165,17 @@ def test_what_sums_up_stands_at_the_last_step(tmp_path: Path) -> None:
     assert [(40, 0.5)] == read(tmp_path)["run"]["scalars"]["train_loss"]
 
 
-def test_a_name_on_both_axes_is_two(tmp_path: Path) -> None:
-    """Values of steps and values of epochs would take each other's places on one axis."""
+def test_a_name_on_both_axes_becomes_two(tmp_path: Path) -> None:
+    """A name with step values and epoch values becomes two names."""
     found = log(tmp_path, metric(1.0, step=1, epoch=0), metric(2.0, epoch=0), metric(3.0, step=2))
     expected = {"loss": [(1, 1.0), (2, 3.0)], "loss (epoch)": [(1, 2.0)]}
     assert expected == found["scalars"]
 
 
-def test_what_swanlab_drops_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """SwanLab keeps the first value of a step, and the second is no silent loss."""
+def test_values_that_swanlab_drops_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SwanLab keeps the first value of a step; the second one is counted as lost."""
     sink = opened(tmp_path)
     with caplog.at_level(logging.WARNING):
         sink.write(records(RUN.started, metric(1.0, epoch=0), metric(2.0, epoch=0)))
@@ -184,7 +186,7 @@ def test_what_swanlab_drops_is_counted(tmp_path: Path, caplog: pytest.LogCapture
 
 
 def test_names_stay_apart(tmp_path: Path) -> None:
-    """Names are made valid, and two never become one."""
+    """Invalid names are replaced, and different names stay different."""
     names = ["/a", "a", "a.", "b\n", "b_", "métrique/µ", "", "...", "x" * 600, "x" * 601, "\ud800"]
     names += ["__swanlab__.gpu", "a/b"]
     values = {name: float(i) for i, name in enumerate(names)}
@@ -194,7 +196,7 @@ def test_names_stay_apart(tmp_path: Path) -> None:
 
 
 def test_parameters_are_in_the_config(tmp_path: Path) -> None:
-    """Nested, long, huge and odd ones too, and what was changed later."""
+    """The config has all parameters: nested, long, huge, non-finite, and updated ones."""
     params = {"a": {"b": 1, "c": [1, None]}, "big": 2**70, "long": "x" * 9000, "odd": "\ud800\x1b"}
     params |= {f"many/{i}": i for i in range(500)} | {"inf": -math.inf}
     started = RunStarted(project="a b/c", params=params, tags=["t"], notes="n", group="g")
@@ -213,7 +215,7 @@ def test_parameters_are_in_the_config(tmp_path: Path) -> None:
 
 
 def test_charts_arrive_as_swanlabs_own(tmp_path: Path) -> None:
-    """Curves, matrices, tables and histograms are ECharts with the values in them."""
+    """Curves, matrices, tables and histograms are ECharts that contain the values."""
     x = np.linspace(0, 1, 3)
     table = TableLogged(
         key="t", columns=["a", "a"], rows=[[1, math.nan], ["µ", {"x": [1]}]], epoch=0
@@ -241,7 +243,7 @@ def test_charts_arrive_as_swanlabs_own(tmp_path: Path) -> None:
 
 
 def test_pictures_and_texts_arrive(tmp_path: Path) -> None:
-    """Files, arrays and texts have their steps and captions."""
+    """Images from files and arrays, and texts, arrive with their steps and captions."""
     import io
 
     from PIL import Image
@@ -263,8 +265,8 @@ def test_pictures_and_texts_arrive(tmp_path: Path) -> None:
     assert [(2, "two\nlines µ"), (3, "without a place")] == texts
 
 
-def test_what_is_gone_costs_only_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Files that are gone, and arrays that are no pictures, are counted and told of."""
+def test_a_missing_file_is_the_only_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Missing files and arrays that are not images are counted and logged."""
     sink = opened(tmp_path)
     gone = str(tmp_path / "gone")
     with caplog.at_level(logging.WARNING):
@@ -287,7 +289,7 @@ def test_what_is_gone_costs_only_itself(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 def test_artifacts_keep_their_files(tmp_path: Path) -> None:
-    """Folders and files of one name are all there, whatever becomes of the originals."""
+    """Folders and files that share a name are all stored as copies."""
     for name in "ab":
         (tmp_path / name / "x").mkdir(parents=True)
         (tmp_path / name / "x" / "f[1]").write_text(name)
@@ -317,7 +319,7 @@ def test_artifacts_keep_their_files(tmp_path: Path) -> None:
     ],
 )
 def test_checkpoints(tmp_path: Path, wanted: Any, expected: set[str]) -> None:
-    """Only those asked for are kept, and of what the trainer overwrites the last."""
+    """The option selects the checkpoints to store; each is stored in its final state."""
     events: list[Event] = []
     for epoch, kind in enumerate(("last", "best", "periodic", "best", "last", "periodic")):
         path = tmp_path / f"{epoch}.pt"
@@ -327,15 +329,15 @@ def test_checkpoints(tmp_path: Path, wanted: Any, expected: set[str]) -> None:
     assert {f"checkpoints/{name}" for name in expected} == found.keys()
 
 
-def test_the_last_checkpoint_is_kept_where_none_is_best(tmp_path: Path) -> None:
-    """`save_checkpoints: best` keeps the last one of a training that names none its best."""
+def test_the_last_checkpoint_is_stored_if_none_is_best(tmp_path: Path) -> None:
+    """`save_checkpoints: best` stores the last one if the training names no best one."""
     (tmp_path / "m.pt").write_text("weights")
     saved = CheckpointSaved(path=str(tmp_path / "m.pt"), kind="last")
     assert {"checkpoints/last/m.pt": b"weights"} == log(tmp_path, saved)["files"]
 
 
 def test_alerts_are_texts(tmp_path: Path) -> None:
-    """SwanLab has no alerts: they are texts, one after another."""
+    """Alerts are stored as texts, because SwanLab has no alerts."""
     alerts = [AlertRaised(title="µ", text=text, level="error") for text in ("", "two\nlines")]
     found = log(tmp_path, *alerts)["media"]["alerts"]
     assert [(0, b"[error] \xc2\xb5"), (1, b"[error] \xc2\xb5\ntwo\nlines")] == [
@@ -345,7 +347,7 @@ def test_alerts_are_texts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("status", "state"), [("finished", 1), ("failed", 2), ("stopped", 3)])
 def test_a_run_ends_as_the_training_did(tmp_path: Path, status: Any, state: int) -> None:
-    """SwanLab's own states say how it ended, and the settings why."""
+    """SwanLab's state is the status of the run, and the config has the reason."""
     error = (
         None
         if status == "finished"
@@ -359,12 +361,12 @@ def test_a_run_ends_as_the_training_did(tmp_path: Path, status: Any, state: int)
 
 
 def test_a_run_without_an_end_has_crashed(tmp_path: Path) -> None:
-    """A sink that is closed before the end was written says so."""
+    """A run without a run.ended event is marked as crashed."""
     assert (2, "the training did not report its end") == log(tmp_path)["finish"]
 
 
 def test_a_resumed_training_has_the_same_id(tmp_path: Path) -> None:
-    """The second attempt is a file of its own with the id of the first."""
+    """The second attempt is a new file with the same id."""
     for attempt in (1, 2):
         started = RunStarted(project="p", resumed=Resumed(run="run") if attempt > 1 else None)
         sink = opened(tmp_path, trainbus.RunInfo(id="run", started=started, attempt=attempt))
@@ -376,8 +378,8 @@ def test_a_resumed_training_has_the_same_id(tmp_path: Path) -> None:
     assert [(1, 1.0), (2, 2.0)] == found["run"]["scalars"]["loss"]
 
 
-def test_an_abandoned_file_is_set_aside(tmp_path: Path) -> None:
-    """After a process that was killed, what comes again is stored anew, as a whole."""
+def test_an_incomplete_file_is_set_aside(tmp_path: Path) -> None:
+    """The file of a killed process is set aside, and all its records are stored again."""
     program = """
 import os, signal, sys
 from trainbus.sinks.swanlab import SwanlabOptions, SwanlabSink
@@ -401,8 +403,8 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert 1 == len(list(tmp_path.glob("incomplete-run-*")))
 
 
-def test_what_was_closed_is_not_set_aside(tmp_path: Path) -> None:
-    """A sink that was closed in the middle of an attempt has what it took, and it stays."""
+def test_a_closed_file_is_not_set_aside(tmp_path: Path) -> None:
+    """The file of a sink that was closed in the middle of an attempt is kept."""
     events = records(RUN.started, metric(1.0, step=1), metric(2.0, step=2))
     first = opened(tmp_path)
     first.write(events[:2])
@@ -417,8 +419,8 @@ def test_what_was_closed_is_not_set_aside(tmp_path: Path) -> None:
     assert [] == list(tmp_path.rglob("trainbus-open*"))
 
 
-def test_a_damaged_state_is_passed_over(tmp_path: Path) -> None:
-    """What a crash left beside a file of SwanLab's does not keep the run from going on."""
+def test_a_damaged_state_is_ignored(tmp_path: Path) -> None:
+    """A damaged state file does not stop the run from continuing."""
     log(tmp_path, metric(1.0, step=1))
     (closed,) = tmp_path.rglob("trainbus-closed.json")
     closed.write_text("{")
@@ -426,7 +428,7 @@ def test_a_damaged_state_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_ids_that_look_alike_are_two_runs(tmp_path: Path) -> None:
-    """SwanLab's folders do not tell `a-b` from `a_b`, and nothing is lost by that."""
+    """Ids such as `a-b` and `a_b`, which share a folder name, are two complete runs."""
     for run in ("a-b", "a_b"):
         sink = opened(tmp_path, trainbus.RunInfo(id=run, started=RUN.started))
         sink.write(records(RUN.started, metric(1.0, step=1)))
@@ -437,8 +439,8 @@ def test_ids_that_look_alike_are_two_runs(tmp_path: Path) -> None:
     }
 
 
-def test_the_process_is_as_it_was(tmp_path: Path) -> None:
-    """How the process handles exceptions and Ctrl-C is not changed, not even meanwhile."""
+def test_the_process_is_unchanged(tmp_path: Path) -> None:
+    """The handlers of exceptions and Ctrl-C never change, not even while the run is open."""
     before = sys.excepthook, signal.getsignal(signal.SIGINT), sys.stdout, dict(os.environ)
     sink = opened(tmp_path)
     meanwhile = sys.excepthook, signal.getsignal(signal.SIGINT), sys.stdout, dict(os.environ)
@@ -448,8 +450,8 @@ def test_the_process_is_as_it_was(tmp_path: Path) -> None:
     assert not swanlab.has_run()
 
 
-def test_a_run_that_was_closed_watches_nothing(tmp_path: Path) -> None:
-    """There are as many threads and inotify instances as before: a sweep may have many runs."""
+def test_a_closed_run_watches_no_files(tmp_path: Path) -> None:
+    """A closed run leaves no thread or inotify instance, so that a sweep can have many runs."""
     log(tmp_path / "first")
 
     def watching() -> tuple[int, int]:
@@ -462,7 +464,7 @@ def test_a_run_that_was_closed_watches_nothing(tmp_path: Path) -> None:
 
 
 def test_nothing_of_the_machine_is_collected(tmp_path: Path) -> None:
-    """Neither the hardware nor packages, repository or host are in the run's folder."""
+    """The run's folder has no data about hardware, packages, repository or host."""
     (folder,) = log(tmp_path, metric(1.0, step=1))["folders"]
     assert ["config.yaml", "swanlab-metadata.json"] == sorted(
         path.name for path in (folder / "files").iterdir()
@@ -471,8 +473,8 @@ def test_nothing_of_the_machine_is_collected(tmp_path: Path) -> None:
     assert {"_version": 2} == {key: value for key, value in metadata.items() if value}
 
 
-def test_a_run_of_the_users_is_left_alone(tmp_path: Path) -> None:
-    """SwanLab can have one run in a process: that it is taken is said, and it goes on."""
+def test_a_run_of_the_user_is_left_alone(tmp_path: Path) -> None:
+    """If the user has a run open, the sink raises an error and leaves that run alone."""
     mine = swanlab.init(project="mine", mode="offline", log_dir=str(tmp_path / "mine"))
     with pytest.raises(trainbus.SinkError, match=r"a SwanLab run is open.*isolation: process"):
         opened(tmp_path)
@@ -481,7 +483,7 @@ def test_a_run_of_the_users_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_without_a_key_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cloud needs a key; without one, the error names the ways out."""
+    """Without a key for the cloud, the error says what to do."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SWANLAB_API_KEY", raising=False)
     with pytest.raises(trainbus.SinkError, match=r"set SWANLAB_API_KEY, or set `mode: offline`"):
@@ -490,21 +492,21 @@ def test_without_a_key_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_local_mode_says_what_to_install(tmp_path: Path) -> None:
-    """Without SwanLab's dashboard, its local mode shows nothing, and that is said."""
+    """Local mode without SwanLab's dashboard is an error that says what to install."""
     with pytest.raises(trainbus.SinkError, match=r"pip install 'swanlab\[dashboard\]'"):
         opened(tmp_path, mode="local")
 
 
 def test_a_folder_that_can_not_be_used_is_named(tmp_path: Path) -> None:
-    """A file in the place of the folder is told of, and no run is left open."""
+    """If a file has the folder's path, there is an error, and no run is left open."""
     (tmp_path / "file").write_text("")
     with pytest.raises(trainbus.SinkError, match=r"can't start the run .*; check `logdir`"):
         opened(tmp_path / "file")
     assert not swanlab.has_run()
 
 
-def test_a_disabled_run_is_nowhere(tmp_path: Path) -> None:
-    """`mode: disabled` takes everything and leaves no file."""
+def test_a_disabled_run_writes_nothing(tmp_path: Path) -> None:
+    """`mode: disabled` accepts all records and writes no files."""
     (tmp_path / "m.pt").write_text("weights")
     sink = opened(tmp_path / "log", mode="disabled")
     saved = CheckpointSaved(path=str(tmp_path / "m.pt"), kind="best")
@@ -524,13 +526,13 @@ def test_a_disabled_run_is_nowhere(tmp_path: Path) -> None:
     ],
 )
 def test_options_must_be_valid(given: str, expected: str) -> None:
-    """What a person wrote is not changed behind their back: it is an error."""
+    """An invalid option is an error and is never silently replaced."""
     with pytest.raises(trainbus.ConfigError, match=expected):
         config.loads(f"sinks: {{s: {{type: swanlab, {given}}}}}")
 
 
 def test_through_a_configuration(tmp_path: Path) -> None:
-    """A bus from YAML delivers in a process of its own, and says how to upload the run."""
+    """A bus from YAML delivers in the delivery process, and reports the upload command."""
     folder = tmp_path / "log of {run}"
     text = f"sinks: {{s: {{type: swanlab, mode: offline, project: mine, logdir: '{folder}'}}}}"
     with config.loads(text) as bus, bus.run(params={"lr": 0.1}) as run:
