@@ -467,8 +467,8 @@ class Reporter:
 class Hooks:
     """Base of an adapter's hooks, which `late_class` mixes into a framework's callback.
 
-    It makes the `report`, attaches itself to a bus that it is given, and leaves the run out when it
-    is copied or pickled. A subclass keeps what it knows of a run in attributes that `reset` sets.
+    It creates the `report`, attaches itself to the given bus, and leaves the run out of copies and
+    pickles. A subclass keeps the state of a run in attributes that `reset` sets.
 
     Args:
         bus: the bus to attach to.
