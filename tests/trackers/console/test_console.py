@@ -350,7 +350,7 @@ def test_a_real_terminal_is_left_as_it_was(tmp_path: Path) -> None:
 
 
 def test_options_are_checked() -> None:
-    """Only the two streams that there are can be asked for."""
+    """Only the two existing streams are accepted."""
     with pytest.raises(msgspec.ValidationError, match="Invalid enum value 'stdin'"):
         msgspec.convert({"stream": "stdin"}, ConsoleOptions)
     with pytest.raises(msgspec.ValidationError, match="unknown field `colour`"):

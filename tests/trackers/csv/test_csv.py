@@ -368,7 +368,7 @@ def test_run_csv_says_what_the_run_was(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", ["finished", "failed", "stopped"])
 def test_the_end_is_the_status(tmp_path: Path, status: Any) -> None:
-    """Each end is told as it was."""
+    """Each end is stored as it was."""
     folder = written(tmp_path, RunEnded(status=status))
     assert status == pairs(folder / "run.csv")["status"]
 
@@ -457,7 +457,7 @@ def test_a_batch_whose_position_was_not_kept_changes_nothing_twice(tmp_path: Pat
 
 @pytest.mark.parametrize("rest", [b"2,2.0,2", b"2,2.0,\xc3"])
 def test_a_line_that_a_crash_cut_short_costs_itself(tmp_path: Path, rest: bytes) -> None:
-    """A torn last line is left out, and the rows go on behind the whole ones."""
+    """A torn last line is skipped, and new rows follow the complete ones."""
     folder = written(tmp_path, metrics(0, loss=1.0))
     path = folder / "train.csv"
     path.write_bytes(path.read_bytes() + rest)
@@ -468,7 +468,7 @@ def test_a_line_that_a_crash_cut_short_costs_itself(tmp_path: Path, rest: bytes)
 
 
 def test_a_full_disk_costs_no_row_that_was_written(tmp_path: Path) -> None:
-    """A batch that does not fit is refused, and is there once when it comes again with room."""
+    """A batch that does not fit is rejected, and is stored once when it is retried with room."""
     sink = sink_for(tmp_path)
     made = records(RunStarted(), *(metrics(i, loss=float(i)) for i in range(400)))
     sink.write(made[:3])
@@ -493,7 +493,7 @@ def test_a_full_disk_costs_no_row_that_was_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["runs/mine", ""])
 def test_the_folder_must_be_the_runs_own(folder: str) -> None:
-    """A folder that several runs would share is refused where the configuration is read."""
+    """A folder that several runs would share is rejected when the configuration is read."""
     text = json.dumps({"sinks": {"c": {"type": "csv", "dir": folder}}})
     with pytest.raises(
         trainbus.ConfigError, match=r"c\.dir: found .*, expected a path with `\{run\}`"
@@ -502,7 +502,7 @@ def test_the_folder_must_be_the_runs_own(folder: str) -> None:
 
 
 def test_says_what_can_not_be_written(tmp_path: Path) -> None:
-    """A folder that can't be made is named, with the reason and what to change."""
+    """The error names a folder that can't be created, the reason, and what to change."""
     (tmp_path / "file").write_text("")
     with pytest.raises(SinkError, match=r"can't write .*/file/run: .*; set another `dir`"):
         sink_for(tmp_path / "file")
@@ -529,7 +529,7 @@ def test_files_of_others_are_left_alone(
 
 
 def test_a_configured_bus_feeds_it(tmp_path: Path) -> None:
-    """A run of a bus from YAML, in the sidecar process, leaves its files where they are told."""
+    """A run of a bus from YAML, in the sidecar process, leaves its files where it was told to."""
     text = f"sinks:\n  table:\n    type: csv\n    dir: {tmp_path}/{{run}}-csv\n"
     with config.loads(text) as bus, bus.run(params={"lr": 0.1}) as run:
         for epoch in run.epochs(2):

@@ -128,7 +128,7 @@ def metric(value: float, **about: Any) -> MetricsLogged:
 
 
 def test_metrics_stand_at_their_epoch_and_step(tmp_path: Path) -> None:
-    """Values of epochs stand at the epochs done, values of steps at their step, exactly."""
+    """Values of epochs are at the epochs done, values of steps at their step, exactly."""
     epochs = [metric(value, epoch=i) for i, value in enumerate((0.1, math.nan, -math.inf, 5e-324))]
     data = log(tmp_path, RunStarted(), *epochs, metric(1 / 3, step=7, epoch=3))
     by_epoch, by_step = data["series"]
@@ -170,7 +170,7 @@ def test_long_series_are_thinned(tmp_path: Path, count: int) -> None:
 
 
 def test_metrics_named_as_axes_are_metrics(tmp_path: Path) -> None:
-    """Values that are called step, epoch or time stand at their place, as all others."""
+    """Values named step, epoch or time are kept like all others."""
     values = {"step": 7.0, "epoch": 8.0, "time": 9.0}
     data = log(tmp_path, MetricsLogged(values=values, phase="train", epoch=1, step=3))
     assert values == {series["name"]: series["y"][0] for series in data["series"]}
@@ -224,7 +224,7 @@ def epoch(number: int, value: float) -> list[Event]:
     ]
 
 
-def test_a_resumed_run_goes_on_in_its_page(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_its_page(tmp_path: Path) -> None:
     """The second attempt replaces what it does again; the time between them does not count."""
     first = sink_for(tmp_path)
     start = RunStarted(params={"epochs": 4})
@@ -284,8 +284,8 @@ def test_writing_the_page_costs_little(tmp_path: Path) -> None:
     assert 1 == data_of(tmp_path / "run")["done"]
 
 
-def test_the_worst_class_is_told(tmp_path: Path) -> None:
-    """Of results by class the most telling column decides, and averages are no class."""
+def test_the_worst_class_is_shown(tmp_path: Path) -> None:
+    """The most important column of a table by class decides; averages are not classes."""
     rows = [["all", 5, 0.1, 0.1], ["cat", 5, 0.9, 0.5], ["dog", 5, 0.2, 0.7], ["x", 0, None, None]]
     columns = ["class", "instances", "recall", "mAP50-95(B)"]
     data = log(tmp_path, TableLogged(key="per_class", columns=columns, rows=rows))
@@ -293,7 +293,7 @@ def test_the_worst_class_is_told(tmp_path: Path) -> None:
     assert worst == data["worst"]
 
 
-def test_a_confusion_matrix_tells_the_worst_class_too(tmp_path: Path) -> None:
+def test_a_confusion_matrix_shows_the_worst_class_too(tmp_path: Path) -> None:
     """Without a table, it is the class with the lowest recall."""
     matrix = np.array([[3, 1, 0], [0, 4, 0], [9, 9, 0]])
     names = ["a", "b", "background"]
@@ -303,7 +303,7 @@ def test_a_confusion_matrix_tells_the_worst_class_too(tmp_path: Path) -> None:
 
 
 def test_the_best_epoch_is_known_before_the_end(tmp_path: Path) -> None:
-    """The trainer's goals say which value is best, and what the end says goes before."""
+    """The trainer's goals say which value is best; the best of `RunEnded` takes precedence."""
     started = RunStarted(goals={"metrics/*": "max"})
     logged = [
         MetricsLogged(values={"metrics/recall": v, "metrics/mAP50": v}, phase="val", epoch=i)
@@ -369,10 +369,10 @@ def test_pictures_are_copied_and_the_last_ones_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["gone.png", "page.html", "vector.svg", "noending"])
-def test_what_is_no_picture_for_a_browser_is_counted(
+def test_a_picture_that_browsers_can_not_show_is_counted(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A file that is gone, or that a browser could run, is left out with one line."""
+    """A file that is missing, or that a browser could execute, is skipped with one log line."""
     if name != "gone.png":
         (tmp_path / name).write_text("<script>")
     sink = sink_for(tmp_path)
@@ -413,8 +413,8 @@ def test_the_folder_is_all_that_is_needed(tmp_path: Path) -> None:
     assert ["data.json", "index.html", "pictures", "plotly.min.js"] == names
 
 
-def test_what_has_no_shape_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A curve whose values don't fit its axis costs itself alone."""
+def test_a_malformed_curve_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A curve whose values don't match its axis is the only record lost."""
     sink = sink_for(tmp_path)
     curve = CurveLogged(key="odd", x=np.arange(3), y=np.ones((1, 2)), classes=["a"])
     sink.write(records(curve, TextLogged(key="t", text="after")))
@@ -439,14 +439,14 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_each_run_must_have_its_folder() -> None:
-    """A folder without the run's id is refused where it is written."""
+    """A folder without the run's id is rejected when the configuration is read."""
     text = json.dumps({"sinks": {"page": {"type": "html", "dir": "pages"}}})
     with pytest.raises(trainbus.ConfigError, match=r"sinks\.page\.dir: .*\{run\}"):
         config.loads(text)
 
 
 def test_foreign_data_is_not_overwritten(tmp_path: Path) -> None:
-    """A data.json that is none is named, with what to do, and stays."""
+    """An invalid data.json is an error that says what to do; the file stays."""
     (tmp_path / "run").mkdir()
     file = tmp_path / "run" / "data.json"
     file.write_text('{"mine": 1}')
@@ -456,7 +456,7 @@ def test_foreign_data_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_says_what_can_not_be_written(tmp_path: Path) -> None:
-    """A folder that can't be made is named, with the reason and what to change."""
+    """The error names a folder that can't be created, the reason, and what to change."""
     (tmp_path / "run").write_text("")
     with pytest.raises(SinkError, match=r"can't write .*/run: .*; set another `dir`"):
         sink_for(tmp_path)
@@ -535,7 +535,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def is_quiet(browser: Browser) -> bool:
-    """Return whether no script failed and nothing but the folder was asked for."""
+    """Return whether no script failed and only files of the folder were requested."""
     assert [] == browser.errors
     return is_local(browser)
 
@@ -672,7 +672,7 @@ def test_tables_are_sorted_by_a_click(browser: Browser, page: Path) -> None:
 
 
 def test_gaps_and_odd_numbers(browser: Browser, tmp_path: Path) -> None:
-    """NaN and ±Inf are gaps in a chart, and said below it and in the values."""
+    """NaN and ±Inf are gaps in a chart, and named below it and in the values."""
     values = (1.0, math.nan, 3.0, math.inf)
     log(tmp_path, RunStarted(), *(metric(value, epoch=i) for i, value in enumerate(values)))
     browser.open(tmp_path / "run" / "index.html")
@@ -779,7 +779,7 @@ def test_an_open_page_shows_what_comes(browser: Browser, tmp_path: Path) -> None
 
 
 def test_comparing_overlays_runs(browser: Browser, tmp_path: Path) -> None:
-    """Runs share charts; the parameters that differ and the final metrics stand side by side."""
+    """Runs share charts; parameters that differ and final metrics are side by side."""
     page = compare(two_runs(tmp_path), tmp_path / "out")
     browser.open(page)
     drawn(browser, "loss")
@@ -799,7 +799,7 @@ def test_comparing_overlays_runs(browser: Browser, tmp_path: Path) -> None:
 
 
 def test_a_thinned_chart_shows_its_extremes(browser: Browser, tmp_path: Path) -> None:
-    """A peak that was let go is drawn all the same, and the page says that values are left out."""
+    """A peak that was dropped is drawn nevertheless, and the page says that values are missing."""
     spikes = {333: 50.0, 777: -50.0}
     log(tmp_path, *(metric(spikes.get(i, 1.0), step=i) for i in range(1000)), points=10)
     browser.open(tmp_path / "run" / "index.html")

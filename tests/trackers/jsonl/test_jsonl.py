@@ -91,7 +91,7 @@ def test_puts_the_run_id_in_the_path(tmp_path: Path) -> None:
 
 
 def test_path_must_not_be_empty() -> None:
-    """An empty path is refused where the options are read."""
+    """An empty path is rejected when the options are read."""
     with pytest.raises(msgspec.ValidationError, match=r"length >= 1 - at `\$\.path`"):
         msgspec.convert({"path": ""}, JsonlOptions)
 
@@ -176,7 +176,7 @@ def test_a_full_disk_leaves_only_whole_lines(tmp_path: Path) -> None:
 
 
 def test_says_what_can_not_be_written(tmp_path: Path) -> None:
-    """A path that can't be written is named, with the reason and what to change."""
+    """The error names a path that can't be written, the reason, and what to change."""
     (tmp_path / "file").write_text("")
     with pytest.raises(SinkError, match=r"can't write .*/file/out\.jsonl: .*; set another `path`"):
         sink_for(tmp_path / "file" / "out.jsonl")

@@ -215,7 +215,7 @@ def test_a_failure_says_why(server: Server, sinks: Any, message: str, expected: 
 
 
 def test_a_stopped_run_is_an_end(server: Server, sinks: Any) -> None:
-    """Ctrl-C is told of as an end, and not where only failures are asked for."""
+    """Ctrl-C sends a message as an end, and none if only failures are wanted."""
     error = Failure(type="KeyboardInterrupt", message="")
     ended = RunEnded(status="stopped", reason="KeyboardInterrupt", error=error)
     sinks(when=["failure"]).write(records(ended))
@@ -225,8 +225,8 @@ def test_a_stopped_run_is_an_end(server: Server, sinks: Any) -> None:
     assert [{"title": "shapes: stopped", "message": message, "type": "warning"}] == got(server)
 
 
-def test_only_what_is_wanted_is_told(server: Server, sinks: Any) -> None:
-    """By default neither starts nor best values are told."""
+def test_only_wanted_messages_are_sent(server: Server, sinks: Any) -> None:
+    """By default starts and best values send no message."""
     sink = sinks(when=NotifyOptions(urls=["x"]).when)
     events = (START, logged("acc", 0.1), logged("acc", 0.2), alert("a"), RunEnded(status="failed"))
     sink.write(records(*events))
@@ -234,7 +234,7 @@ def test_only_what_is_wanted_is_told(server: Server, sinks: Any) -> None:
 
 
 def test_a_flood_is_held_back_and_counted(server: Server, sinks: Any) -> None:
-    """Alerts too soon after one are left out, the next message says how many; the end passes."""
+    """Alerts too soon after another are skipped; the next message counts them; the end is sent."""
     sink = sinks(min_interval_secs=60)
     sink.write(records(*[alert(f"a{n}") for n in range(10)], every_s=10))
     assert ["shapes: a0", "shapes: a6"] == titles(server)
@@ -246,7 +246,7 @@ def test_a_flood_is_held_back_and_counted(server: Server, sinks: Any) -> None:
 
 
 def test_which_way_is_better(server: Server, sinks: Any) -> None:
-    """`metric` and `goal` decide; without a goal nothing is told; NaN is never the best."""
+    """`metric` and `goal` decide; without a goal nothing is sent; NaN is never the best."""
     sink = sinks(metric="loss", goal="min", when=["best"])
     values = (2.0, float("nan"), 3.0, 1.0, 1.0, -float("inf"))
     sink.write(records(*[logged("loss", value) for value in values]))
@@ -286,7 +286,7 @@ def test_nothing_of_a_terminal_goes_out(server: Server, sinks: Any) -> None:
 
 
 def test_old_records_are_not_announced(server: Server, sinks: Any) -> None:
-    """A replay of what happened two hours ago says nothing; what is from now is told."""
+    """A replay of records from two hours ago sends nothing; new records do."""
     sink = sinks()
     sink.write(records(START, alert("old"), every_s=1, age_s=7200))
     assert [] == got(server)
@@ -295,7 +295,7 @@ def test_old_records_are_not_announced(server: Server, sinks: Any) -> None:
 
 
 def test_after_a_kill_each_message_is_sent_once(server: Server, sinks: Any) -> None:
-    """What comes again to a new sink is not told again, but still counts for what follows."""
+    """Records that come again to a new sink send nothing, but still count for later messages."""
     batch = records(START, logged("acc", 0.5), logged("acc", 0.75), RunEnded(status="finished"))
     sinks().write(batch[:3])  # and is never closed
     sinks().write(batch)
@@ -353,8 +353,8 @@ def test_one_service_that_fails_costs_the_others_nothing(server: Server, sinks: 
     assert ["shapes: a"] == titles(server, "/good") == titles(server, "/bad")
 
 
-def test_a_refused_message_does_not_hold_up_the_next(server: Server, sinks: Any) -> None:
-    """A service that says no is not asked for ever; the next message is tried by itself."""
+def test_a_rejected_message_does_not_block_the_next(server: Server, sinks: Any) -> None:
+    """A message that a service rejects is given up; the next one is sent by itself."""
     sink = sinks()
     server.status[f"/{SECRET}"] = 404
     batch = records(alert("a"), alert("b"))
@@ -375,7 +375,7 @@ def test_a_refused_message_does_not_hold_up_the_next(server: Server, sinks: Any)
         (f"json://?{SECRET}", "json://"),
     ],
 )
-def test_a_bad_url_is_refused_at_once(
+def test_a_bad_url_is_rejected_at_once(
     sinks: Any, server: Server, url: str, shown: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The error says which one it is and shows no more of it than its scheme; no log does."""
@@ -432,7 +432,7 @@ def test_no_thread_is_left(server: Server, sinks: Any) -> None:
     ],
 )
 def test_options_are_checked(options: str, expected: str) -> None:
-    """Each fault is told with its line and what was expected."""
+    """Each fault is reported with its line and what was expected."""
     text = f"\nsinks:\n  n:\n    type: notify\n    {options}\n"
     with pytest.raises(ConfigError, match=expected):
         config.loads(text, name="bus.yaml")
@@ -446,10 +446,10 @@ def test_options_go_to_another_process_whole() -> None:
 
 
 @pytest.mark.parametrize("isolation", ["inline", "process"])
-def test_a_bus_tells_of_a_failure(
+def test_a_bus_sends_a_failure(
     server: Server, tmp_path: Path, isolation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A training that raises is told of, whoever runs the sink; the URL comes from a variable."""
+    """A training that raises sends a message in each isolation; the URL comes from a variable."""
     monkeypatch.setenv("NOTIFY_URL", server.url())
     text = f"""
 sinks:
@@ -481,7 +481,7 @@ with config.loads(sys.stdin.read()) as bus, bus.run(name="n") as run:
 """
 
 
-def test_a_training_that_is_killed_is_told_of(server: Server, tmp_path: Path) -> None:
+def test_a_training_that_is_killed_sends_a_message(server: Server, tmp_path: Path) -> None:
     """Nobody is left in the training process to say it: the sidecar does, once."""
     sink = {"type": "notify", "urls": [server.url()], "state": str(tmp_path / "state")}
     text = json.dumps({"journal": {"dir": str(tmp_path / "runs")}, "sinks": {"people": sink}})
@@ -499,14 +499,14 @@ def test_a_training_that_is_killed_is_told_of(server: Server, tmp_path: Path) ->
     assert "\nlast: train/loss 1.5\n" in found["message"]
 
 
-def test_the_best_that_the_training_names_is_told(server: Server, sinks: Any) -> None:
+def test_the_best_that_the_training_names_is_sent(server: Server, sinks: Any) -> None:
     """The end's own best value goes before what was seen."""
     best = Best(metric="fitness", value=0.5, epoch=4)
     sinks().write(records(RunEnded(status="finished", best=best)))
     assert "best: fitness 0.5 in epoch 5\nrun: r" == got(server)[0]["message"]
 
 
-def test_a_state_that_can_not_be_kept_is_told(tmp_path: Path, sinks: Any) -> None:
+def test_a_state_that_can_not_be_written_is_an_error(tmp_path: Path, sinks: Any) -> None:
     """The folder is named, with what to set."""
     (tmp_path / "file").write_text("")
     with pytest.raises(SinkError, match=r"can't write .*/file/x: .*; set another `state`"):

@@ -106,7 +106,7 @@ def logged(name: str, value: float, **more: Any) -> MetricsLogged:
     return MetricsLogged(values={name: value}, **{"phase": "train", **more})
 
 
-def test_a_scrape_shows_how_the_run_stands() -> None:
+def test_a_scrape_shows_the_state_of_the_run() -> None:
     """Every value is there over HTTP, once, with what it is worth, NaN and infinities included."""
     sink = opened(port=0)
     nasty = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, 'métrique/µ\n"': 5e-324}
@@ -275,7 +275,7 @@ def free_port() -> int:
         return port
 
 
-def test_a_port_in_use_is_told() -> None:
+def test_a_port_in_use_is_an_error() -> None:
     """The error says what to set; it may go well later, but nobody waits for it at the end."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -293,7 +293,7 @@ def test_a_port_in_use_is_told() -> None:
     again.close()
 
 
-def test_an_address_that_is_not_ours_is_told() -> None:
+def test_an_address_of_another_machine_is_an_error() -> None:
     """An address of no network of this machine is named, with what to set."""
     with pytest.raises(SinkError, match=r"can't listen on port 0 of 192\.0\.2\.1 .*`address`"):
         opened(port=0, address="192.0.2.1")
@@ -351,7 +351,7 @@ def test_after_a_kill_everything_is_there_once(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_keeps_its_metrics(tmp_path: Path) -> None:
-    """The second attempt goes on in the file of the first; another run does not."""
+    """The second attempt continues the file of the first; another run does not."""
     path = tmp_path / "t.prom"
     sink = opened(textfile=str(path))
     sink.write(records(START, logged("old", 1.0), logged("both", 1.0)))
@@ -379,7 +379,7 @@ def test_a_damaged_file_is_replaced(tmp_path: Path) -> None:
 
 
 def test_metrics_are_bounded(caplog: pytest.LogCaptureFixture) -> None:
-    """Beyond `max_metrics` known series go on, new ones are left out, counted and said once."""
+    """Beyond `max_metrics` known series continue; new ones are dropped, counted and logged once."""
     sink = opened(port=0, max_metrics=2)
     for at, value in enumerate((1.0, 2.0), 1):
         values = {f"m{n}": value for n in range(5)}
@@ -496,7 +496,7 @@ def test_what_a_pushgateway_answers_counts(gateway: Gateway, status: int, verdic
     sink.close()
 
 
-def test_a_file_that_can_not_be_written_is_told(tmp_path: Path) -> None:
+def test_a_file_that_can_not_be_written_is_an_error(tmp_path: Path) -> None:
     """The path is named, with the reason and what to set."""
     (tmp_path / "file").write_text("")
     sink = opened(textfile=str(tmp_path / "file" / "t.prom"))
@@ -520,7 +520,7 @@ def test_a_file_that_can_not_be_written_is_told(tmp_path: Path) -> None:
     ],
 )
 def test_options_are_checked(options: str, expected: str) -> None:
-    """Each fault is told with its line and what was expected."""
+    """Each fault is reported with its line and what was expected."""
     text = f"\nsinks:\n  p:\n    type: prometheus\n    {options}\n"
     with pytest.raises(ConfigError, match=expected):
         config.loads(text, name="bus.yaml")
