@@ -65,51 +65,46 @@ REQUIRED_NAMES = (
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
+TrackingUri = Annotated[
+    str,
+    Meta(
+        pattern=r"^(databricks|(?!file:)[A-Za-z][A-Za-z0-9+.-]*:.+)$",
+        extra={
+            "expected": "a URI such as `sqlite:///mlflow.db` or `http://host:5000`; "
+            "MLflow no longer has a store of plain files"
+        },
+        description="Database or server; by default `MLFLOW_TRACKING_URI`, else "
+        "`sqlite:///mlflow.db`",
+    ),
+]
+Experiment = Annotated[
+    str,
+    Meta(
+        pattern=r"\S",
+        max_length=500,
+        extra={"expected": "an MLflow experiment name: 1 to 500 characters, not blank"},
+        description="Experiment; by default `MLFLOW_EXPERIMENT_NAME` or `_ID`, else the "
+        "project of the training, else `Default`",
+    ),
+]
+RunName = Annotated[str, Meta(min_length=1, max_length=250, description="Run name")]
+Location = Annotated[
+    FilePath,
+    Meta(
+        min_length=1,
+        description="Where files are stored if this sink creates the experiment; by "
+        "default MLflow decides: the server's store, or `./mlruns` beside a database",
+    ),
+]
+
+
 class MlflowOptions(Options, frozen=True, kw_only=True):
     """Options of the `mlflow` sink; the training provides what is not set here."""
 
-    tracking_uri: (
-        Annotated[
-            str,
-            Meta(
-                pattern=r"^(databricks|(?!file:)[A-Za-z][A-Za-z0-9+.-]*:.+)$",
-                extra={
-                    "expected": "a URI such as `sqlite:///mlflow.db` or `http://host:5000`; "
-                    "MLflow no longer has a store of plain files"
-                },
-                description="Database or server; by default `MLFLOW_TRACKING_URI`, else "
-                "`sqlite:///mlflow.db`",
-            ),
-        ]
-        | None
-    ) = None
-    experiment: (
-        Annotated[
-            str,
-            Meta(
-                pattern=r"\S",
-                max_length=500,
-                extra={"expected": "an MLflow experiment name: 1 to 500 characters, not blank"},
-                description="Experiment; by default `MLFLOW_EXPERIMENT_NAME` or `_ID`, else the "
-                "project of the training, else `Default`",
-            ),
-        ]
-        | None
-    ) = None
-    run_name: Annotated[str, Meta(min_length=1, max_length=250, description="Run name")] | None = (
-        None
-    )
-    artifact_location: (
-        Annotated[
-            FilePath,
-            Meta(
-                min_length=1,
-                description="Where files are stored if this sink creates the experiment; by "
-                "default MLflow decides: the server's store, or `./mlruns` beside a database",
-            ),
-        ]
-        | None
-    ) = None
+    tracking_uri: TrackingUri | None = None
+    experiment: Experiment | None = None
+    run_name: RunName | None = None
+    artifact_location: Location | None = None
     save_checkpoints: SaveCheckpoints = "best"
     tags: Annotated[dict[str, str], Meta(description="Tags and their values")] | None = None
 

@@ -38,17 +38,16 @@ REQUIRED_NAMES = (
     "tensorboard.compat.proto.summary_pb2:Summary",
     "tensorboard.summary.writer.record_writer:RecordWriter",
     "tensorboard.util.tensor_util:make_tensor_proto",
-    "tensorboard.plugins.scalar.metadata:create_summary_metadata",
-    "tensorboard.plugins.image.metadata:create_summary_metadata",
-    "tensorboard.plugins.text.metadata:create_summary_metadata",
-    "tensorboard.plugins.histogram.metadata:create_summary_metadata",
-    "tensorboard.plugins.pr_curve.metadata:create_summary_metadata",
-    "tensorboard.plugins.hparams.metadata:create_summary_metadata",
+    *(
+        f"tensorboard.plugins.{name}.metadata:create_summary_metadata"
+        for name in ("scalar", "image", "text", "histogram", "pr_curve", "hparams")
+    ),
     "tensorboard.plugins.hparams.plugin_data_pb2:HParamsPluginData",
     "tensorboard.plugins.hparams.api_pb2:STATUS_SUCCESS",
 )
 """Names that the sink relies on; `trainbus doctor` checks that they exist."""
 
+_BINARY = getattr(os, "O_BINARY", 0)  # without it Windows writes another end of line
 _MARK = re.compile(r"trainbus\.record\.(\d+)\.(\d+)")
 """Writer of the last event of a record: its attempt and seq."""
 
@@ -109,7 +108,7 @@ class TensorboardSink(TrackerSink):
                     if ended:  # TensorBoard would show the first end that it finds
                         os.truncate(earlier, ended)
             end, _ = self._learn(path)
-            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _BINARY, 0o644)
             os.ftruncate(fd, end)
         self._path, self._fd = path, fd
         parts = Path(self.options.logdir).parts

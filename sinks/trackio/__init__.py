@@ -68,35 +68,33 @@ REQUIRED_NAMES = tuple(f"trackio{name}" for name in _REQUIRED_NAMES.split())
 """Names that the sink relies on; `trainbus doctor` checks that they exist."""
 
 
+Project = Annotated[
+    str,
+    Meta(
+        pattern=r"^(?!registry-)\w[\w .-]*$",
+        max_length=128,
+        extra={
+            "expected": "a Trackio project name: letters, digits, _ - . and spaces, not "
+            "beginning with `registry-`"
+        },
+        description="Project; by default that of the training, made valid",
+    ),
+]
+Folder = Annotated[
+    FilePath,
+    Meta(
+        min_length=1,
+        description="Folder of the databases, one per process; by default Trackio's own: "
+        "`TRACKIO_DIR`, else `trackio` in Hugging Face's cache",
+    ),
+]
+
+
 class TrackioOptions(Options, frozen=True, kw_only=True):
     """Options of the `trackio` sink; the training provides what is not set here."""
 
-    project: (
-        Annotated[
-            str,
-            Meta(
-                pattern=r"^(?!registry-)\w[\w .-]*$",
-                max_length=128,
-                extra={
-                    "expected": "a Trackio project name: letters, digits, _ - . and spaces, not "
-                    "beginning with `registry-`"
-                },
-                description="Project; by default that of the training, made valid",
-            ),
-        ]
-        | None
-    ) = None
-    dir: (
-        Annotated[
-            FilePath,
-            Meta(
-                min_length=1,
-                description="Folder of the databases, one per process; by default Trackio's own: "
-                "`TRACKIO_DIR`, else `trackio` in Hugging Face's cache",
-            ),
-        ]
-        | None
-    ) = None
+    project: Project | None = None
+    dir: Folder | None = None
     save_checkpoints: SaveCheckpoints = "best"
 
 

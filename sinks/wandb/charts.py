@@ -1,7 +1,7 @@
-"""Builds what the `wandb` sink shows: curves, confusion matrices, pictures, tables, histograms.
+"""Builds the objects that W&B shows: curves, confusion matrices, pictures, tables, histograms.
 
-W&B shows the first 10,000 rows of a chart's table and drops the rest without a word; what is built
-here fits that limit, and says what it had to leave out.
+W&B shows the first 10,000 rows of a chart's table and silently drops the rest; charts built here
+fit that limit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Floats = NDArray[np.float64]
 
 
 def points_shown(event: CurveLogged, points: int, *, per_class: bool) -> int:
-    """Return how many points a class there is room for, of the `points` that are asked for."""
+    """Return how many of the requested `points` per class W&B can show."""
     curves = 1 + len(event.classes) if per_class else 1
     return min(points, max(ROW_LIMIT // curves, 2))
 
@@ -84,7 +84,7 @@ def write_curve(event: CurveLogged, path: Path) -> None:
 
 
 def confusion_matrix(event: ConfusionMatrixLogged) -> Any:
-    """Return the chart of a confusion matrix: of its cells the largest, where not all fit."""
+    """Return the chart of a confusion matrix; if not all cells fit, of the largest ones."""
     matrix = np.asarray(event.matrix, dtype=float)
     flat = np.arange(matrix.size)
     if matrix.size > ROW_LIMIT:
@@ -105,7 +105,7 @@ def confusion_matrix(event: ConfusionMatrixLogged) -> Any:
 
 
 def image(event: ImageLogged) -> Any:
-    """Return a picture; floats are taken as 0…1, which wandb itself does not do."""
+    """Return a picture; floats are in 0…1, unlike in wandb itself."""
     if event.array is None:
         if event.path is None or not Path(event.path).is_file():
             raise FileNotFoundError(f"no file at {event.path}")
@@ -118,17 +118,17 @@ def image(event: ImageLogged) -> Any:
 
 
 def table(event: TableLogged) -> Any:
-    """Return a table, whose columns may hold values of any types."""
+    """Return a table, whose columns may have values of mixed types."""
     return wandb.Table(columns=list(event.columns), data=event.rows, allow_mixed_types=True)
 
 
 def text(event: TextLogged) -> Any:
-    """Return a text as it stands."""
+    """Return a preformatted text."""
     return wandb.Html(f"<pre>{html.escape(event.text)}</pre>", inject=False)
 
 
 def histogram(event: HistogramLogged) -> Any:
-    """Return a histogram with at most the 512 bins that W&B takes; neighbours are added up."""
+    """Return a histogram of at most 512 bins, the limit of W&B; neighbouring bins are merged."""
     counts, edges = np.asarray(event.counts), np.asarray(event.edges)
     width = -(-len(counts) // _BIN_LIMIT)
     if width > 1:
@@ -140,7 +140,7 @@ def histogram(event: HistogramLogged) -> Any:
 def interpolate(at: Floats, x: Floats, y: Floats) -> Floats:
     """Return y (C, N) over ascending x (N,), interpolated linearly at `at` (M,): an array (C, M).
 
-    It is `numpy.interp` for all rows at once, equal to the last bit: slope · (at - x[j]) + y[j]
+    It equals `numpy.interp` for each row to the last bit: slope · (at - x[j]) + y[j]
     inside, the first and the last value outside.
     """
     if len(x) == 1:
@@ -155,7 +155,7 @@ def interpolate(at: Floats, x: Floats, y: Floats) -> Floats:
 
 
 def _table(columns: Sequence[str], types: list[type], rows: list[list[Any]]) -> wandb.Table:
-    # Declared types on an empty table spare wandb's inference, which takes seconds for many rows.
+    # Declared types avoid wandb's inference, which takes seconds for many rows.
     table = wandb.Table(columns=list(columns), dtype=types)
     table.data = rows
     return table

@@ -1,16 +1,15 @@
-"""Files as W&B artifacts."""
+"""Files as W&B artifacts: checkpoints, artifacts, and the complete curves of a run."""
 
 from __future__ import annotations
 
 import logging
-import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainbus.events import CurveLogged
-from trainbus.toolkit.sinks import side_by_side
+from trainbus.toolkit.sinks import side_by_side, to_json
 
 from .options import artifact_name
 
@@ -28,8 +27,9 @@ def log_files(
     paths: Sequence[str],
     aliases: Sequence[str],
     metadata: Mapping[str, Any],
-) -> bool:
-    """Log files and folders as a version of an artifact; return whether W&B has them."""
+    lose: Callable[[str, object], None],
+) -> None:
+    """Log files and folders as a version of an artifact; `lose` it if W&B can't store it."""
     import wandb
 
     try:
@@ -37,20 +37,18 @@ def log_files(
         _add_files(artifact, paths)
         run.log_artifact(artifact, aliases=list(aliases) or None)
     except (wandb.Error, OSError, TypeError, ValueError) as error:
-        logger.warning("artifact %r can't be kept in W&B: %s", name, error)
-        return False
-    return True
+        lose(name, error)
 
 
 class Curves:
-    """All points of the curves of a run, of which its charts show a part."""
+    """An artifact with all points of a run's curves, of which the charts show only some."""
 
     def __init__(self, run: WandbRun) -> None:
         self._run = run
         self._artifact: WandbArtifact | None = None
 
     def add(self, event: CurveLogged) -> str | None:
-        """Keep a curve; return the artifact's name for the first one, which is to be told."""
+        """Add a curve; return the name of the artifact for the first one, to be logged."""
         import wandb
 
         from .charts import write_curve
@@ -67,22 +65,14 @@ class Curves:
         return self._artifact.name if is_first else None
 
     def log(self) -> None:
-        """Log them, if there are any."""
+        """Log the artifact, if it has any curves."""
         if self._artifact is not None:
             self._run.log_artifact(self._artifact)
 
 
 def _metadata(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return metadata that W&B takes: ±Inf, which it refuses, as text, and at most 100 keys."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, float) and not math.isfinite(value):
-            return str(value)
-        if isinstance(value, Mapping):
-            return {k: finite(v) for k, v in value.items()}
-        return [finite(v) for v in value] if isinstance(value, list) else value
-
-    kept = {k: finite(v) for k, v in values.items() if v is not None}
+    """Return metadata that W&B accepts: without ±Inf and None, and with at most 100 keys."""
+    kept = {k: to_json(v) for k, v in values.items() if v is not None}
     return kept if len(kept) <= 100 else {"metadata": kept}
 
 
@@ -92,7 +82,7 @@ def _add_files(artifact: WandbArtifact, paths: Sequence[str]) -> None:
         if path not in found:
             logger.warning("artifact %r: no file at %s", artifact.name, path)
     if paths and not found:
-        raise FileNotFoundError("none of its files is there")
+        raise FileNotFoundError("none of its files exists")
     for path, name in side_by_side(found).items():
         if Path(path).is_dir():
             artifact.add_dir(path, name=name)

@@ -1,6 +1,6 @@
 """The rows of one W&B run, whose x axis is the epoch, or the step for values of single steps.
 
-W&B drops what is logged behind its own step: no row is, and none is left in two parts.
+W&B drops rows that are logged behind its own step: no row is, and no row is split in two.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ EPOCH, STEP = "epoch", "trainer/step"
 """The x axes: epochs counted from 1, and optimizer steps."""
 
 RESERVED = frozenset({EPOCH, STEP, "_step", "_timestamp", "_runtime", "_wandb"})
-"""Names in a row that are not free for a metric: the axes, and what W&B itself writes."""
+"""Names that no metric may have: the axes, and the columns that W&B itself writes."""
 
 _MOST_WAITING = 1_000
 
 
 class Rows:
-    """Gathers the numbers of an epoch, and sends them when it is over.
+    """Collects the numbers of an epoch, and sends them when it is over.
 
     Args:
         run: the W&B run.
-        goal_of: returns whether the "max" or the "min" of a metric is best, if either is.
-        is_shared: whether somebody else logs to the run as well.
-        is_new: whether nothing was logged to the run before.
+        goal_of: returns the goal of a metric, "max" or "min"; None if it has none.
+        is_shared: whether the user's program also logs to the run.
+        is_new: whether the run has no rows yet.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class Rows:
         is_new: bool = True,
     ) -> None:
         self.time = time.time()
-        """Of the record, as it may be much later when it comes; Unix seconds."""
+        """Time of the record in Unix seconds; it may be delivered much later."""
         self._run = run
         self._is_shared = is_shared
         self._best = _Best(run, goal_of, is_new=is_new)
-        self._beside = _Beside(run)
+        self._shared_log = _SharedLog(run)
         self._axes: dict[str, str] = {}
         self._epoch: int | None = None
         self._open_epoch: int | None = None
@@ -61,25 +61,25 @@ class Rows:
         self._row_names: set[str] = set()
         self._row_records = 0
         self._moved: set[str] = set()
-        if not is_shared:  # where `epoch` may be a metric of theirs, too
+        if not is_shared:  # whose program may have a metric `epoch`
             run.define_metric(EPOCH, hidden=True)
 
     @property
     def are_sent(self) -> bool:
-        """Whether W&B has all that was logged."""
-        return not self._row and not self._row_media and not self._beside.waiting
+        """Whether W&B has everything that was logged."""
+        return not self._row and not self._row_media and not self._shared_log.waiting
 
     @property
     def held(self) -> int:
-        """How many records W&B has nothing of yet."""
-        return self._row_records + len(self._beside.waiting)
+        """Number of records that W&B has nothing of yet."""
+        return self._row_records + len(self._shared_log.waiting)
 
     def start_epoch(self, epoch: int) -> None:
-        """Begin an epoch, which what comes without one belongs to."""
+        """Begin an epoch; values without an epoch belong to it."""
         self._epoch = self._open_epoch = epoch
 
     def end_epoch(self, event: EpochEnded) -> None:
-        """Send the row of an epoch, or drop it where the epoch comes again."""
+        """Send the row of an epoch, or drop it if the epoch is repeated."""
         if event.outcome != "completed":
             self._row.clear()
             self._row_records = 0
@@ -91,7 +91,7 @@ class Rows:
         self.commit()
 
     def log(self, values: Mapping[str, Any], epoch: int | None) -> None:
-        """Put numbers into the row of their epoch, which is sent when it is complete."""
+        """Add numbers to the row of their epoch, which is sent when it is complete."""
         values = self._free(values)
         at = self._epoch if epoch is None else epoch
         if at is None:  # a training without epochs
@@ -119,8 +119,8 @@ class Rows:
     def show(self, key: str, epoch: int | None, value: Any) -> None:
         """Log a picture, chart or table at once, as its file may change.
 
-        In a run of its own it joins the row of its epoch. In a shared run it has a row of its own:
-        the next row of somebody else would take along what is left open, or overwrite it.
+        It joins the row of its epoch. In a shared run it gets its own row: the next row of the
+        user's program would include or overwrite a row that is left open.
         """
         (key,) = self._free({key: value})
         at = self._epoch if epoch is None else epoch
@@ -136,7 +136,7 @@ class Rows:
             self._run.log({key: value}, step=max(at + 1, self._run.step), commit=False)
 
     def commit(self) -> None:
-        """Send the row of an epoch; if that fails it is kept, to be sent again."""
+        """Send the row of an epoch; if that fails, the row is kept and sent again."""
         at, row, media = self._row_epoch, self._row, self._row_media
         if at is not None and (row or media or self._epoch == at):
             self._send(dict(row) if media and not row else {**row, EPOCH: at + 1}, at)
@@ -145,18 +145,18 @@ class Rows:
         self._row_records = 0
 
     def end(self, *, is_cut_short: bool) -> None:
-        """Send the last row; that of an epoch which a resumed training redoes goes elsewhere."""
+        """Send the last row; a partial one, which a resumed training repeats, joins the summary."""
         is_partial = self._open_epoch == self._row_epoch and self._row.keys() < self._row_names
         if is_cut_short and is_partial:
             self._run.summary.update(self._row)
             self._row, self._row_epoch, self._row_records = {}, None, 0
         self.commit()
-        self._beside.finish()
+        self._shared_log.finish()
 
     def _send(self, values: dict[str, Any], epoch: int | None = None) -> None:
         row = {**values, "_timestamp": self.time}
         if self._is_shared:
-            self._beside.log(row)
+            self._shared_log.log(row)
         elif epoch is None:
             self._run.log(row, commit=True)
         else:
@@ -164,12 +164,12 @@ class Rows:
         self._best.update(values)
 
     def _free(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return values under names that are free in a row."""
+        """Return values under names that a metric may have."""
         taken = values.keys() & RESERVED
         if new := taken - self._moved:
             self._moved |= new
             names = ", ".join(f"{name!r} as 'logged/{name}'" for name in sorted(new))
-            logger.warning("W&B rows have a column of that name already: %s", names)
+            logger.warning("W&B reserves these names; logging %s", names)
         return {f"logged/{k}" if k in taken else k: v for k, v in values.items()}
 
     def _define(self, values: Mapping[str, Any], axis: str) -> None:
@@ -183,10 +183,10 @@ class Rows:
 
 
 class _Best:
-    """Keeps the best value of a metric that has a goal in the run's summary, as `<name>.max`.
+    """Writes the best value of each metric with a goal to the run's summary, as `<name>.max`.
 
-    With W&B's own `define_metric(summary="max")` the metric itself is gone from the summary: its
-    name then holds a mapping, which neither tables nor sweeps take for a number.
+    W&B's own `define_metric(summary="max")` replaces the metric in the summary with a mapping,
+    which neither tables nor sweeps accept as a number.
     """
 
     def __init__(
@@ -219,22 +219,22 @@ class _Best:
         return self._found.get(key)
 
 
-class _Beside:
-    """Logs rows to a run that the user's program logs to at the same time, from another thread.
+class _SharedLog:
+    """Logs rows to a run to which the user's program logs at the same time, in another thread.
 
-    W&B merges what is logged until a row is committed, and a step that is behind the run's own
-    drops the row. One call that commits, without a step, is atomic in W&B: it neither drops a row
-    nor leaves anything open. But it moves the run's step on, and W&B would drop the rows of a
-    program that logs with `step=`; there a row joins the one of the program's current step.
+    W&B merges values until a row is committed, and drops rows whose step is behind the run's own.
+    One call that commits, without a step, is atomic: it neither drops a row nor leaves one open.
+    But it increments the run's step, and W&B would then drop rows of a program that logs with
+    `step=`; in such a run a row joins that of the program's current step.
     """
 
     def __init__(self, run: WandbRun) -> None:
         self.waiting: deque[dict[str, Any]] = deque()
-        """Rows that wait until the program has gone on to its next step."""
+        """Rows that wait for the program's next step."""
         self._run = run
         self._open: dict[str, Any] = {}
         self._open_at = 0
-        self._has_said = False
+        self._has_warned = False
 
     def log(self, row: dict[str, Any]) -> None:
         if not self._has_steps():
@@ -245,7 +245,7 @@ class _Beside:
             self._join()
 
     def finish(self) -> None:
-        """Log what waits, and leave no row open that the user's next one could overwrite."""
+        """Log the waiting rows, and leave no row open that the user's next one could overwrite."""
         while self.waiting:
             self._join()
         if self._open and self._run.step <= self._open_at:
@@ -254,23 +254,23 @@ class _Beside:
 
     def _join(self) -> None:
         if not self._is_free():
-            if not self._has_said:
-                self._has_said = True
+            if not self._has_warned:
+                self._has_warned = True
                 logger.warning(
-                    "rows come faster than the steps that your program logs to its W&B run with "
-                    "`step=`, which W&B may drop now; log without `step=`, or give this sink a run "
-                    "of its own with `isolation: process`"
+                    "records arrive faster than your program logs steps to its W&B run with "
+                    "`step=`; W&B may now drop some of your rows; log without `step=`, or give "
+                    "this sink its own run with `isolation: process`"
                 )
             self._run.log({}, commit=True)
             self._open = {}
         row = self.waiting[0]
         self._run.log(row, commit=False)
         self._open |= row
-        self._open_at = self._run.step  # read afterwards: the row is at this step or before
+        self._open_at = self._run.step  # read afterwards: the row is at this step or an earlier one
         self.waiting.popleft()
 
     def _is_free(self) -> bool:
-        """Return whether the next row overwrites nothing of the one that was logged last."""
+        """Return whether the next row would overwrite nothing of the last one."""
         if self._open and self._run.step > self._open_at:
             self._open = {}
         both = self.waiting[0].keys() & self._open.keys() - {"_timestamp"}
@@ -279,6 +279,6 @@ class _Beside:
     def _has_steps(self) -> bool:
         if self._run.settings.mode == "shared":  # where W&B ignores them
             return False
-        # Nothing public says it; a row is committed where it is not known.
+        # There is no public attribute for it; if unknown, rows are committed.
         telemetry = getattr(self._run, "_telemetry_obj", None)
         return bool(getattr(getattr(telemetry, "feature", None), "set_step_log", False))

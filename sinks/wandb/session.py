@@ -1,4 +1,4 @@
-"""Starts, finds and closes the W&B run that a sink feeds."""
+"""Starts, finds and finishes the W&B run that a sink feeds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainbus.errors import SinkError
 from trainbus.interfaces import RunInfo
-from trainbus.toolkit.sinks import check_folder
+from trainbus.toolkit.sinks import check_folder, required_package
 
 from .options import WandbOptions, project_name, run_id, run_name
 
@@ -23,25 +23,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger("trainbus.sinks.wandb")
 
 _ATTEMPT = "trainbus-attempt.txt"
-"""File in an offline run's folder that says which attempt of the run it holds."""
+"""File in an offline run's folder with the number of the attempt that it contains."""
 
 _EXIT_CODES = {"finished": 0, "failed": 1, "stopped": 255}
-"""255 is what wandb itself reports for Ctrl-C."""
+"""255 is wandb's own code for Ctrl-C."""
 
 _STARTING = threading.Lock()
-"""Two runs that start at once would each take itself for the only one."""
+"""Held while a run starts: two that start at once would both get the same id."""
 
 _OURS: weakref.WeakSet[WandbRun] = weakref.WeakSet()
-"""Runs opened here, told apart only so that a second training does not log into the first one's."""
+"""Runs that this sink started, so that a second training doesn't log to the first one's."""
 
 
 def check(options: WandbOptions) -> str:
     """Log in, or make sure that the folder of an offline run can be written; return which.
 
     Raises:
-        SinkError: W&B knows no such login, can't be reached, or the folder can't be written.
+        MissingPackageError: wandb is not installed.
+        SinkError: W&B rejects the login, can't be reached, or the folder can't be written.
     """
-    import wandb
+    with required_package("wandb"):
+        import wandb
 
     mode = options.mode or os.environ.get("WANDB_MODE", "online")
     if mode in ("offline", "disabled"):
@@ -58,27 +60,27 @@ def check(options: WandbOptions) -> str:
 
 
 def is_users(run: WandbRun | None) -> bool:
-    """Return whether a run is open that was opened by somebody else, and is used as it is."""
+    """Return whether a run is active that the user's program started."""
     return run is not None and run not in _OURS
 
 
 def use(run: WandbRun, info: RunInfo, options: WandbOptions) -> WandbRun:
-    """Return a run of the user's own, after giving it the parameters that it does not have."""
+    """Add the parameters that a run of the user's lacks, and return it."""
     names = ("project", "entity", "name", "group", "job_type", "tags", "notes", "id", "dir")
     given = [name for name in names if getattr(options, name) is not None]
     if given:
-        logger.warning("a W&B run is active and is used as it is; not set: %s", ", ".join(given))
+        logger.warning("using the active W&B run as it is; ignored options: %s", ", ".join(given))
     run.config.setdefaults(info.started.params)  # type: ignore[no-untyped-call]
     return run
 
 
 def start(info: RunInfo, options: WandbOptions, stop: Callable[[], None]) -> WandbRun:
-    """Start the W&B run, or go on in the one that is resumed.
+    """Start the W&B run, or continue the one that is resumed.
 
     Args:
-        info: the run of trainbus.
-        options: of the sink.
-        stop: stops the training where that is another process; in its own one W&B does it.
+        info: the run in trainbus.
+        options: the sink's.
+        stop: stops a training in another process; W&B itself stops one in this process.
 
     Raises:
         SinkError: W&B refuses to start the run.
@@ -112,10 +114,10 @@ def _started(info: RunInfo, options: WandbOptions, stop: Callable[[], None]) -> 
         Path(folder).mkdir(parents=True, exist_ok=True)
     wanted = options.id or run_id(info.id)
     settings: dict[str, Any] = {"init_timeout": options.init_timeout_secs}
-    if info.pid is not None:  # this is not the training process, whose service ends with it
+    if info.pid is not None:  # wandb's service in the training process ends with it
         os.environ.pop("WANDB_SERVICE", None)
         settings |= {"x_stats_pid": info.pid, "stop_fn": stop}
-    # A second W&B sink on the same bus has a run of its own.
+    # A second W&B sink on the same bus gets its own run.
     taken = sum(other.id.startswith(wanted) for other in _OURS)
     project = options.project or (started.project and project_name(started.project))
     run = wandb.init(
@@ -131,19 +133,19 @@ def _started(info: RunInfo, options: WandbOptions, stop: Callable[[], None]) -> 
         resume=options.resume or ("allow" if info.resumed or info.reopened else None),
         dir=folder,
         mode=options.mode,
-        # The framework's own logger would take a run that is open as `wandb.run` for its own.
+        # The framework's own logger would use an active `wandb.run` as its own.
         reinit="create_new" if wandb.run or "wandb" in started.own_loggers else "default",
         settings=wandb.Settings(**settings),
     )
     if run.settings.mode == "offline":
-        _set_aside(run, info)
+        _hide_incomplete(run, info)
     return run
 
 
-def _set_aside(run: WandbRun, info: RunInfo) -> None:
-    """Keep `wandb sync --sync-all` from a part of this attempt that is stored anew, and whole.
+def _hide_incomplete(run: WandbRun, info: RunInfo) -> None:
+    """Hide incomplete files of this attempt from `wandb sync --sync-all`; they are written again.
 
-    What a process took that was killed may be on disk in part, and it can't be asked which part.
+    The file of a killed process may be incomplete, and wandb can't tell how much it contains.
     """
     folder = Path(run.dir).parent
     (folder / _ATTEMPT).write_text(f"{info.attempt}\n", encoding="utf-8")
@@ -163,7 +165,7 @@ def location(run: WandbRun) -> str | None:
 
 
 def stored(run: WandbRun) -> tuple[int, int]:
-    """Return the position of the last record that a run which goes on has, as its summary tells."""
+    """Return the position of the last record that a continued run has, from its summary."""
     try:
         summary: Any = run.summary
         return int(summary["trainbus/attempt"]), int(summary["trainbus/seq"])
@@ -172,7 +174,7 @@ def stored(run: WandbRun) -> tuple[int, int]:
 
 
 def finish(run: WandbRun, status: str) -> None:
-    """Close a run that was opened here, with the training's outcome; leave the user's own open."""
+    """Finish a run that was started here with the training's status; leave the user's open."""
     if run in _OURS:
         _OURS.discard(run)
         run.finish(exit_code=_EXIT_CODES[status])

@@ -136,7 +136,7 @@ def test_rows_faster_than_the_programs_steps_arrive(
         (row["epoch"], row["loss"]) for row in found.history if "loss" in row
     ]
     assert [0, 1, 2, 3] == shaded(found)
-    assert "give this sink a run of its own with `isolation: process`" in caplog.text
+    assert "give this sink its own run with `isolation: process`" in caplog.text
 
 
 def test_a_run_that_is_finished_too_early_does_not_have_what_is_left(mine: Any) -> None:
