@@ -23,6 +23,8 @@ from trainbus.toolkit.sinks import (
     writing_to,
 )
 
+_BINARY = getattr(os, "O_BINARY", 0)  # without it Windows writes another end of line
+
 
 class JsonlOptions(Options, frozen=True, kw_only=True):
     """Options of the `jsonl` sink."""
@@ -61,7 +63,7 @@ class JsonlSink(Sink):
         with writing_to(path, option="path"):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._last = _last_position(path, run.id)
-            self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _BINARY, 0o644)
             if _is_torn(path):  # else the next record would be lost with the half line before it
                 os.write(self._fd, b"\n")
         self._path, self._location = path, str(path)

@@ -83,4 +83,4 @@ def journals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def end_runs() -> Iterator[None]:
     """Runs that a test leaves open end with it, as they would with its process."""
     yield
-    process_hooks._at_exit()
+    process_hooks.end_open_runs()

@@ -41,7 +41,7 @@ from trainbus.delivery.worker_log import Output
 from trainbus.errors import JournalError
 from trainbus.events import Record, RunEnded
 from trainbus.interfaces import Sink
-from trainbus.journal.directory import RunFolder
+from trainbus.journal.directory import RunFolder, sync_data
 from trainbus.journal.file_access import FileResolver
 from trainbus.journal.recovery import last_record, recover
 
@@ -341,12 +341,12 @@ class _Run:
         at, size = self._synced
         if now - at < _SYNC_S or self._order.replay is not None:
             return
-        with suppress(OSError, AttributeError):
+        with suppress(OSError):
             fd = os.open(self.folder.records(self._order.attempt), os.O_RDONLY)
             try:
                 found = os.fstat(fd).st_size
                 if found != size:
-                    os.fdatasync(fd)
+                    sync_data(fd)
             finally:
                 os.close(fd)
             self._synced = (time.monotonic(), found)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -60,11 +62,25 @@ def isolation_of(spec: SinkSpec, isolation: Isolation) -> Isolation:
     if mode == "auto":
         sample = spec.sample()
         is_free = spec.options is not None and sample is not None and not sample.in_process
-        return "process" if is_free else "thread"
+        return "process" if is_free and _has_processes() else "thread"
     if mode == "process" and spec.options is None:
         logger.warning(
             "sink %r is an object of this process, so it runs in a thread instead of a process",
             spec.name,
         )
         return "thread"
+    if mode == "process" and not _has_processes():
+        return "thread"
     return mode
+
+
+@functools.cache
+def _has_processes() -> bool:
+    """Return whether delivery processes work on this system; if not, say so once."""
+    # What they share with the training: files without a name, and a pipe that can be waited for.
+    is_posix = all(hasattr(os, name) for name in ("pread", "writev", "set_blocking"))
+    if not is_posix:
+        logger.warning(
+            "sinks run in threads of the training process: delivery processes need a POSIX system"
+        )
+    return is_posix

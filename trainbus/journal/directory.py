@@ -24,12 +24,6 @@ from pathlib import Path
 
 from trainbus.errors import JournalError
 
-try:
-    import fcntl
-except ImportError:  # not on Windows, where a second writer is not noticed
-    fcntl = None  # type: ignore[assignment]
-
-
 _RUN_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _RECORDS = re.compile(r"r(0|[1-9][0-9]{0,5})-a([1-9][0-9]{0,5})\.jsonl")
 
@@ -189,7 +183,7 @@ def open_within(root: Path, path: Path) -> int:
     if not is_inside:
         raise JournalError(f"rejected {path}: it leads out of {root}")
     try:
-        fd = os.open(path, os.O_RDONLY | NO_FOLLOW | NO_BLOCK)
+        fd = os.open(path, os.O_RDONLY | NO_FOLLOW | NO_BLOCK | BINARY)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise JournalError(f"rejected {path}: it is a link") from error
@@ -238,8 +232,31 @@ def open_private(path: Path) -> int:
         OSError: the path is a link, or can't be opened.
     """
     make_folder(path.parent)
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_FOLLOW, 0o600)
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_FOLLOW | BINARY, 0o600)
+
+
+def read_at(fd: int, size: int, offset: int) -> bytes:
+    """Return up to `size` bytes of a file from an offset; it may move the descriptor's position.
+
+    Raises:
+        OSError: the file can't be read.
+    """
+    if hasattr(os, "pread"):
+        return os.pread(fd, size, offset)
+    os.lseek(fd, offset, os.SEEK_SET)
+    return os.read(fd, size)
+
+
+def sync_data(fd: int) -> None:
+    """Have the operating system write a file to the disk, against power loss.
+
+    Raises:
+        OSError: the disk can't be written.
+    """
+    getattr(os, "fdatasync", os.fsync)(fd)
 
 
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 NO_BLOCK = getattr(os, "O_NONBLOCK", 0)
+BINARY = getattr(os, "O_BINARY", 0)
+"""Flags of `os.open`; 0 on systems that do not have them."""

@@ -1,36 +1,57 @@
-"""File locks: only one process writes a records file, only one process delivers to a sink."""
+"""Locks of files: one process writes a records file, one process delivers to a sink."""
 
 from __future__ import annotations
 
+import errno
+import importlib
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
-from trainbus.journal.directory import NO_BLOCK, NO_FOLLOW, make_folder
+from trainbus.journal.directory import BINARY, NO_BLOCK, NO_FOLLOW, make_folder
 
-try:
-    import fcntl
-except ImportError:  # not on Windows, where a second writer is not noticed
-    fcntl = None  # type: ignore[assignment]
+_LOCKED_BYTE = 2**40
+"""The byte that is locked on Windows: nobody else can read a locked byte, so it lies beyond all."""
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+# POSIX has one of them, Windows the other.
+_fcntl, _msvcrt = _module("fcntl"), _module("msvcrt")
 
 
 def try_lock(fd: int) -> bool:
-    """Lock a file until its descriptor is closed; return False if another process has locked it."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
+    """Return whether this process has the file to itself now, until the descriptor is closed.
+
+    Where neither the system nor the filesystem has locks, it always has.
+    """
+    if _fcntl is not None:
+        try:
+            _fcntl.flock(fd, _fcntl.LOCK_EX | _fcntl.LOCK_NB)
+        except OSError as error:
+            return not isinstance(error, BlockingIOError)
+    elif _msvcrt is not None:
+        position = os.lseek(fd, 0, os.SEEK_CUR)
+        os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)
+        try:
+            _msvcrt.locking(fd, _msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            return error.errno not in (errno.EACCES, errno.EDEADLK)
+        finally:
+            os.lseek(fd, position, os.SEEK_SET)
     return True
 
 
 def is_being_written(path: Path) -> bool:
-    """Return whether a training process still holds the lock of its records file."""
+    """Return whether a training process still has its records file open."""
     try:
-        fd = os.open(path, os.O_RDONLY | NO_FOLLOW | NO_BLOCK)
+        fd = os.open(path, os.O_RDONLY | NO_FOLLOW | NO_BLOCK | BINARY)
     except OSError:
         return False
     try:
@@ -40,10 +61,10 @@ def is_being_written(path: Path) -> bool:
 
 
 def open_lock(path: Path) -> int:
-    """Open or create a lock file for `try_lock`, and return its descriptor.
+    """Return a descriptor of a lock file, for `try_lock`.
 
     Raises:
         OSError: it can't be created.
     """
     make_folder(path.parent)
-    return os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o600)
+    return os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW | BINARY, 0o600)

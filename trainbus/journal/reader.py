@@ -17,7 +17,7 @@ import msgspec
 from trainbus.errors import JournalError
 from trainbus.events import Codec, Record
 from trainbus.journal.blobs import Blobs
-from trainbus.journal.directory import RunFolder, is_run_id, open_within
+from trainbus.journal.directory import RunFolder, is_run_id, open_within, read_at
 from trainbus.journal.encoding import LINE_START, LONGEST_LINE, Entry, decode_entry, unseal
 
 _CHUNK = 2**20
@@ -141,7 +141,7 @@ class RecordFile:
                 self._fd = open_within(self._folder.path, self._path)
             except OSError:
                 return False
-        chunk = os.pread(self._fd, _CHUNK, self._offset + len(self._rest))
+        chunk = read_at(self._fd, _CHUNK, self._offset + len(self._rest))
         self._rest += chunk
         if len(self._rest) > LONGEST_LINE and b"\n" not in chunk:
             self._bad += not self._skips

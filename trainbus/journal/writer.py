@@ -34,7 +34,7 @@ from trainbus.events import (
     event_name,
 )
 from trainbus.interfaces import FilePath
-from trainbus.journal.directory import RunFolder
+from trainbus.journal.directory import BINARY, RunFolder, sync_data
 from trainbus.journal.encoding import LONGEST_LINE, RecordEncoder
 from trainbus.journal.locks import try_lock
 
@@ -165,8 +165,8 @@ class JournalWriter:
 
     def sync(self) -> None:
         """Flush the file to the disk, so that its records survive a power failure."""
-        with suppress(OSError, AttributeError):  # no such call on macOS
-            os.fdatasync(self._fd)
+        with suppress(OSError):
+            sync_data(self._fd)
 
     def check_file(self) -> None:
         """Check that the file still exists: records written to a deleted file are lost."""
@@ -336,7 +336,7 @@ class _Write(NamedTuple):
 
 
 def _create(folder: RunFolder, attempt: int, rank: int) -> tuple[int, int]:
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | BINARY
     while True:
         path = folder.records(attempt, rank)
         try:

@@ -1,14 +1,14 @@
-"""Ends the runs that are open when the process ends, whichever way it does.
+"""Ends the open runs when the process ends, in whatever way.
 
-What is global to a process can only be kept once: the hooks are hung in when the first run opens
-and taken out when the last one has ended. What others hung in before stays in and is called; a
-signal that somebody else handles is left to them.
+The hooks are global to the process: they are installed when the first run opens, and removed when
+the last one has ended. Hooks that others have installed stay and are called; a signal that the
+program handles itself is left to it.
 
-    exception       `sys.excepthook`, `threading.excepthook`: the run has failed
-    normal end      `atexit`: the run is finished
-    SIGTERM         a handler, where there was none: the run is stopped, then the signal works
-    os.fork         the child lets go of what belongs to its parent
-    os._exit, SIGKILL, a crash    nothing can be done here; the sidecar closes the run
+    exception       `sys.excepthook`, `threading.excepthook`: the run ends as failed
+    normal exit     `atexit`: the run ends as finished
+    SIGTERM         a handler, if there was none: the run ends as stopped, then the process dies
+    os.fork         the child releases what belongs to its parent
+    os._exit, SIGKILL, a crash    no hook runs; the sidecar ends the run
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SIGTERM_FLUSH_S = 3.0
 
 
 class OpenRun(Protocol):
-    """What is watched: an emitter with an open run."""
+    """An emitter with an open run."""
 
     def end(self, error: BaseException | None = None) -> None:
         """End the run."""
@@ -40,10 +40,10 @@ class OpenRun(Protocol):
         """End the run if that thread started it."""
 
     def interrupt(self, event: RunEnded, flush_secs: float) -> bool:
-        """End the run from a signal handler; False if that happens later."""
+        """End the run from a signal handler; False if it has to end later."""
 
     def abandon(self) -> None:
-        """Let go of everything in a forked child."""
+        """Release everything in a forked child."""
 
 
 _open: WeakSet[Any] = WeakSet()
@@ -54,12 +54,12 @@ _once: set[str] = set()
 
 
 def watch(run: OpenRun, *, of_signals: bool = True) -> None:
-    """Take care of a run from here on; not `of_signals` where it is only told of errors."""
+    """Install the hooks for a run; without `of_signals`, only those for exceptions and exit."""
     with _mutex:
         _open.add(run)
         if not _once:
             _once.add("installed")
-            atexit.register(_at_exit)
+            atexit.register(end_open_runs)
             if hasattr(os, "register_at_fork"):
                 os.register_at_fork(after_in_child=_in_child)
         if "excepthook" not in _before:
@@ -71,18 +71,18 @@ def watch(run: OpenRun, *, of_signals: bool = True) -> None:
 
 
 def unwatch(run: OpenRun) -> None:
-    """Forget a run that has ended, and with the last one take the hooks out again."""
+    """Forget a run that has ended; after the last one, remove the hooks."""
     with _mutex:
         _open.discard(run)
         remove_unused_hooks()
 
 
 def remove_unused_hooks() -> None:
-    """Take the hooks out where no run is open any more: one may be gone without an end."""
+    """Remove the hooks if no run is open: an emitter can be freed without ending its run."""
     with _mutex:
         if _open:
             return
-        # Who hung in a hook of their own meanwhile calls ours, which then only passes on.
+        # A hook that was installed after ours calls ours, which then stays and only passes on.
         if sys.excepthook is _on_exception and threading.excepthook is _on_thread_exception:
             sys.excepthook = _before.pop("excepthook")
             threading.excepthook = _before.pop("thread")
@@ -93,17 +93,17 @@ def remove_unused_hooks() -> None:
 
 @contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Run a block, of no more than a few lines for the disk, before any handler of others.
+    """Defer the program's handlers of SIGTERM and Ctrl-C until the end of a short block.
 
-    What handles SIGTERM or Ctrl-C may raise wherever the signal finds the main thread, as Python's
-    own handler and Lightning's do. What was due runs when the block is over.
+    Such a handler can raise between any two lines of the main thread, as those of Python and
+    Lightning do. A deferred signal is handled when the block ends.
     """
-    with _holding(signal.SIGTERM), _holding(signal.SIGINT):
+    with _deferred(signal.SIGTERM), _deferred(signal.SIGINT):
         yield
 
 
 @contextmanager
-def _holding(number: int) -> Iterator[None]:
+def _deferred(number: int) -> Iterator[None]:
     handler = signal.getsignal(number)
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or not callable(handler) or handler is _on_sigterm:
@@ -120,15 +120,16 @@ def _holding(number: int) -> Iterator[None]:
 
 
 def finish_sigterm() -> None:
-    """Let a SIGTERM that came during an `emit` do its work; called after each."""
+    """Let a SIGTERM that arrived during an `emit` end the process; called after each `emit`."""
     if _killed_by is not None and threading.current_thread() is threading.main_thread():
         _die(_killed_by)
 
 
 def comes_from_handler(error: BaseException) -> bool:
-    """Return whether a signal handler of the program raised an exception, which is the program's.
+    """Return whether an exception comes from a signal handler of the program.
 
-    Python runs handlers between any two lines, also of ours, as a time limit by SIGALRM does.
+    Python can run handlers between any two lines, also of ours: for example a time limit that uses
+    SIGALRM. Such an exception belongs to the program and is not caught.
     """
     handlers = {_code(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
     trace = error.__traceback__
@@ -140,10 +141,10 @@ def comes_from_handler(error: BaseException) -> bool:
 
 
 def _code(handler: Any) -> CodeType | None:
-    """Return the code that runs when a signal comes."""
+    """Return the code object of a signal handler, None if it has none."""
     if isinstance(handler, functools.partial):
         handler = handler.func
-    if not hasattr(handler, "__code__"):  # an object that is called
+    if not hasattr(handler, "__code__"):  # a callable object
         handler = getattr(type(handler), "__call__", None)  # noqa: B004
     return getattr(handler, "__code__", None)
 
@@ -160,9 +161,9 @@ def _on_exception(
 
 
 def _is_over() -> bool:
-    """Return whether the program is over: when the interpreter calls a hook, it has no caller.
+    """Return whether the program is ending: only the interpreter calls the hook from no frame.
 
-    Others call the hook to print an exception that they ignore, as extensions in C do.
+    C extensions also call the hook, to print an exception that they ignore.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_back is not None:
@@ -179,7 +180,8 @@ def _on_thread_exception(args: threading.ExceptHookArgs) -> None:
                 run.fail(args.exc_value, args.thread.ident or 0)
 
 
-def _at_exit() -> None:
+def end_open_runs() -> None:
+    """End every open run, as at the end of the process."""
     for run in list(_open):
         run.end()
 
@@ -187,8 +189,8 @@ def _at_exit() -> None:
 def _on_sigterm(number: int, frame: FrameType | None) -> None:
     global _killed_by
     if signal.getsignal(number) is not _on_sigterm:
-        # A handler that found this one calls it after its own work, as Lightning's does. Without
-        # trainbus it would have found none: whether the training goes on is for it to say.
+        # A handler installed after this one may call it, as Lightning's does. Without trainbus it
+        # would have nothing to call: it decides itself whether training continues.
         return
     _killed_by = number
     event = RunEnded(status="stopped", reason="SIGTERM")
@@ -198,7 +200,7 @@ def _on_sigterm(number: int, frame: FrameType | None) -> None:
 
 
 def _die(number: int) -> None:
-    """Let the signal end the process, as it would have without a handler."""
+    """Let the signal end the process, as without a handler."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
 
