@@ -59,8 +59,8 @@ def records_of(folder: Path) -> list[list[Record]]:
 NOTHING = (
     "trainbus: nothing was recorded: found no training of accelerate, ignite, keras, lightgbm, "
     "lightning, pytorch_lightning, skorch, stable_baselines3, transformers, ultralytics, xgboost; "
-    "log a loop of your own with `bus.run()` (README, 'A loop of your own'), `trainbus plugins` "
-    "lists what can be used\n"
+    "log a loop of your own with `bus.run()` (README, 'A loop of your own'); `trainbus plugins` "
+    "lists the supported frameworks\n"
 )
 
 
@@ -166,7 +166,8 @@ def test_a_python_without_trainbus_says_so(tmp_path: Path) -> None:
         pytest.skip("trainbus is installed in the base interpreter")
     done = run(tmp_path, other, "-c", "print(1)", env=env)
     assert (0, "1\n") == (done.returncode, done.stdout)
-    assert "has no trainbus; what it trains is not logged" in done.stderr
+    assert "trainbus: not installed for " in done.stderr
+    assert "; its trainings are not recorded" in done.stderr
 
 
 def test_a_bad_configuration_starts_nothing(tmp_path: Path) -> None:

@@ -519,10 +519,10 @@ def test_show_follows_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """`show -f` waits while the run goes on, and ends with it."""
     journal = JournalWriter(folder_in(tmp_path))
     journal.append(RunStarted(name="followed"), 1.0)
-    waits, goes_on = threading.Event(), shows._goes_on
+    waits, is_being_written = threading.Event(), shows.is_being_written
 
-    def watched(*args: Any) -> bool:
-        found = goes_on(*args)
+    def watched(path: Path) -> bool:
+        found = is_being_written(path)
         waits.set()
         return found
 
@@ -530,8 +530,8 @@ def test_show_follows_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert waits.wait(_DEADLINE_S)
         journal.append(RunEnded(status="stopped", reason="over now"), 2.0)
 
-    monkeypatch.setattr(shows, "_goes_on", watched)
-    monkeypatch.setattr(shows, "_POLL_S", 0.01)
+    monkeypatch.setattr(shows, "is_being_written", watched)
+    monkeypatch.setattr(shows, "POLL_S", 0.01)
     thread = threading.Thread(target=end)
     thread.start()
     code, out, _ = run("show", "-f", journal.folder.path)

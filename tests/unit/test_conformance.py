@@ -788,7 +788,7 @@ def test_grammar_names_a_fault_of_the_frame(tmp_path: Path) -> None:
         (MetricsLogged, {"values": {"": 1.0}}, "expected the name of a metric, found ''"),
         (ImageLogged, {"path": None}, "expected either a path or an array"),
         (CurveLogged, {"classes": []}, "expected x (N,) and y (0, 5)"),
-        (TableLogged, {"columns": ["a"]}, "expected 1 values a row, found 2"),
+        (TableLogged, {"columns": ["a"]}, "expected 1 values per row, found 2"),
         (RunEnded, {"status": "failed"}, "expected an error if and only if the run failed"),
         (RunStarted, {"params": {"a": object()}}, "can't be encoded"),
     ],

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from trainbus import registry
 from trainbus.cli import doctor
 from trainbus.cli.app import app
-from trainbus.cli.doctor import Finding, examine
+from trainbus.cli.doctor import PackageReport, examine
 
 PLUGIN = """
 TESTED_VERSIONS = "1.0, 1.1"
@@ -28,7 +28,7 @@ def attach(target, emit):
 
 def installed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, *, framework: str, needs: str, version: str
-) -> Finding:
+) -> PackageReport:
     """Return what is found of a framework whose one adapter needs what is given."""
     (folder / "tinyframe.py").write_text(framework)
     (folder / "tinyadapter.py").write_text(PLUGIN.format(needs=needs))
@@ -57,8 +57,8 @@ SOUND = "class Trainer:\n    def fit(self): ...\n"
     ("framework", "version", "state"),
     [
         (SOUND, "1.1", "ok"),
-        (SOUND, "2.0", "ok, a version that was not tested"),
-        ("class Trainer: ...\n", "2.0", "these are missing, and events with them: "
+        (SOUND, "2.0", "ok, but this version is untested"),
+        ("class Trainer: ...\n", "2.0", "missing, so events are lost: "
          "tinyframe:Trainer.fit"),
         ("raise RuntimeError('no GPU')", "1.0", "can't be imported: RuntimeError: no GPU"),
         ("import nowhere_at_all", "1.0", "can't be imported: ModuleNotFoundError: No module named "
@@ -72,7 +72,7 @@ def test_a_framework_is_examined(
     """A hook that a release took away is named; a version that is only newer is said to be."""
     needs = "'tinyframe:Trainer.fit',"
     found = installed(tmp_path, monkeypatch, framework=framework, needs=needs, version=version)
-    assert ("tinyframe", version, state) == (found.package, found.installed, found.state)
+    assert ("tinyframe", version, state) == (found.name, found.installed, found.state)
 
 
 def test_a_module_that_is_gone_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,7 @@ def test_what_is_not_installed_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> N
     )
     (found,) = examine()
     assert ("no_such_framework", None, "1.0", "not installed") == (
-        *(found.package, found.installed, found.tested),
+        *(found.name, found.installed, found.tested),
         found.state,
     )
 
@@ -109,7 +109,7 @@ def test_what_installs_a_missing_package_is_said(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(doctor, "packages_distributions", lambda: {"plotly": ["no-such-plotly"]})
     (found,) = examine()
     said = "not installed; run `pip install 'trainbus[html]'`"
-    assert ("plotly", None, said) == (found.package, found.installed, found.state)
+    assert ("plotly", None, said) == (found.name, found.installed, found.state)
 
 
 def test_a_hook_that_is_gone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_a_hook_that_is_gone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     (found,) = examine()
     assert found.state.startswith(
-        "can't be imported: its hook trainbus.toolkit.adapters:no_such_hook: Attr"
+        "can't be imported: hook trainbus.toolkit.adapters:no_such_hook: Attr"
     )
 
 
@@ -129,7 +129,7 @@ def test_the_command_says_what_is_found(
     monkeypatch: pytest.MonkeyPatch, missing: list[str], code: int
 ) -> None:
     """One row each; the exit code tells a script whether something drifted."""
-    finding = Finding(package="frame", installed="2.0", tested="1.0, 2.0", missing=missing)
+    finding = PackageReport(name="frame", installed="2.0", tested="1.0, 2.0", missing=missing)
     monkeypatch.setattr(doctor, "examine", lambda: iter([finding]))
     done = CliRunner().invoke(app, ["doctor"])
     assert code == done.exit_code
@@ -142,7 +142,7 @@ from support import torchvision_cpu
 torchvision_cpu.install()
 from trainbus.cli.doctor import examine
 for found in examine():
-    print("found", found.package, found.state)
+    print("found", found.name, found.state)
 """
 
 

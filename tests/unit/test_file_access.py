@@ -343,7 +343,7 @@ def test_a_changed_file_is_told_and_the_exit_code_is_1(work: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        ("", "--files-from: found an empty name, expected that of a folder"),
+        ("", "--files-from: found an empty name, expected a folder"),
         ("nowhere", "--files-from: found no folder 'nowhere', expected one that exists"),
     ],
 )

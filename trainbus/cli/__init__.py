@@ -1,1 +1,1 @@
-"""The `trainbus` command: one module for each subject, imported when its command is used."""
+"""The `trainbus` command: nothing that a user types or a file contains ends in a traceback."""

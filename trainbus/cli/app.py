@@ -1,8 +1,7 @@
-"""The `trainbus` command: checks configuration, and shows, checks and sends what is on disk.
+"""The commands of `trainbus`: validate configuration, run a training, and work with recorded runs.
 
-Exit codes: 0 when all is well, 1 when records are damaged or could not be sent, 2 when a file or
-the command line has a fault. Faults go to stderr, one plain line each, as editors and scripts read
-them; nothing a user writes leads to a traceback.
+Exit codes: 0 for success, 1 if records are damaged or were not sent, 2 if a file or the command
+line is not valid. Errors go to stderr, one plain line each, for editors and scripts to parse.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line; the entry point of the console script."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a narrow encoding must not end in a traceback
+        if isinstance(stream, io.TextIOWrapper):  # a limited encoding must not cause a traceback
             stream.reconfigure(errors="backslashreplace")
     app(prog_name="trainbus")
 
@@ -70,7 +69,7 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """Hold the options that come before a command."""
+    """Define the options before a command."""
 
 
 @app.command()
@@ -78,10 +77,10 @@ def validate(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="YAML files to check.")],
     check: Annotated[
         bool,
-        typer.Option("--check", help="Try each sink's login, address and rights; starts no run."),
+        typer.Option("--check", help="Also check each sink's login, address and permissions."),
     ] = False,
 ) -> None:
-    """Check configuration files without starting anything."""
+    """Check configuration files without starting a run."""
     sound = True
     for file in files:
         try:
@@ -99,7 +98,7 @@ def validate(
             typer.echo(printable(f"{file}: ok, {count}: {sinks}"))
             if check:
                 with _working_in(bus.settings.base):
-                    found = [_try(route) for route in routes]
+                    found = [_check_sink(route) for route in routes]
                 sound = sound and all(found)
     if not sound:
         raise typer.Exit(2)
@@ -116,8 +115,8 @@ def _missing(file: str, routes: Sequence[SinkSpec]) -> list[str]:
     return found
 
 
-def _try(route: SinkSpec) -> bool:
-    """Try what a sink needs, and say what was found."""
+def _check_sink(route: SinkSpec) -> bool:
+    """Check what a sink needs, and print the result."""
     about = f"  {route.name} ({route.kind}): "
     try:
         found = route.make().check()
@@ -131,7 +130,7 @@ def _try(route: SinkSpec) -> bool:
 
 @app.command()
 def plugins() -> None:
-    """List the installed sinks and adapters, and whether they load and have their packages."""
+    """List the installed sinks and adapters, and whether each can be used."""
     table = _table("kind", "name", "package", "entry point", "loads", "about")
     for kind, group in (("sink", registry.SINKS), ("adapter", registry.ADAPTERS)):
         for name, point in registry.plugins(group).items():
@@ -143,20 +142,21 @@ def plugins() -> None:
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def run(
-    file: Annotated[str, typer.Option("--config", "-c", help="YAML file with the sinks.")],
+    file: Annotated[str, typer.Option("--config", "-c", help="Configuration file (YAML).")],
     command: Annotated[
-        list[str], typer.Argument(metavar="-- COMMAND...", help="What trains, with its arguments.")
+        list[str],
+        typer.Argument(metavar="-- COMMAND...", help="Training command and its arguments."),
     ],
 ) -> None:
-    """Run a command, and log every training in it and in its Python children.
+    """Run a command and record every training in it and in its Python child processes.
 
-    The command needs no line of code for it: `trainbus run -c sinks.yaml -- python train.py`. Its
-    output and exit code are its own.
+    The command needs no changes: `trainbus run -c sinks.yaml -- python train.py`. Its output and
+    exit code stay the same.
     """
     with _faults():
         config.load(file)
         try:
-            launch.become(file, command)
+            launch.exec_command(file, command)
         except OSError as error:
             typer.echo(printable(f"{command[0]}: {error.strerror}"), err=True)
             raise typer.Exit(127 if isinstance(error, FileNotFoundError) else 126) from error
@@ -164,14 +164,14 @@ def run(
 
 @app.command()
 def doctor() -> None:
-    """Show what is installed, what it was tested with, and whether its hooks are still there."""
+    """Show the installed frameworks and trackers, the tested versions, and missing hooks."""
     from trainbus.cli.doctor import examine
 
     sound = True
     table = _table("package", "installed", "tested with", "state")
-    for finding in examine():
-        sound = sound and not finding.missing
-        cells = (finding.package, finding.installed or "-", finding.tested, finding.state)
+    for package in examine():
+        sound = sound and not package.missing
+        cells = (package.name, package.installed or "-", package.tested, package.state)
         table.add_row(*(_text(cell) for cell in cells))
     _print(table)
     if not sound:
@@ -181,29 +181,29 @@ def doctor() -> None:
 @app.command()
 def replay(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Directory of a run.")],
-    file: Annotated[str, typer.Option("--config", "-c", help="YAML file with the sinks.")],
+    file: Annotated[str, typer.Option("--config", "-c", help="Configuration file (YAML).")],
     first: Annotated[
         str | None,
         typer.Option(
             "--from",
             metavar="SEQ",
-            help="Send from this record on, also what was sent before; ATTEMPT:SEQ where a run "
-            "has several attempts.",
+            help="Send all records from this one on again; ATTEMPT:SEQ if the run has several "
+            "attempts.",
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")
+        bool, typer.Option("--dry-run", help="Print what would be sent without sending it.")
     ] = False,
     files_from: Annotated[
         list[str] | None,
         typer.Option(
             "--files-from",
             metavar="DIR",
-            help="Folder outside of the run's directory whose files may be sent too.",
+            help="Folder outside of the run's directory whose files may be sent; repeatable.",
         ),
     ] = None,
 ) -> None:
-    """Send a run to the sinks of a configuration file, as far as they have not got it."""
+    """Send the records of a run that the configured sinks have not received yet."""
     from trainbus.delivery import replay as replays
 
     with _faults():
@@ -217,14 +217,14 @@ def replay(
                 typer.echo(printable(f"{plan.sink} ({plan.kind}): {count} would be sent"))
             return
         trusted = _folders("--files-from", files_from)
-        with _progress() as tell, _working_in(bus.settings.base):
+        with _progress() as progress, _working_in(bus.settings.base):
             receipt, files = replays.replay(
                 run,
                 routes,
                 after=after,
                 trusted=trusted,
                 config=bus.settings.config,
-                tell=lambda at: tell(f"to {at.sink}", at.done, at.total),
+                tell=lambda at: progress(f"to {at.sink}", at.done, at.total),
             )
     typer.echo(str(receipt))
     faults = [*files.damaged, *files.changed]
@@ -237,7 +237,7 @@ def replay(
         typer.echo(
             printable(
                 f"{len(refused)} files outside of the run's directory were not sent, such as "
-                f"{refused[0]}; if you trust where this journal comes from, add {folders}"
+                f"{refused[0]}; if you trust the source of this journal, add {folders}"
             ),
             err=True,
         )
@@ -249,26 +249,26 @@ def replay(
 def verify(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Directory of a run.")],
 ) -> None:
-    """Check that every record and every blob of a run is there and whole."""
+    """Check every record and every blob of a run for damage."""
     from trainbus.journal import verify as verification
 
     with _faults():
         run = RunFolder.existing(folder)
         total = sum(path.stat().st_size for path in run.path.glob("r*.jsonl"))
-        with _progress() as tell:
-            findings = verification.verify(run, lambda done: tell("checked", done, total))
-    for finding in findings:
-        counts = [f"{finding.records} records"]
+        with _progress() as progress:
+            reports = verification.verify(run, lambda done: progress("checked", done, total))
+    for report in reports:
+        counts = [f"{report.records} records"]
         for number, word in (
-            (finding.damaged, "damaged"),
-            (finding.missing, "missing"),
-            (finding.torn, "bytes of a torn line"),
+            (report.damaged, "damaged"),
+            (report.missing, "missing"),
+            (report.torn, "bytes of an incomplete line"),
         ):
             counts += [f"{number} {word}"] if number else []
-        typer.echo(printable(f"{finding.file}: {', '.join(counts)}, {finding.state}"))
-        for fault in finding.faults:
+        typer.echo(printable(f"{report.file}: {', '.join(counts)}, {report.state}"))
+        for fault in report.faults:
             typer.echo(printable(f"  {fault}"), err=True)
-    if not all(finding.is_sound for finding in findings):
+    if not all(report.is_sound for report in reports):
         raise typer.Exit(1)
 
 
@@ -276,10 +276,10 @@ def verify(
 def show(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Directory of a run.")],
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")
+        bool, typer.Option("--follow", "-f", help="Update until the run has ended.")
     ] = False,
 ) -> None:
-    """Show a run: parameters, epochs, checkpoints, and how far each sink is."""
+    """Show a run: parameters, epochs, checkpoints, and the state of each sink."""
     from trainbus.cli import show as shows
 
     with _faults():
@@ -291,17 +291,18 @@ def show(
 @app.command()
 def compare(
     folders: Annotated[
-        list[str], typer.Argument(metavar="DIR...", help="Directories or pages of runs.")
+        list[str],
+        typer.Argument(metavar="DIR...", help="Directories of runs, or their HTML pages."),
     ],
     out: Annotated[
-        str, typer.Option("--out", "-o", help="Folder of the page.")
+        str, typer.Option("--out", "-o", help="Folder for the page.")
     ] = "trainbus-pages/compare",
     files_from: Annotated[
         list[str] | None,
-        typer.Option("--files-from", help="Folder whose files may be shown; may be repeated."),
+        typer.Option("--files-from", help="Folder whose files may be shown; repeatable."),
     ] = None,
 ) -> None:
-    """Write one page over several runs: metrics in common charts, parameters that differ."""
+    """Write an HTML page that compares runs: metrics in shared charts, parameters that differ."""
     from trainbus.cli.compare import compare as write
 
     with _faults():
@@ -313,7 +314,11 @@ def compare(
 @app.command()
 def schema(
     of_events: Annotated[
-        bool, typer.Option("--events", help="Print that of a record instead of the file's.")
+        bool,
+        typer.Option(
+            "--events",
+            help="Print the schema of event records instead of the configuration file.",
+        ),
     ] = False,
 ) -> None:
     """Print the JSON Schema of the configuration file, for editors."""
@@ -342,7 +347,7 @@ def _print(table: Table) -> None:
 
 @contextmanager
 def _faults() -> Iterator[None]:
-    """Turn what is wrong with files into lines and exit code 2."""
+    """Print errors as lines, and exit with code 2."""
     try:
         yield
     except ConfigError as error:
@@ -356,7 +361,7 @@ def _faults() -> Iterator[None]:
 
 @contextmanager
 def _working_in(folder: Path | None) -> Iterator[None]:
-    """Work where the sinks of a training do, whose options may name relative paths."""
+    """Change to the folder that relative paths in the options of sinks are relative to."""
     before = working_directory()
     if folder is None or before is None or not os.access(folder, os.X_OK):
         yield
@@ -370,7 +375,7 @@ def _working_in(folder: Path | None) -> Iterator[None]:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar on a terminal while something takes long."""
+    """Show a progress bar, if stderr is a terminal."""
     if not sys.stderr.isatty():
         yield lambda what, done, total: None
         return
@@ -380,26 +385,26 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     with Progress(console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, TaskID] = {}
 
-        def tell(what: str, done: int, total: int) -> None:
+        def progress(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(printable(what), total=total)
             bars.update(tasks[what], completed=done)
 
-        yield tell
+        yield progress
 
 
 def _folders(option: str, given: list[str] | None) -> list[str]:
-    """Return the absolute paths of folders that an option names."""
+    """Return the absolute paths of the folders given with an option."""
     for folder in given or []:
         if not folder.strip():
-            raise JournalError(f"{option}: found an empty name, expected that of a folder")
+            raise JournalError(f"{option}: found an empty name, expected a folder")
         if not os.path.isdir(folder):
             raise JournalError(f"{option}: found no folder {folder!r}, expected one that exists")
     return [os.path.abspath(folder) for folder in given or []]
 
 
 def _position(text: str | None, run: RunFolder) -> tuple[int, int] | None:
-    """Return the position before the first record that is asked for."""
+    """Return the position before the record given with `--from`."""
     if text is None:
         return None
     match = re.fullmatch(r"(?:(\d{1,6}):)?(\d{1,15})", text)
@@ -414,7 +419,7 @@ def _position(text: str | None, run: RunFolder) -> tuple[int, int] | None:
 
 
 def _loaded(point: EntryPoint) -> tuple[str, str]:
-    """Return whether a plugin can be used, and the first line of what it says about itself."""
+    """Return whether a plugin can be used, and the first line of its docstring or the error."""
     try:
         is_sink = point.group == registry.SINKS
         plugin = registry.sink_class(point.name) if is_sink else point.load()

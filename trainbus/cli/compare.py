@@ -1,6 +1,6 @@
-"""One page over several runs: `trainbus compare`.
+"""Writes an HTML page that compares several runs: `trainbus compare`.
 
-Runs are directories of journals, which are read and not written, or pages of the `html` sink.
+Each run is a run's directory, which is only read, or a page of the `html` sink.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ def compare(folders: Sequence[Path], out: Path, trusted: Sequence[str] = ()) -> 
     """Write a page with the metrics, parameters and results of several runs.
 
     Args:
-        folders: directories of runs, or pages of them.
-        out: folder of the new page.
+        folders: directories of runs, or pages of the `html` sink.
+        out: folder for the new page.
         trusted: folders outside of the runs' directories whose files may be shown.
 
     Returns:
         The path of the page's `index.html`.
 
     Raises:
-        JournalError: a directory is none of a run, or can't be read.
+        JournalError: a directory is not that of a run, or can't be read.
         SinkError: a page can't be read or written.
-        PluginError: the sink that makes pages is not installed.
+        PluginError: the `html` sink is not installed.
     """
     cls = registry.sink_class(_PAGE)
     write: Any = getattr(sys.modules[cls.__module__], "compare", None)
     if write is None:
-        raise PluginError(f"the sink {_PAGE!r} ({cls.__module__}) compares no runs")
+        raise PluginError(f"the sink {_PAGE!r} ({cls.__module__}) can't compare runs")
     with tempfile.TemporaryDirectory(prefix="trainbus-") as temporary:
         pages = [
             folder

@@ -1,7 +1,7 @@
-"""Looks whether the installed frameworks and trackers are those that the plugins were made for.
+"""Checks the installed frameworks and trackers: `trainbus doctor`.
 
-A framework may rename a hook in any release, and a training would then go on without its metrics:
-each adapter names what it relies on, and this finds what is not there.
+A framework can rename a hook in any release, and trainings would then lose metrics. So each plugin
+lists the names that it requires, and this finds those that are missing.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ import msgspec
 from trainbus import registry
 
 
-class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of one framework or tracker."""
+class PackageReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The state of one framework or tracker."""
 
-    package: str
+    name: str
     installed: str | None
     tested: str
     missing: list[str]
-    """What the plugin relies on and this version has not."""
+    """Names that the plugin requires and this version lacks."""
     fault: str | None = None
     install: str = ""
-    """What to do where it is not installed, if that is known."""
+    """How to install it, if it is not installed and that is known."""
 
     @property
     def state(self) -> str:
-        """The finding in a few words."""
+        """The state in a few words."""
         if self.installed is None:
             return "; ".join(text for text in ("not installed", self.install) if text)
         if self.missing:
-            return f"these are missing, and events with them: {', '.join(self.missing)}"
+            return f"missing, so events are lost: {', '.join(self.missing)}"
         if self.fault:
             return f"can't be imported: {self.fault}"
         known = [each.strip() for each in self.tested.split(",")]
-        return "ok" if self.installed in known else "ok, a version that was not tested"
+        return "ok" if self.installed in known else "ok, but this version is untested"
 
 
-def examine() -> Iterator[Finding]:
-    """Yield what is found of each framework and tracker; imports those that are installed."""
+def examine() -> Iterator[PackageReport]:
+    """Yield the state of each framework and tracker; imports the installed ones."""
     names = packages_distributions()
     for group in (registry.ADAPTERS, registry.SINKS):
         for point in registry.plugins(group).values():
@@ -50,7 +50,9 @@ def examine() -> Iterator[Finding]:
                 plugin = point.load()
             except Exception as error:
                 fault = f"{type(error).__name__}: {error}"
-                yield Finding(package=point.name, installed="?", tested="", missing=[], fault=fault)
+                yield PackageReport(
+                    name=point.name, installed="?", tested="", missing=[], fault=fault
+                )
                 continue
             home = sys.modules[plugin.__module__]
             for package in registry.packages_of(point, plugin):
@@ -58,23 +60,29 @@ def examine() -> Iterator[Finding]:
     yield from _broken_hooks()
 
 
-def _broken_hooks() -> Iterator[Finding]:
-    """Yield the hooks of `trainbus run` that can't be loaded."""
+def _broken_hooks() -> Iterator[PackageReport]:
+    """Yield a report for each hook of `trainbus run` that can't be loaded."""
     for point in registry.plugins(registry.HOOKS).values():
         try:
             point.load()
         except Exception as error:
-            fault = f"its hook {point.value}: {type(error).__name__}: {error}"
-            yield Finding(package=point.name, installed="?", tested="", missing=[], fault=fault)
+            yield _faulty(point, f"hook {point.value}: {type(error).__name__}: {error}")
 
 
-def _examine(point: EntryPoint, package: str, home: object, distribution: str) -> Finding:
+def _faulty(point: EntryPoint, fault: str) -> PackageReport:
+    """Return a report for a plugin or hook that can't be loaded."""
+    return PackageReport(name=point.name, installed="?", tested="", missing=[], fault=fault)
+
+
+def _examine(point: EntryPoint, package: str, home: object, distribution: str) -> PackageReport:
     tested = str(getattr(home, "TESTED_VERSIONS", ""))
     try:
         installed = version(distribution)
     except PackageNotFoundError:
         install = registry.not_installed(point, package).partition("; ")[2]
-        return Finding(package=package, installed=None, tested=tested, missing=[], install=install)
+        return PackageReport(
+            name=package, installed=None, tested=tested, missing=[], install=install
+        )
     missing: list[str] = []
     try:
         importlib.import_module(package)
@@ -84,8 +92,10 @@ def _examine(point: EntryPoint, package: str, home: object, distribution: str) -
         missing = [need for need in needs if not _is_there(need)]
     except Exception as error:
         fault = f"{type(error).__name__}: {error}"
-        return Finding(package=package, installed=installed, tested=tested, missing=[], fault=fault)
-    return Finding(package=package, installed=installed, tested=tested, missing=missing)
+        return PackageReport(
+            name=package, installed=installed, tested=tested, missing=[], fault=fault
+        )
+    return PackageReport(name=package, installed=installed, tested=tested, missing=missing)
 
 
 def _is_there(need: str) -> bool:

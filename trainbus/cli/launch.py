@@ -1,8 +1,8 @@
-"""Runs a command whose trainings are logged without a line of code in it: `trainbus run`.
+"""Runs a command and records its trainings, without changes to its code: `trainbus run`.
 
-The command becomes the process itself: its exit code, signals and output are its own. Each Python
-process that it starts, children included, finds `startup/sitecustomize.py` and the name of the
-configuration in its environment, and attaches by the hooks that adapters bring.
+The command replaces this process, so its exit code, signals and output are unchanged. The
+environment makes each of its Python processes, children included, import
+`startup/sitecustomize.py`, which registers the hooks of the adapters.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from pathlib import Path
 from trainbus.recording.launched import COMMAND, VARIABLE
 
 
-def become(config: str, command: Sequence[str]) -> None:
-    """Replace this process by a command whose Python processes log; it does not return.
+def exec_command(config: str, command: Sequence[str]) -> None:
+    """Replace this process with a command whose trainings are recorded; does not return.
 
     Args:
-        config: YAML file with the sinks; it was checked.
+        config: a valid configuration file.
         command: the program and its arguments.
 
     Raises:
-        OSError: there is no such program, or it can't be run.
+        OSError: the program does not exist or can't be run.
     """
     os.execvpe(command[0], list(command), environment(config))
 
 
 def environment(config: str) -> dict[str, str]:
-    """Return the environment in which Python processes log by a YAML file with sinks."""
+    """Return an environment in which Python processes record trainings with a configuration."""
     startup = str(Path(__file__).parents[1] / "startup")
     path = [startup, *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {

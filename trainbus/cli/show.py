@@ -1,6 +1,6 @@
-"""Shows a run that is on disk, or being written: what it is, its epochs, and where its records are.
+"""Shows a run from its journal, also while it is being written: `trainbus show`.
 
-Guarantees: nothing that a journal says moves the cursor or colours the terminal.
+Guarantees: no content of a journal can control the terminal.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from trainbus.journal.locks import is_being_written
 from trainbus.journal.reader import RunReader
 from trainbus.text import printable
 
-_POLL_S = 0.5
+POLL_S = 0.5
 _VALUE_WIDTH = 12
 _LAST_ALERTS = 5
 _PARAMS_LENGTH = 400
@@ -43,7 +43,7 @@ _PARAM_LENGTH = 60
 
 
 class Summary:
-    """What is known of a run from the records so far."""
+    """A summary of the records of a run so far."""
 
     def __init__(self) -> None:
         self.started: RunStarted | None = None
@@ -60,8 +60,8 @@ class Summary:
         self.alerts: list[AlertRaised] = []
         self.counts: Counter[str] = Counter()
 
-    def take(self, record: Record) -> None:
-        """Take one more record."""
+    def add(self, record: Record) -> None:
+        """Add a record."""
         self.first = self.first or record
         self.last = record
         self.counts[event_name(record.event)] += 1
@@ -90,25 +90,25 @@ class Summary:
 
 
 def show(folder: RunFolder, *, follow: bool = False, width: int | None = None) -> None:
-    """Print a run; with `follow`, go on until it has ended.
+    """Print a run; with `follow`, update until it has ended.
 
     Args:
         folder: the run's directory.
         follow: whether to wait for further records.
-        width: columns; None for those of the terminal.
+        width: number of columns; None for that of the terminal.
     """
     console = Console(width=width, markup=False, emoji=False, highlight=False)
     summary, reader = Summary(), RunReader(folder)
     _read(reader, summary)
     if follow and console.is_terminal:
         with Live(_page(folder, summary, console.width), console=console) as live:
-            while _goes_on(folder, summary):
-                time.sleep(_POLL_S)
+            while _is_running(folder, summary):
+                time.sleep(POLL_S)
                 _read(reader, summary)
                 live.update(_page(folder, summary, console.width))
     else:
-        while follow and _goes_on(folder, summary):
-            time.sleep(_POLL_S)
+        while follow and _is_running(folder, summary):
+            time.sleep(POLL_S)
             _read(reader, summary)
         console.print(_page(folder, summary, console.width))
     reader.close()
@@ -117,10 +117,10 @@ def show(folder: RunFolder, *, follow: bool = False, width: int | None = None) -
 def _read(reader: RunReader, summary: Summary) -> None:
     while entries := reader.read():
         for entry in entries:
-            summary.take(entry.record)
+            summary.add(entry.record)
 
 
-def _goes_on(folder: RunFolder, summary: Summary) -> bool:
+def _is_running(folder: RunFolder, summary: Summary) -> bool:
     return summary.ended is None and is_being_written(folder.records(folder.attempts()[-1]))
 
 
@@ -150,7 +150,7 @@ def _about(folder: RunFolder, summary: Summary) -> Table:
             ("project", started.project),
             ("framework", framework),
             ("task", started.task),
-            ("saved in", started.save_dir),
+            ("save directory", started.save_dir),
         ]
     if first is not None and last is not None:
         begun = datetime.fromtimestamp(first.time).isoformat(" ", "seconds")
@@ -171,13 +171,13 @@ def _about(folder: RunFolder, summary: Summary) -> Table:
 
 
 def _params(params: dict[str, Any]) -> str:
-    """Return parameters in a line or a few: the user's own first, each of them whole.
+    """Return parameters in a few lines, the user's own first.
 
-    What is nested is mostly a framework's description of itself (its settings, the model's
-    configuration), and what is None was not set: they come last.
+    Nested ones are mostly settings of the framework or the model, and those that are None were not
+    set: both come last.
     """
     flat = list(_flat(params, ""))
-    flat.sort(key=lambda item: (item[1] is None, item[0].count("/") > 0))  # keeps the order else
+    flat.sort(key=lambda item: (item[1] is None, item[0].count("/") > 0))  # a stable sort
     shown: list[str] = []
     length = 0
     for place, (name, value) in enumerate(flat):
@@ -198,7 +198,7 @@ def _flat(params: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _short(value: Any) -> str:
-    """Return a value as a line that ends where a word or an item does."""
+    """Return a value as one line, truncated at the end of a word or item."""
     text = " ".join(str(value).split())
     if len(text) <= _PARAM_LENGTH:
         return text
@@ -209,7 +209,7 @@ def _short(value: Any) -> str:
 def _epochs(summary: Summary, width: int) -> Table:
     names = list(dict.fromkeys(name for values in summary.epochs.values() for name in values))
     fits = max((width - 20) // (_VALUE_WIDTH + 3), 1)
-    # The first metrics are the losses, the last ones those of the evaluation: show both ends.
+    # The first metrics are losses, the last ones come from the evaluation: show both.
     shown = names if len(names) <= fits else [*names[: fits // 2], *names[-(fits - fits // 2) :]]
     left_out = len(names) - len(shown)
     table = Table(title=f"epochs ({left_out} more metrics)" if left_out else "epochs")
@@ -232,7 +232,8 @@ def _values(title: str, values: dict[str, float]) -> Table:
 
 
 def _sinks(folder: RunFolder) -> Table:
-    table = Table("sink", "attempt", "seq", "taken", "filtered", "refused", "where", title="sinks")
+    columns = ("sink", "attempt", "seq", "delivered", "filtered", "rejected", "location")
+    table = Table(*columns, title="sinks")
     for path in _cursors(folder):
         try:
             at = msgspec.json.decode(path.read_bytes(), type=Cursor)

@@ -1,1 +1,1 @@
-"""Events become the records of a run; nothing that goes wrong here reaches the training."""
+"""Turns events into the records of a run; no error in it reaches the training."""

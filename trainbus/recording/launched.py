@@ -1,4 +1,4 @@
-"""What a process knows of the `trainbus run` that started it, from its environment."""
+"""Environment variables that `trainbus run` sets for the processes that it starts."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import os
 from contextlib import suppress
 
 VARIABLE = "TRAINBUS_CONFIG"
+"""Variable with the path of the configuration file."""
+
 COMMAND = "TRAINBUS_COMMAND"
-"""Variable with the process that the command is; in a command within a command, the outer one."""
+"""Variable with the id of the command's process; for nested commands, of the outermost one."""
 
 RECORDED = "TRAINBUS_RECORDED"
-"""Variable with the file that a child makes when it records; empty once the command has."""
+"""Variable with a file that a child creates when it records; empty once the command itself does."""
 
 
 def note_recorded() -> None:
-    """Note that a run has begun: the end of a command says so if nothing was recorded in it."""
+    """Note that a run was recorded: otherwise the command warns at its end that none was."""
     path = os.environ.get(RECORDED)
     if not path:
         return

@@ -1,10 +1,10 @@
-"""What the processes of one distributed training know of each other.
+"""Connects the processes of a distributed training, so that a run ends with the actual error.
 
-Rank 0 has the run. It notes, in the folder of the journals, which run the job belongs to; another
-rank that fails finds the run there and writes what happened into a records file of its own. So the
-run ends with the error that ended it, and not with the broken connection that rank 0 saw of it.
+Only rank 0 records the run. It stores the run id of the job in the folder of the journals. Another
+rank that fails finds the run there and writes its error to its own records file. The run then ends
+with that error, and not with the lost connection that rank 0 saw.
 
-    trainbus-runs/.jobs/<key>            run and attempt of the job that runs now
+    trainbus-runs/.jobs/<key>            run and attempt of the current job
     trainbus-runs/<run id>/r1-a1.jsonl   the end of rank 1
 """
 
@@ -25,10 +25,10 @@ _JOBS = ".jobs"
 
 
 def announce(folder: RunFolder, attempt: int) -> None:
-    """Note which run the job of this process belongs to, if it is distributed.
+    """Store the run of this process's job for other ranks, if the job is distributed.
 
     Raises:
-        OSError: it can't be written.
+        OSError: the note can't be written.
     """
     note = json.dumps({"run": folder.run, "attempt": attempt}).encode()
     for key in _keys():
@@ -36,7 +36,7 @@ def announce(folder: RunFolder, attempt: int) -> None:
 
 
 def withdraw(folder: RunFolder) -> None:
-    """Take the note of the job away again."""
+    """Delete the note of the job."""
     for key in _keys():
         path = folder.path.parent / _JOBS / key
         try:
@@ -47,11 +47,11 @@ def withdraw(folder: RunFolder) -> None:
 
 
 def report(parents: list[Path], rank: int, error: BaseException, now: float) -> bool:
-    """Write what ended this rank into the run of its job; False if there is no such run.
+    """Record the error that ended this rank in the run of its job; False if there is none.
 
     Raises:
-        OSError: it can't be written.
-        JournalError: likewise.
+        OSError: the record can't be written.
+        JournalError: the records file can't be created.
     """
     for path in (parent / _JOBS / key for parent in parents for key in _keys()):
         try:
@@ -60,7 +60,7 @@ def report(parents: list[Path], rank: int, error: BaseException, now: float) -> 
         except (OSError, ValueError, KeyError, TypeError):
             continue
         folder = RunFolder(path.parents[1] / run)
-        # A note that an earlier job left behind names an attempt that nobody writes.
+        # The note of an earlier job names an attempt that no process is writing.
         if is_run_id(run) and is_being_written(folder.records(attempt)):
             if folder.records(attempt, rank).exists():
                 return True
@@ -72,11 +72,11 @@ def report(parents: list[Path], rank: int, error: BaseException, now: float) -> 
 
 
 def _keys() -> list[str]:
-    """Return what the processes of this job have in common, and other jobs have not."""
+    """Return a key that is the same in all processes of this job, and unique to it."""
     port, parent = os.environ.get("MASTER_PORT"), multiprocessing.parent_process()
     if port is not None:
         parts = [os.environ.get("MASTER_ADDR"), port, os.environ.get("TORCHELASTIC_RUN_ID")]
-    elif parent is not None:  # spawned side by side, and set up without a launcher's variables
+    elif parent is not None:  # spawned by one parent, without the variables of a launcher
         parts = [str(parent.pid)]
     else:
         return []

@@ -1,7 +1,7 @@
-"""Which run a training belongs to: its id, and which of the run's attempts it is.
+"""Determines the run id and attempt of a training.
 
-The id is kept in a file in the training's save directory, so that a resumed training finds it
-there, also after the directory was moved.
+The id is stored in a file in the training's save directory, so that a resumed training finds it,
+even if the directory has been moved.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from trainbus.journal.directory import is_run_id, run_id
 logger = logging.getLogger("trainbus")
 
 MARKER = ".trainbus.json"
-"""File in a run's save directory that names the run, so that a resumed training finds it again."""
+"""File in a run's save directory that names the run, for a resumed training to find."""
 
 _MAX_ATTEMPT = 10**5
 
 
 def identify(event: RunStarted) -> tuple[str, int]:
-    """Return the run's id, and the lowest number that this attempt of it may have, from 1."""
+    """Return the run id, and the lowest possible number of this attempt, from 1."""
     if event.resumed is not None:
         marked, attempt = _marked(event.save_dir)
         if marked is None:
@@ -33,27 +33,27 @@ def identify(event: RunStarted) -> tuple[str, int]:
         known = event.resumed.run or marked
         if known:
             return run_id(known), attempt + 1 if known == marked else 2
-        logger.warning("a resumed training begins a new run: %s", _missing(event))
+        logger.warning("a resumed training starts a new run: %s", _missing(event))
     stem = re.sub(r"[^A-Za-z0-9._-]+", "_", event.name or "run").strip("._-")[:64] or "run"
-    # `random` is seeded by trainers, and two trainings can start within one second.
+    # Not `random`, which trainers seed; and two trainings can start within one second.
     return f"{stem}_{time.strftime('%Y%m%d_%H%M%S')}_{secrets.token_hex(3)}", 1
 
 
 def _missing(event: RunStarted) -> str:
-    """Return what was looked for, and where, to find the run of a resumed training."""
+    """Return why the run of a resumed training was not found."""
     resumed = event.resumed.save_dir if event.resumed else None
     folders = dict.fromkeys(folder for folder in (event.save_dir, resumed) if folder is not None)
     if not folders:
-        return "the framework names no folder, neither of this training nor of the one before"
+        return "the framework reports no save directory, of neither this nor the earlier training"
     return f"found no {MARKER}, which names the run, in {' or in '.join(folders)}"
 
 
 def mark(save_dir: str, run: str, attempt: int) -> None:
-    """Note in a save directory which run it belongs to.
+    """Store in a save directory which run it belongs to.
 
     Raises:
-        OSError: it can't be written.
-        ValueError: the path is none.
+        OSError: the file can't be written.
+        ValueError: the path is not valid.
     """
     folder = Path(save_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def mark(save_dir: str, run: str, attempt: int) -> None:
 
 
 def _marked(save_dir: str | None) -> tuple[str | None, int]:
-    """Return the run that a save directory belongs to, and the number of its attempts so far."""
+    """Return the run that a save directory belongs to, and its last attempt."""
     if save_dir is None:
         return None, 0
     try:

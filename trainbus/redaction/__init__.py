@@ -1,8 +1,8 @@
-"""Takes secrets out of events before they are written or handed to anybody.
+"""Removes secrets from events before they are written or passed on.
 
-A secret is known by the name it stands under (`api_key`, `--password`, `HF_TOKEN=`) or by its own
-shape (`ghp_…`, a JWT, a password in a URL). What only says where a secret lies stays: a path, the
-name of a variable, a placeholder. Nothing here raises on a value; what can't be looked at goes.
+A secret is recognized by its name (`api_key`, `--password`, `HF_TOKEN=`) or by its own format
+(`ghp_…`, a JWT, a password in a URL). A reference to a secret is kept: a path, the name of a
+variable, a placeholder. No value makes this raise; one that can't be examined is removed.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ __all__ = ["REDACTED", "event", "params", "text"]
 
 _MAX_DEPTH = 20  # more than normalize leaves
 
-# What is looked at: values, of which a secret is known by its name too, and names, which may have a
-# secret in them. A path stays, as it has to be opened.
+# The fields that are examined: values, which may be secret by name or format, and names, which may
+# contain a secret. Paths are not redacted, as sinks have to open them.
 _VALUES: dict[type[Any], tuple[str, ...]] = {
     events.RunStarted: ("name", "project", "group", "job_type", "tags", "notes", "task", "params"),
     events.ParamsUpdated: ("params",),
@@ -60,20 +60,21 @@ _NAMES: dict[type[Any], tuple[str, ...]] = {
     events.ArtifactLogged: ("name", "kind", "aliases"),
     events.Best: ("metric",),
 }
-_COMMANDS = {"curl", "docker", "login", "mysql", "sshpass"}  # whose secrets have no name
+# Commands with secret arguments that have no name.
+_COMMANDS = {"curl", "docker", "login", "mysql", "sshpass"}
 _FLAG = re.compile(r"--?([A-Za-z][\w./-]*)(=|\Z)")
 
 
 def params(values: Any, keys: frozenset[str] = frozenset()) -> Any:
     """Return plain nested data with secrets replaced; the same object if there are none.
 
-    What stands under a name of `keys`, however it is written, is replaced whatever it is.
+    Any value whose name is in `keys` is replaced; case and punctuation of the name are ignored.
     """
     return _walk(values, frozenset(map(squash, keys)), NONE, 0)
 
 
 def event(value: Any, keys: frozenset[str] = frozenset()) -> Any:
-    """Return the event with secrets replaced in its params, texts and names; the same if none."""
+    """Return the event with secrets replaced in params, texts and names; the same if none."""
     kind = type(value)
     if kind is events.MetricsLogged and not _has_secret((value.phase, *value.values)):
         return value
@@ -88,7 +89,7 @@ def event(value: Any, keys: frozenset[str] = frozenset()) -> Any:
                 new = _in_names(old)
             else:
                 new = _field(value, field, old, names)
-        except Exception:  # not normalised, and not to be trusted
+        except Exception:  # not a normalized event
             new = REDACTED
         if new is not old:
             changed[field] = new
@@ -97,12 +98,12 @@ def event(value: Any, keys: frozenset[str] = frozenset()) -> Any:
 
 @lru_cache(maxsize=256)
 def _has_secret(names: tuple[str, ...]) -> bool:
-    """Return whether there is a secret in the names of metrics, which are the same for long."""
+    """Return whether metric names contain a secret; cached, as they rarely change."""
     return any(text(name) is not name for name in names)
 
 
 def _in_names(old: Any) -> Any:
-    """Return a name, names in a list, or those of a dict, with the secrets in them replaced."""
+    """Return a name, a list of names, or a dict, with secrets in the names replaced."""
     if isinstance(old, str):
         return text(old)
     if isinstance(old, list):
@@ -111,20 +112,20 @@ def _in_names(old: Any) -> Any:
     if isinstance(old, dict):
         found: dict[Any, Any] = {}
         for name, item in old.items():
-            found[_free(text(name), name, found)] = item
+            found[_unique(text(name), name, found)] = item
         return old if all(a is b for a, b in zip(found, old, strict=True)) else found
     return old
 
 
-def _free(clean: Any, name: Any, taken: dict[Any, Any]) -> Any:
-    """Return a name that a secret was taken out of, as one that no other has become."""
+def _unique(clean: Any, name: Any, taken: dict[Any, Any]) -> Any:
+    """Return a redacted name, made different from the names in `taken`."""
     while clean is not name and clean in taken:
         clean += "*"
     return clean
 
 
 def _field(value: Any, field: str, old: Any, keys: frozenset[str]) -> Any:
-    if field == "rows":  # in which a secret is known by its column, or by the cell before it
+    if field == "rows":  # a secret is recognized by its column, or by the cell before it
         return _rows(old, [named(column, keys) for column in value.columns], keys)
     kind = named(value.key, keys) if type(value) is events.TextLogged else NONE
     if not kind and not _may_hide(old, keys):
@@ -133,15 +134,15 @@ def _field(value: Any, field: str, old: Any, keys: frozenset[str]) -> Any:
 
 
 def _rows(old: list[Any], kinds: list[int], keys: frozenset[str]) -> list[Any]:
-    """Return the rows of a table with secrets replaced, in those that may have any."""
-    doubtful: set[str] | None = None
+    """Return the rows of a table with secrets replaced; only suspicious rows are examined."""
+    suspicious: set[str] | None = None
     if not any(kinds) and (texts := _cells(old)) is not None:
         if not _may_hide(list(texts), keys):
             return old
-        doubtful = {cell for cell in texts if _may_hide(cell, keys) or named(cell, keys)}
+        suspicious = {cell for cell in texts if _may_hide(cell, keys) or named(cell, keys)}
     new = [
         row
-        if doubtful is not None and doubtful.isdisjoint(row)
+        if suspicious is not None and suspicious.isdisjoint(row)
         else _list(row, keys, NONE, 0, "", kinds)
         for row in old
     ]
@@ -149,7 +150,7 @@ def _rows(old: list[Any], kinds: list[int], keys: frozenset[str]) -> list[Any]:
 
 
 def _cells(rows: list[Any]) -> set[str] | None:
-    """Return the texts in the cells of a table, each once; None if a cell has more in it."""
+    """Return the distinct strings in a table; None if a cell is a container."""
     kinds = set(map(type, chain.from_iterable(rows)))
     if not kinds <= {str, float, int, bool, type(None)}:
         return None
@@ -157,7 +158,7 @@ def _cells(rows: list[Any]) -> set[str] | None:
 
 
 def _may_hide(value: Any, keys: frozenset[str]) -> bool:
-    """Return whether a value needs a closer look; it is looked at in one scan."""
+    """Return whether a value may contain a secret; a fast check in one scan."""
     texts: list[str] = []
     _gather(value, texts, 0)
     whole = "\n".join(texts)
@@ -173,7 +174,7 @@ def _gather(value: Any, texts: list[str], depth: int) -> None:
         texts.append(value)
     elif isinstance(value, dict | list | tuple):
         if depth > _MAX_DEPTH:
-            raise ValueError("nested too deep to look at")
+            raise ValueError("nested too deeply to examine")
         for item in value:
             _gather(item, texts, depth + 1)
         if isinstance(value, dict):
@@ -182,7 +183,7 @@ def _gather(value: Any, texts: list[str], depth: int) -> None:
 
 
 def _walk(value: Any, keys: frozenset[str], kind: int, depth: int, name: Any = "") -> Any:
-    """Return a value that stands under a name, of which `kind` is said, with secrets replaced."""
+    """Return a value with secrets replaced; `kind` is what its name says about it."""
     try:
         if kind == ANY:
             return REDACTED
@@ -197,7 +198,7 @@ def _walk(value: Any, keys: frozenset[str], kind: int, depth: int, name: Any = "
             return _list(value, keys, kind, depth + 1, name, [])
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return REDACTED if number and kind == PASSWORD else value
-    except Exception:  # not plain, and not to be trusted
+    except Exception:  # not plain data
         return REDACTED
 
 
@@ -212,7 +213,7 @@ def _dict(value: dict[Any, Any], keys: frozenset[str], kind: int, depth: int, na
             here = max(here, kind_of(f"login_{key}" if login else f"{name}_{key}"[-80:]))
         elif key == "value":  # of {"name": "WANDB_API_KEY", "value": …}
             here = max(here, named(value.get("name", value.get("key")), keys))
-        clean = _free(clean, key, new)
+        clean = _unique(clean, key, new)
         new[clean] = _walk(old, keys, here, depth, key)
         same = same and clean is key and new[clean] is old
     return value if same else new
@@ -222,7 +223,7 @@ def _list(
     value: Any, keys: frozenset[str], kind: int, depth: int, name: Any, columns: list[int]
 ) -> Any:
     new: list[Any] = []
-    before = NONE  # what the item before says of this one, being a flag or the name in a pair
+    before = NONE  # what the previous item, a flag or the name in a pair, says about this one
     login = False
     value, given = _command(value), value
     for index, old in enumerate(value):
@@ -247,7 +248,7 @@ def _list(
 
 
 def _command(items: Any) -> Any:
-    """Return the arguments of a command with the secrets replaced that its name alone tells."""
+    """Return the arguments of a command, with those replaced that only the command makes secret."""
     if not all(isinstance(item, str) for item in items) or _COMMANDS.isdisjoint(items):
         return items
     pieces = [item.replace(" ", "\0") for item in items]

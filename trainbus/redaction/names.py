@@ -1,4 +1,8 @@
-"""What a name says of the value that stands under it: whether that is a secret, and how surely."""
+"""Decides from a name whether its value is a secret.
+
+`kind_of` splits a name into words and looks for one that means a secret; `hides` decides whether a
+value is one. To cover another name, add a word to the sets below.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,8 @@ import re
 from functools import lru_cache, partial
 from typing import Any
 
-# What a name says of its value. Each makes a secret of more than the one before: text that looks
-# random, a longer word, any text, numbers too, whatever it is.
+# Which values a name makes secret, from few to all: text that looks random, text of 8 characters or
+# more, any text, numbers too, any value.
 NONE, RANDOM, TOKEN, KEY, PASSWORD, ANY = range(6)
 
 
@@ -15,7 +19,7 @@ def _set(words: str) -> frozenset[str]:
     return frozenset(words.split())
 
 
-# Singular, and what is written as two words also as one.
+# Words that mean a secret: in the singular, and two words also as one.
 _PASSWORDS = _set("""
     password passwd passphrase passcode passwort pwd secret pin pincode mnemonic mnemonicphrase
     seedphrase recoveryphrase secretphrase recoverycode backupcode accesscode securitycode kennwort
@@ -36,7 +40,7 @@ _LOGINS = _SERVICES | _set("""
     mysql oracle os pg postgres postgresql proxy rabbitmq rclone redis registry root server service
     sftp smb smtp sql ssh ssl sudo system tls truststore user vault vpn wallet web wifi zip""")
 
-# What may stand behind the word that counts: `password_hash`, `API_KEY_PROD`, `token_github`.
+# Words that may follow it: `password_hash`, `API_KEY_PROD`, `token_github`.
 _FORMS = _set("bytes digest hash hashed input md plaintext salt sha str text")
 _TRAILING = _set("""
     again backup base b64 cleartext confirm confirmation content contents current data decoded
@@ -45,7 +49,7 @@ _TRAILING = _set("""
     rw sandbox secondary stage staging string test testing used val value write""")
 _BEHIND = _TRAILING | _FORMS | _SERVICES
 
-# What before it makes a harmless thing of it: a switch, a count, or a piece of a text or picture.
+# Words before it that make it harmless: a switch, a count, or a token of a text or image.
 _ABOUT = _set("allow enable has is max min num require requires use pull")
 _PIECES = _set("""
     2 added additional audio begin beginning blank boi bos box byte chat class cls common
@@ -57,7 +61,7 @@ _PIECES = _set("""
     stop sub suffix system target text tgt think thinking timestamp to top total unexpected unk
     unknown video vision vocab word""")
 
-# What may follow `password: ` or `token=` in a text and is no secret.
+# Words that follow `password: ` or `token=` in a text and are no secret.
 STOP = _set("""
     a all an and any args argument as auth base64 be bool bytes can cfg config data does empty
     error expired false file flag for from has have if in incorrect int invalid is kwargs md5
@@ -88,7 +92,7 @@ _CHOICE = _re(r"""
     |authorization|x-api-key|[a-z][a-z0-9+]*://[^?@\s]{0,99})""")
 _PIECE = _re(r"\s | ^[<\[{].*[>\]}]$ | ^(?:▁|Ġ|\#\#)")
 
-# Of `token: classification`, but not of a password that somebody thought of.
+# A plain word, as in `token: classification`, but not one that looks like a password.
 _ONE_WORD = _re(r"(?!.*(?:secret|pass|token|key|admin|test|chang))[A-Z]?[a-z]{1,19}")
 _RUN = _re(r"""
     (?<![A-Za-z0-9])(?:(?=[A-Za-z]*\d)(?=\d*[A-Za-z])[A-Za-z0-9]{16,}
@@ -97,12 +101,12 @@ MIXED = _re(r"(?=\D*\d)(?=[^A-Za-z]*[A-Za-z])\S{6,}")
 
 
 def squash(name: Any) -> str:
-    """Return a name as it is compared: its letters and digits, in lower case."""
+    """Return the letters and digits of a name in lower case, for comparison."""
     return "".join(filter(str.isalnum, str(name))).lower()
 
 
 def named(name: Any, keys: frozenset[str]) -> int:
-    """Return what a name says of its value; everything, if it is one of `keys`, squashed."""
+    """Return what a name says about its value; ANY if the name is in `keys` (squashed)."""
     if not isinstance(name, str):
         return NONE
     if keys and not keys.isdisjoint((squash(name), squash(re.split(r"[./]", name)[-1]))):
@@ -112,7 +116,7 @@ def named(name: Any, keys: frozenset[str]) -> int:
 
 @lru_cache(maxsize=1024)
 def kind_of(name: str) -> int:
-    """Return what a key, a flag or a variable of this name says of its value."""
+    """Return what the name of a key, flag or variable says about its value."""
     words = [word.lower() for word in WORD.findall(name)]
     for preposition in ("for", "of"):
         if preposition in words[1:-1]:
@@ -132,7 +136,7 @@ def kind_of(name: str) -> int:
     kind = NONE
     pair = front + last if len(front) > 1 else last
     if not {last, pair}.isdisjoint(_PASSWORDS) or (last == "pass" and front in _LOGINS):
-        # Several are counted or numbered (`passwords: 4`), and pins are mostly those of a board.
+        # A plural can be a count (`passwords: 4`), and `pins` are mostly those of a board.
         kind = PASSWORD if not many else NONE if last == "pin" else KEY
     elif not {last, pair}.isdisjoint(_SECRETS):
         kind = KEY
@@ -141,13 +145,13 @@ def kind_of(name: str) -> int:
     elif last == "token" and front not in _PIECES:
         one = not many or front in ("api", "access", "auth", "refresh", "bearer", "session")
         kind = TOKEN if one else RANDOM
-    elif pair == "secretid" or last in ("pat", "sa", "webhook"):  # `sas` has lost its s
+    elif pair == "secretid" or last in ("pat", "sa", "webhook"):  # `sas` without its s
         kind = RANDOM
     return NONE if front in _ABOUT or (kind < KEY and tail & _FORMS) else kind
 
 
 def hides(kind: int, value: str) -> bool:
-    """Return whether a text is a secret, where a name says `kind` of it."""
+    """Return whether a text is a secret if its name says `kind` about it."""
     value = value.strip() if kind else ""
     if not value or PLACEHOLDER.fullmatch(value) or _PLACE.fullmatch(value):
         return False
@@ -163,5 +167,5 @@ def hides(kind: int, value: str) -> bool:
 
 
 def is_odd(kind: int, value: str) -> bool:
-    """Tell whether a text is more than a word, where it is not sure to be the value of a name."""
+    """Return whether a text is more than a word, if it is uncertain that a name refers to it."""
     return bool(_RUN.search(value) if kind == TOKEN else MIXED.fullmatch(value))

@@ -1,7 +1,10 @@
-"""Secrets in texts: known by their own shape, or by what stands before them.
+"""Finds secrets in texts: by their own format, or by the text before them.
 
-Most texts have none, and a training waits for each of them. So every pattern has signs, without one
-of which it can't match: they are looked for first, which is a hundred times faster.
+Training waits for this, and most texts have no secret. So each pattern has signs: strings of which
+every match contains at least one. Searching for them first is a hundred times faster.
+
+To recognize a new kind of token, add a line to `_TOKENS`. A secret that follows a fixed text
+belongs in `_AFTER` and `_AFTER_SIGNS`, and one that follows a name in `names.py`.
 """
 
 from __future__ import annotations
@@ -33,26 +36,58 @@ _PEM = _re(r"""
     (?=(?:\s|\\+[nr]){0,9}[\w+/=:-]{8})
     (?s:.*?)(?:-----END\ [A-Z0-9 ]{0,30}PRIVATE\ KEY(?:\ BLOCK)?-----|\Z)""")
 _URL = _re(r"""(://)([^\s/:@"'<>\[\](){}]*)(?::([^\s/"'<>]+))?@""")
-_SHAPES = _re(r"""
-    (?:(?<![A-Za-z0-9])|(?<=\\[nrt])|(?<=%[0-9A-F]{2}))(?a:
-    sk-(?:(?:ant|proj|svcacct|admin|or|lf)-[\w-]{16,}|[A-Za-z0-9]{32,}
-        |(?=[A-Za-z]{0,40}[0-9])[A-Za-z0-9]{20,})
-    |(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}(?![A-Za-z0-9]) | LTAI[A-Za-z0-9]{16,24}(?![A-Za-z0-9])
-    |gh[pousr]_[A-Za-z0-9]{20,} | github_pat_\w{20,} | gl(?:pat|ptt|rt|dt|cbt|soat|ft)-[\w-]{20,}
-    |(?:hf|api_org|npm|r8|rpa)_[A-Za-z0-9]{30,} | (?:gsk|wandb_v1|pcsk|tgp_v1|lsv2_[a-z]{2})_\w{40,}
-    |xox[a-z](?:\.xox[a-z])?-[\w-]{10,} | xapp-\d-[\w-]{10,}
-    |AIza[\w-]{30,} | ya29\.[\w-]{20,} | GOCSPX-[\w-]{20,} | 1//0[\w-]{30,}
-    |(?<![-_])eyJ[\w-]{5,}\.[\w-]{5,}(?:\.[\w-]*){1,3} | (?<![-_])eyJhcGlf[\w+/=-]{40,}
-    |pypi-(?:Ag[\w-]{16,}|[\w-]{60,}) | SG\.[\w-]{16,}\.[\w-]{16,}
-    |[sr]k_(?:live|test)_[A-Za-z0-9]{10,} | whsec_[\w+/=-]{20,} | SK[0-9a-fA-F]{32}(?![A-Za-z0-9])
-    |do[opr]_v1_[a-f0-9]{30,} | dapi[a-f0-9]{32} | nvapi-[\w-]{40,} | xai-[A-Za-z0-9]{40,}
-    |pplx-[A-Za-z0-9]{40,} | hv[sb]\.[\w-]{24,} | dckr_[op]at_[\w-]{20,} | ATATT3[\w=-]{50,}
-    |shp[a-z]{2}_[a-fA-F0-9]{32} | glsa_\w{32,} | AGE-SECRET-KEY-1[A-Z0-9]{40,}
-    |\w{3}\dQ~[\w.~-]{31,34} | (?:bot)?\d{8,10}:AA[\w-]{32,}
-    |[MNO][\w-]{23,27}\.[\w-]{6}\.[\w-]{27,40})""")
+# Tokens with a format of their own: signs, and the format as a verbose regular expression.
+_TOKENS = (
+    ("sk-", r"sk-(?:(?:ant|proj|svcacct|admin|or|lf)-[\w-]{16,}|[A-Za-z0-9]{32,})"),
+    ("sk-", r"sk-(?=[A-Za-z]{0,40}[0-9])[A-Za-z0-9]{20,}"),
+    ("AKIA ASIA ABIA ACCA", r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}(?![A-Za-z0-9])"),
+    ("LTAI", r"LTAI[A-Za-z0-9]{16,24}(?![A-Za-z0-9])"),
+    ("ghp_ gho_ ghu_ ghs_ ghr_", r"gh[pousr]_[A-Za-z0-9]{20,}"),
+    ("github_pat_", r"github_pat_\w{20,}"),
+    (
+        "glpat- glptt- glrt- gldt- glcbt- glsoat- glft-",
+        r"gl(?:pat|ptt|rt|dt|cbt|soat|ft)-[\w-]{20,}",
+    ),
+    ("hf_ api_org_ npm_ r8_ rpa_", r"(?:hf|api_org|npm|r8|rpa)_[A-Za-z0-9]{30,}"),
+    ("gsk_ _v1_ pcsk_ lsv2_", r"(?:gsk|wandb_v1|pcsk|tgp_v1|lsv2_[a-z]{2})_\w{40,}"),
+    ("xox", r"xox[a-z](?:\.xox[a-z])?-[\w-]{10,}"),
+    ("xapp-", r"xapp-\d-[\w-]{10,}"),
+    ("AIza", r"AIza[\w-]{30,}"),
+    ("ya29.", r"ya29\.[\w-]{20,}"),
+    ("GOCSPX-", r"GOCSPX-[\w-]{20,}"),
+    ("1//0", r"1//0[\w-]{30,}"),
+    ("eyJ", r"(?<![-_])eyJ[\w-]{5,}\.[\w-]{5,}(?:\.[\w-]*){1,3}"),
+    ("eyJ", r"(?<![-_])eyJhcGlf[\w+/=-]{40,}"),
+    ("pypi-", r"pypi-(?:Ag[\w-]{16,}|[\w-]{60,})"),
+    ("SG.", r"SG\.[\w-]{16,}\.[\w-]{16,}"),
+    ("k_live_ k_test_", r"[sr]k_(?:live|test)_[A-Za-z0-9]{10,}"),
+    ("whsec_", r"whsec_[\w+/=-]{20,}"),
+    ("SK", r"SK[0-9a-fA-F]{32}(?![A-Za-z0-9])"),
+    ("_v1_", r"do[opr]_v1_[a-f0-9]{30,}"),
+    ("dapi", r"dapi[a-f0-9]{32}"),
+    ("nvapi-", r"nvapi-[\w-]{40,}"),
+    ("xai-", r"xai-[A-Za-z0-9]{40,}"),
+    ("pplx-", r"pplx-[A-Za-z0-9]{40,}"),
+    ("hvs. hvb.", r"hv[sb]\.[\w-]{24,}"),
+    ("dckr_", r"dckr_[op]at_[\w-]{20,}"),
+    ("ATATT3", r"ATATT3[\w=-]{50,}"),
+    ("shp", r"shp[a-z]{2}_[a-fA-F0-9]{32}"),
+    ("glsa_", r"glsa_\w{32,}"),
+    ("AGE-SECRET", r"AGE-SECRET-KEY-1[A-Z0-9]{40,}"),
+    ("Q~", r"\w{3}\dQ~[\w.~-]{31,34}"),
+    (":AA", r"(?:bot)?\d{8,10}:AA[\w-]{32,}"),
+    ("", r"[MNO][\w-]{23,27}\.[\w-]{6}\.[\w-]{27,40}"),  # a bot token; its sign is `_DOTTED`
+)
+_SHAPE_SIGNS = tuple(dict.fromkeys(sign for signs, _ in _TOKENS for sign in signs.split()))
+_DOTTED = _re(r"\.[\w-]{6}\.[\w-]{27}")
+_SHAPES = _re(
+    r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt])|(?<=%[0-9A-F]{2}))(?a:"
+    + "|".join(token for _, token in _TOKENS)
+    + ")"
+)
 
-# A secret behind what says that it is one. Every branch begins with a letter of its own: so the
-# search skips what can't begin any.
+# A secret after a text that announces it. Every branch starts with a literal, so the search skips
+# all other characters quickly.
 _QUERY = r"""(?:pass=|[\w-]{0,30}[Ss]ig(?:nature)?=
     |(?:code|key)=(?=[^\s&]{0,99}\d)(?=[\w%+=.~-]{20}))"""
 _BEARER = r"\s{1,4}(?=[\w.~+/=-]{0,200}?\d)(?=[\w.~+/=-]{8})"
@@ -68,8 +103,8 @@ _AFTER = _re(rf"""(
     )(?!\[redacted|\{{)[^\s"'<>&\#;)]{{3,}}""")
 _BASIC = _re(r"([Bb]asic\s{1,4})([A-Za-z0-9+/]{8,}={0,2})")
 
-# A name, what may close it (`cfg["password"]`), and what says that a value follows. The name is
-# taken whole, so that a text is walked once; a flag's value may follow a space.
+# A name, its closing characters (`cfg["password"]`), and the separator before its value. The whole
+# name is matched, so that a text is scanned once. The value of a flag may follow a space.
 _NAME = _re(r"""
     (?<![\w./-])(?P<flag>--?(?=[A-Za-z]))?-{0,9}(?P<name>[\w./][\w./-]*)(?:
     (?P<close>\\{0,3}["'\]]{0,3})[ \t]{0,9}
@@ -78,16 +113,7 @@ _NAME = _re(r"""
     |(?P<tag>>) | (?P<prose>[ ](?:(?:is|was|set[ ]to)[ ]|(?=["']|[\w+/=-]{20})))
     |["'],[ ]?(?=["']) | (?(flag)[ \t]{1,9}(?!-)|(?!)))""")
 
-# Signs: what a text must have before a pattern is worth trying. Those of names are in lower case.
-_SHAPE_SIGNS = (
-    *("sk-", "AKIA", "ASIA", "ABIA", "ACCA", "LTAI", "ghp_", "gho_", "ghu_", "ghs_", "ghr_"),
-    *("github_pat_", "glpat-", "glptt-", "glrt-", "gldt-", "glcbt-", "glsoat-", "glft-", "hf_"),
-    *("api_org_", "npm_", "r8_", "rpa_", "gsk_", "_v1_", "pcsk_", "lsv2_", "xox", "xapp-", "AIza"),
-    *("ya29.", "GOCSPX-", "1//0", "eyJ", "pypi-", "SG.", "k_live_", "k_test_", "whsec_", "SK"),
-    *("dapi", "nvapi-", "xai-", "pplx-", "hvs.", "hvb.", "dckr_", "ATATT3", "shp", "glsa_"),
-    *("AGE-SECRET", "Q~", ":AA"),
-)
-_DOTTED = _re(r"\.[\w-]{6}\.[\w-]{27}")  # of a bot's token, which begins with no word of its own
+# Signs: strings without which a pattern can't match. Those of names are in lower case.
 _AFTER_SIGNS = (
     *("ig=", "ignature=", "pass=", "code=", "key=", "earer", "EARER", "BasicAuth", "webhook"),
     *("login", "hooks.slack", "sshpass", "mysql ", "curl "),
@@ -98,17 +124,17 @@ _NAME_SIGNS = (
     *("value", "provided"),
 )
 _ANY_NAME_SIGN = re.compile("|".join(_NAME_SIGNS))
-_SHORT_SIGNS = _re(r"[PpSs](?:in|at|a|IN|AT|A)[sS]?(?![a-z])")  # of words, not of `pattern`
+_SHORT_SIGNS = _re(r"[PpSs](?:in|at|a|IN|AT|A)[sS]?(?![a-z])")  # whole words, not `pattern`
 _TWO_WORDS = _re(r"""
     (?:seed|recovery|secret|mnemonic)[^a-z0-9]+phrase | conn(?:ection)?[^a-z0-9]+str
     |(?:recovery|backup|access|security|auth)[^a-z0-9]+code | access[^a-z0-9]+signature""")
 _REST = _re(r"[\w./-]*")
 _SPOKEN = _re(r"((?:(?<![\w-])[\w-]{1,20}[ ]){1,2})$")
-_BEFORE = {  # what adds to a name that says too little: `API key: …`, `name: TOKEN, value: …`
+_BEFORE = {  # the text that completes a generic name: `API key: …`, `name: TOKEN, value: …`
     **dict.fromkeys(("key", "string", "token", "tokens", "provided"), (_SPOKEN, 22)),
     "pass": (_re(r"""(user|login)(?:name)?["']?[:=&]"""), 60),
     "value": (_re(r"""(?:name|key)["']?[ ]?[:=][ ]?["']?([\w.-]{1,40})["']?,?\s{0,9}["']?$"""), 60),
-    "input_value": (_re(r"\b([\w.]{1,40})\n[^\n]*$"), 200),  # of a fault that Pydantic found
+    "input_value": (_re(r"\b([\w.]{1,40})\n[^\n]*$"), 200),  # in a validation error of Pydantic
 }
 _VALUE = _re(r"""
     (?P<open>[bBfFrRuU]{0,2}(?P<quote>\\{0,3}["'`]))(?P<quoted>(?:(?!(?P=quote))(?:\\.|[^\n]))+)
@@ -131,23 +157,23 @@ _LAST = _re(r"[ \t]*(?:[,;}\])\n]|$)")
 
 
 def text(value: str) -> str:
-    """Return the text with what looks like a secret replaced, and the rest of it as it was."""
+    """Return the text with everything that looks like a secret replaced."""
     if not isinstance(value, str):
         return value
     new = value if type(value) is str else str.__getitem__(value, slice(None))
     if not may_hide(new):
         return value
-    for _ in range(3):  # what is put in for one secret may uncover the next
-        old, new = new, _pass(new)
+    for _ in range(3):  # replacing one secret can reveal the next
+        old, new = new, _redact_once(new)
         if old == new:
             break
     return value if new == value else new
 
 
 def may_hide(value: str) -> bool:
-    """Return whether a text needs a closer look: without, it has no secret and names none.
+    """Return whether a text may contain a secret, or the name of one; a fast check.
 
-    What is True of one text is True of any lines that it is one of.
+    If it is True for a text, it is also True for any lines that include the text.
     """
     if "PRIVATE KEY" in value or "asic" in value or ("://" in value and "@" in value):
         return True
@@ -163,14 +189,14 @@ def _has_two_words(lowered: str) -> bool:
 
 def _has_shape(value: str) -> bool:
     is_signed = any(sign in value for sign in _SHAPE_SIGNS) or _DOTTED.search(value)
-    # What the signs are in besides, such as `task-`, is told apart by what follows.
+    # A sign also occurs in harmless words, such as `sk-` in `task-`.
     return bool(is_signed and _SHAPES.search(value))
 
 
 def _names(value: str) -> Iterator[tuple[int, str]]:
-    """Yield where names begin that can stand before a secret, and the names."""
+    """Yield the position and text of each name that can precede a secret."""
     lowered = value.lower()
-    if len(lowered) != len(value):  # a letter that has none of one character in lower case
+    if len(lowered) != len(value):  # some letters have more than one character in lower case
         lowered = "".join(c if len(c.lower()) > 1 else c.lower() for c in value)
     found = []
     if any(sign in lowered for sign in _NAME_SIGNS):
@@ -190,7 +216,7 @@ def _names(value: str) -> Iterator[tuple[int, str]]:
             yield start, name
 
 
-def _pass(value: str) -> str:
+def _redact_once(value: str) -> str:
     if "PRIVATE KEY" in value:
         value = _PEM.sub(REDACTED, value)
     if "://" in value and "@" in value:
@@ -232,9 +258,9 @@ def _basic(found: re.Match[str]) -> str:
 
 
 def _value_of(found: re.Match[str], value: str) -> tuple[int, int] | None:
-    """Return where the secret stands that follows a name in a text, if one does.
+    """Return the position of the secret after a name in a text, None if there is none.
 
-    It decides by the first characters, so that no text makes it look at the same ones often.
+    Only the first characters decide, so that the time is linear in the length of the text.
     """
     name, sep, start = found["name"], found["sep"] or "", found.start("name")
     before, reach = _BEFORE.get(name.lower(), (None, 0))
@@ -276,7 +302,7 @@ def _value_of(found: re.Match[str], value: str) -> tuple[int, int] | None:
 
 
 def _is_closed(found: re.Match[str], after: re.Match[str], value: str) -> bool:
-    """Tell whether what stands between quotes is no literal, but what follows one, or is built."""
+    """Return whether a quoted text is not a literal value: it belongs to the name, or is code."""
     first, start = after["quoted"][0], found.start("name")
     if "f" in after["open"].lower() and "{" in after["quoted"]:
         return True
@@ -290,7 +316,7 @@ def _is_closed(found: re.Match[str], after: re.Match[str], value: str) -> bool:
 
 
 def _is_code(word: str, kind: int, found: re.Match[str], value: str, at: int) -> bool:
-    """Tell whether a bare word is a call, a variable, a type or prose, rather than a literal."""
+    """Return whether an unquoted word is a call, a variable, a type or prose, not a literal."""
     name, start, sep = found["name"], found.start("name"), found["sep"]
     plain = word.isidentifier()
     if _CODE.match(value, at) or (plain and squash(word) == squash(name.rpartition(".")[2])):
@@ -300,7 +326,7 @@ def _is_code(word: str, kind: int, found: re.Match[str], value: str, at: int) ->
     head = value[max(0, start - 200) : start]
     plain = plain and not re.search(r"\d", word)
     if plain and found["close"] and ("]" in found["close"] or ":" in sep):
-        return True  # where a literal would have quotes
+        return True  # a literal would have quotes here
     if "=" in sep:
         return plain and not name.isupper() and bool(_IN_CODE.search(head))
     last = WORD.findall(name)[-1].lower().rstrip("s")

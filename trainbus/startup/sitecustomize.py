@@ -1,9 +1,8 @@
-"""What every Python process under `trainbus run` begins with: hooks behind framework imports.
+"""Installs hooks that run after framework imports, in every Python process of `trainbus run`.
 
-Python imports this file when it starts, as `trainbus run` puts its folder on the path; the file of
-the same name that it hides, if there is one, is run afterwards. A program that trains nothing
-imports neither trainbus nor numpy by it; what goes wrong here is said once and never reaches the
-program.
+Python imports this file at startup, because `trainbus run` puts its folder on the path. Another
+`sitecustomize` that it shadows is run afterwards. A program that trains nothing imports neither
+trainbus nor numpy; an error here is logged once and never reaches the program.
 """
 
 from __future__ import annotations
@@ -24,22 +23,22 @@ logger = logging.getLogger("trainbus")
 
 
 class Session:
-    """Attaches to every trainer that this process makes; its sinks are opened when one trains."""
+    """Attaches to every trainer that this process creates; sinks are opened when one trains."""
 
     def __init__(self, config: str) -> None:
         self._config = config
         self._bus: Bus | None = None
-        self._has_tried = False
+        self._has_loaded = False
 
     def start(self) -> None:
-        """Have the hooks called once their frameworks are imported."""
+        """Register the hooks, to be called once their frameworks are imported."""
         from functools import partial
         from importlib.metadata import entry_points
         from importlib.util import find_spec
 
         if find_spec("trainbus") is None:
             print(
-                f"trainbus: {sys.executable} has no trainbus; what it trains is not logged",
+                f"trainbus: not installed for {sys.executable}; its trainings are not recorded",
                 file=sys.stderr,
             )
             return
@@ -48,22 +47,22 @@ class Session:
         points = entry_points(group="trainbus.hooks")
         for point in points:
             wrapt.register_post_import_hook(partial(self.hook, point), point.name)
-        _watch_for_nothing(sorted({point.name.partition(".")[0] for point in points}))
+        _warn_if_nothing_recorded(sorted({point.name.partition(".")[0] for point in points}))
 
     def hook(self, point: EntryPoint, module: ModuleType) -> None:
-        """Hook into a framework, whose module was imported."""
+        """Call the hook of a framework whose module was imported."""
         try:
             point.load()(module, self.attach)
         except Exception as error:
-            logger.warning("trainings of %s are not logged: %r", point.name, error)
+            logger.warning("trainings of %s are not recorded: %r", point.name, error)
 
     def attach(self, target: object) -> None:
         """Attach to a trainer."""
         from trainbus import SinkError, load
 
         try:
-            if self._bus is None and not self._has_tried:
-                self._has_tried = True  # one try, and one complaint
+            if self._bus is None and not self._has_loaded:
+                self._has_loaded = True  # try once, and warn once
                 self._bus = load(self._config)
             if self._bus is not None:
                 self._bus.attach(target)
@@ -71,11 +70,11 @@ class Session:
             raise
         except Exception as error:
             kind = type(target)
-            logger.warning("%s.%s is not logged: %s", kind.__module__, kind.__qualname__, error)
+            logger.warning("%s.%s is not recorded: %s", kind.__module__, kind.__qualname__, error)
 
 
-def _watch_for_nothing(frameworks: list[str]) -> None:
-    """Have the end of the command say so if neither it nor a child of it has recorded anything."""
+def _warn_if_nothing_recorded(frameworks: list[str]) -> None:
+    """Warn when the command ends if neither it nor a child process has recorded a run."""
     pid = os.getpid()
     if os.environ.get("TRAINBUS_COMMAND") != str(pid):
         return
@@ -87,7 +86,7 @@ def _watch_for_nothing(frameworks: list[str]) -> None:
         return
     file = os.environ.setdefault("TRAINBUS_RECORDED", file)
 
-    def say() -> None:
+    def warn() -> None:
         if os.getpid() != pid or not os.environ.get("TRAINBUS_RECORDED"):
             return
         try:
@@ -95,17 +94,18 @@ def _watch_for_nothing(frameworks: list[str]) -> None:
         except FileNotFoundError:
             print(
                 f"trainbus: nothing was recorded: found no training of {', '.join(frameworks)}; "
-                "log a loop of your own with `bus.run()` (README, 'A loop of your own'), "
-                "`trainbus plugins` lists what can be used",
+                "log a loop of your own with `bus.run()` (README, 'A loop of your own'); "
+                "`trainbus plugins` lists the supported frameworks",
                 file=sys.stderr,
             )
         except OSError:
             return
 
-    atexit.register(say)
+    atexit.register(warn)
 
 
-def _run_the_hidden_one() -> None:
+def _run_shadowed() -> None:
+    """Run the `sitecustomize` that this file shadows, if there is one."""
     from importlib.machinery import PathFinder
     from importlib.util import module_from_spec
 
@@ -122,5 +122,5 @@ if os.environ.get("TRAINBUS_CONFIG"):
     try:
         Session(os.environ["TRAINBUS_CONFIG"]).start()
     except Exception as error:
-        print(f"trainbus: trainings are not logged: {error!r}", file=sys.stderr)
-_run_the_hidden_one()
+        print(f"trainbus: trainings are not recorded: {error!r}", file=sys.stderr)
+_run_shadowed()

@@ -1,14 +1,15 @@
-"""Conformance suites and support for plugin authors; trainbus itself never imports this.
+"""Conformance suites for plugin authors: a plugin that passes works with the rest of trainbus.
 
-A plugin's test file derives from a suite and says how to make the plugin and how to read back what
-it stored; the suite holds every check that all plugins must pass.
+A plugin's test file derives from a suite and defines how to create the plugin and how to read back
+the stored result; the suite contains every check that all plugins must pass. trainbus itself never
+imports this package.
 """
 
 from __future__ import annotations
 
 import pytest
 
-# Without this the asserts of a shipped suite fail without saying what was compared.
+# Without this, failed asserts of a shipped suite don't show the compared values.
 pytest.register_assert_rewrite("trainbus.testing.sinks", "trainbus.testing.adapters")
 
 from trainbus.testing.adapters import AdapterConformance, Training  # noqa: E402

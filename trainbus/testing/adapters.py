@@ -1,4 +1,4 @@
-"""What every adapter must do, as tests.
+"""The conformance suite for adapters.
 
     class TestMyFramework(AdapterConformance):
         def start(self, folder, epochs):
@@ -11,7 +11,7 @@
                 epochs_trained=lambda: len(trainer.losses),
             )
 
-A training of a real framework takes seconds: what several checks look at is trained once.
+Training with a real framework takes seconds, so checks share trainings where possible.
 """
 
 # ruff: noqa: SIM300  asserts read `expected == actual`, as in all tests
@@ -56,20 +56,20 @@ _EPOCHS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One training that is set up and not begun.
+    """One training that is set up but not started.
 
     Args:
-        target: what an adapter attaches to.
-        run: trains.
-        result: a digest of the outcome, equal for trainings that went the same way.
-        fail_at: arranges that an exception is raised inside the user's part of the training, such
-            as a callback or a data loader of theirs, in an epoch after the first.
-        epochs_trained: how many epochs of this training ran to their end, counted without the
-            adapter: by the framework itself or by a callback. Not needed where there are none.
-        resume: sets up the training that goes on where this one failed, if the framework can.
-        stop_early: arranges that the framework's own early stopping ends the training before its
-            last epoch, if it has one.
-        raises: what leaves `run` in the place of the user's exception, if that is another one.
+        target: the object that an adapter attaches to.
+        run: runs the training.
+        result: returns a digest of the result, equal for identical trainings.
+        fail_at: makes the user's code in the training, such as a callback or a data loader, raise
+            an exception in an epoch after the first.
+        epochs_trained: returns the number of completed epochs, counted without the adapter: by the
+            framework itself or by a callback. Not needed for a framework without epochs.
+        resume: sets up the training that resumes this one after it failed, if supported.
+        stop_early: makes the framework's own early stopping end the training before its last
+            epoch, if it has one.
+        raises: type of the exception that `run` raises in place of the user's, if it differs.
     """
 
     target: Any
@@ -84,7 +84,7 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """What one training emitted, and how it ended."""
+    """The events that one training emitted, and how it ended."""
 
     training: Training
     records: list[Record]
@@ -92,7 +92,7 @@ class Recording:
     raised: BaseException | None
     result: Hashable
     trained: int | None
-    """How many epochs ran to their end, None if nobody knows."""
+    """Number of completed epochs, None if unknown."""
 
     @property
     def ended(self) -> RunEnded:
@@ -102,7 +102,7 @@ class Recording:
         return event
 
     def passes_on(self, error: BaseException) -> bool:
-        """Return whether the user's exception left the training, or what stands for it."""
+        """Return whether the training raised the user's exception, or the one in its place."""
         wrapped = self.training.raises
         return self.raised is error if wrapped is None else isinstance(self.raised, wrapped)
 
@@ -112,14 +112,14 @@ class Recording:
 
 
 class AdapterConformance(ABC):
-    """Derive `Test…` from this, and say how to set up a training of the framework.
+    """Derive `Test…` from this class, and define how to set up a training of the framework.
 
     Attributes:
         other_rank_env: environment of a process that is not the main one of a distributed training.
-        pickles_with: module that the framework pickles its callbacks with; some use `cloudpickle`.
-        has_epochs: whether the framework counts epochs, or something that stands for them.
-        knows_its_run: whether a resumed training finds the run that it continues, by where it
-            saves.
+        pickles_with: module with which the framework pickles callbacks; some use `cloudpickle`.
+        has_epochs: whether the framework counts epochs, or an equivalent.
+        knows_its_run: whether a resumed training finds the run that it continues by its save
+            directory.
     """
 
     other_rank_env: ClassVar[Mapping[str, str]] = {"RANK": "1", "LOCAL_RANK": "1"}
@@ -135,29 +135,29 @@ class AdapterConformance(ABC):
 
     @abstractmethod
     def start(self, folder: Path, epochs: int) -> Training:
-        """Set up a training that writes into `folder`, with the same seed each time."""
+        """Set up a training that saves to `folder`, with the same seed each time."""
 
     def attach(self, bus: Bus, target: Any) -> Detach:
-        """Attach as a user does; override it for an adapter that no entry point registers."""
+        """Attach as a user does; override this for an adapter without an entry point."""
         return bus.attach(target)
 
     def trace(self, target: Any) -> object:
-        """Return what an adapter may change of `target`, such as callbacks, to compare with ==."""
+        """Return what an adapter may change in `target`, such as callbacks, to compare with ==."""
         return None
 
     def handles(self, target: Any) -> object:
-        """Return what is hung into an attached `target` and is pickled or copied with it."""
+        """Return the hooks in an attached `target` that the framework pickles or copies."""
         return None
 
     def test_obeys_the_grammar(self) -> None:
-        """Runs of one and of three epochs start, go on and end as every run must."""
+        """Runs of one and of three epochs follow the grammar of runs."""
         for recording in self._one_and_three():
             assert recording.raised is None
             assert [] == check_grammar(recording.records)
             assert "finished" == recording.ended.status
 
     def test_reports_every_epoch(self) -> None:
-        """Epochs 0 to n - 1 start, end completed, and have metrics of the training in them."""
+        """Epochs 0 to n - 1 start, end as completed, and have metrics of the training phase."""
         for recording, count in zip(self._one_and_three(), (1, _EPOCHS), strict=True):
             if not self.has_epochs:
                 logged = recording.of(MetricsLogged)
@@ -173,7 +173,7 @@ class AdapterConformance(ABC):
             assert set(expected) <= {e.epoch for e in metrics if e.phase == "train" and e.values}
 
     def test_emits_plain_values(self) -> None:
-        """Metrics leave the adapter as floats and counters as ints, and records survive JSON."""
+        """The adapter emits metrics as floats and counters as ints, and records survive JSON."""
         _, three = self._one_and_three()
         for event in three.raw:
             for name, value in getattr(event, "values", {}).items():
@@ -186,12 +186,12 @@ class AdapterConformance(ABC):
             assert line == encode(decode(line))
 
     def test_leaves_the_result_unchanged(self) -> None:
-        """A training that is listened to ends in exactly what it ends in without."""
+        """A training has exactly the same result with and without the adapter."""
         _, three = self._one_and_three()
         assert self._plain() == three.result
 
     def test_lets_the_users_exception_through(self) -> None:
-        """An exception of the user's leaves the training as it is, and the run ends as failed."""
+        """The training raises the user's exception unchanged, and the run ends as failed."""
         recording = self._failed()
         assert recording.passes_on(self._error), f"{recording.raised!r} left the training"
         assert [] == check_grammar(recording.records)
@@ -201,7 +201,7 @@ class AdapterConformance(ABC):
         self._check_epochs(recording)
 
     def test_ends_as_stopped_on_ctrl_c(self) -> None:
-        """Ctrl-C ends the run as stopped, whether the framework passes it on or not."""
+        """Ctrl-C ends the run as stopped, whether the framework re-raises it or not."""
         error = KeyboardInterrupt()
         training = self.start(self._scratch.folder / "interrupted", _EPOCHS)
         training.fail_at(error)
@@ -213,10 +213,10 @@ class AdapterConformance(ABC):
         self._check_epochs(recording)
 
     def test_ends_as_finished_when_it_stops_early(self) -> None:
-        """A training that its own early stopping ends went well, and says why it ended."""
+        """Early stopping ends the run as finished, with the reason."""
         training = self.start(self._scratch.folder / "early", _EPOCHS)
         if training.stop_early is None:
-            raise SkipTest("the framework stops no training early")
+            raise SkipTest("the framework has no early stopping")
         training.stop_early()
         recording = self._record(self._bus(), training)
         assert recording.raised is None
@@ -229,7 +229,7 @@ class AdapterConformance(ABC):
         self._check_epochs(recording)
 
     def test_survives_failing_subscribers_and_sinks(self) -> None:
-        """With a subscriber and sinks that always raise, training ends as it does without."""
+        """With a subscriber and sinks that always raise, training has the same result."""
         bus = self._bus({"mute": _NeverOpens, "broken": _AlwaysRaises})
         bus.subscribe(_raise)
         training = self.start(self._scratch.folder / "hurt", _EPOCHS)
@@ -239,7 +239,7 @@ class AdapterConformance(ABC):
         assert [] == check_grammar(recording.records)
 
     def test_detaches_completely(self) -> None:
-        """After `detach`, called twice, the target is as it was, and a training emits nothing."""
+        """After `detach`, called twice, the target is as before, and a training emits nothing."""
         bus = self._bus()
         training = self.start(self._scratch.folder / "detached", 1)
         before = self.trace(training.target)
@@ -251,7 +251,7 @@ class AdapterConformance(ABC):
         assert [] == bus.raw
 
     def test_attaching_again_does_not_double(self) -> None:
-        """Attached twice, and once more after a detach, the adapter reports everything once."""
+        """Attached twice, and detached once, the adapter reports everything once."""
         bus = self._bus()
         training = self.start(self._scratch.folder / "twice", 1)
         self.attach(bus, training.target)
@@ -261,7 +261,7 @@ class AdapterConformance(ABC):
         assert _names(one.records) == _names(recording.records)
 
     def test_keeps_no_target_alive(self) -> None:
-        """A target that was attached, and has trained, is freed with its last user's reference."""
+        """A target that was attached and has trained is freed with the user's last reference."""
         bus = self._bus()
         training = self.start(self._scratch.folder / "dropped", 1)
         try:
@@ -277,7 +277,7 @@ class AdapterConformance(ABC):
         assert [] == bus.open_runs
 
     def test_keeps_two_trainings_apart(self) -> None:
-        """Two trainings, one after another on one bus, are two runs."""
+        """Two trainings, one after the other on one bus, are two runs."""
         one, three = self._one_and_three()
         first, second = ({record.run for record in r.records} for r in (one, three))
         assert 1 == len(first) == len(second)
@@ -296,7 +296,7 @@ class AdapterConformance(ABC):
         assert [] == heard
 
     def test_survives_copies_and_pickles(self) -> None:
-        """What is hung into the framework can be copied and pickled, and emits without raising."""
+        """The hooks in the framework can be copied and pickled, and emit without raising."""
         training = self.start(self._scratch.folder / "handles", 1)
         bus = self._bus()
         detach = self.attach(bus, training.target)
@@ -306,12 +306,12 @@ class AdapterConformance(ABC):
         pickler = importlib.import_module(self.pickles_with)
         copied = list(_emitters(copy.deepcopy(handles)))
         revived = list(_emitters(pickler.loads(pickler.dumps(handles))))
-        assert copied, "`handles` returned what holds no Reporter; None says that nothing is copied"
-        assert revived, "what was pickled holds no Reporter when it is loaded"
+        assert copied, "`handles` returned no Reporter; return None if nothing is copied"
+        assert revived, "the unpickled object has no Reporter"
         for emitter in revived:
             emitter(MetricsLogged(values={"train/loss": 1.0}, phase="train"))
             emitter(RunEnded(status="finished"))
-        assert [] == bus.raw, "what was unpickled emits into the bus of this process"
+        assert [] == bus.raw, "an unpickled Reporter emits to the bus of this process"
         for emitter in copied:
             emitter(MetricsLogged(values={"train/loss": 1.0}, phase="train"))
         assert ["run.started", "metrics.logged"] == [event_name(r.event) for r in bus.records][:2]
@@ -319,10 +319,10 @@ class AdapterConformance(ABC):
         bus.close()
 
     def test_resumes(self) -> None:
-        """A resumed training is the same run, says so, and goes on with its epochs."""
+        """A resumed training is the same run, reports that, and continues the epoch count."""
         failed = self._failed()
         if failed.training.resume is None:
-            raise SkipTest("the framework resumes no training")
+            raise SkipTest("the framework can't resume a training")
         recording = self._record(self._bus(), failed.training.resume())
         assert recording.raised is None
         assert [] == check_grammar(recording.records)
@@ -349,18 +349,18 @@ class AdapterConformance(ABC):
         return [event_name(event) for event in bus.raw]
 
     def _check_epochs(self, recording: Recording) -> None:
-        """Every epoch that is reported as completed was trained, and each that was is reported."""
+        """The epochs reported as completed are exactly those that were trained."""
         if not self.has_epochs:
             return
         trained = recording.trained
-        assert trained is not None, "`Training(epochs_trained=…)` is needed to prove the epochs"
+        assert trained is not None, "`Training(epochs_trained=…)` is needed to check the epochs"
         started = [event.epoch for event in recording.of(EpochStarted)]
         ended = recording.of(EpochEnded)
         completed = [event.epoch for event in ended if event.outcome == "completed"]
         first = started[0] if started else 0
         expected = list(range(first, first + trained))
         assert expected == completed, "epochs that are reported as completed"
-        # One more may have begun, in which the training ended.
+        # The training may have ended in one more epoch.
         assert expected == started[:trained], "epochs that are reported as started"
         assert trained <= len(started) <= trained + (recording.ended.status != "finished")
 
@@ -398,17 +398,17 @@ class AdapterConformance(ABC):
     def _record(self, bus: _ListeningBus, training: Training) -> Recording:
         heard, emitted = len(bus.records), len(bus.raw)
         raised: BaseException | None = None
-        said = _Said()
-        logging.getLogger("trainbus").addHandler(said)
+        errors = _HookErrors()
+        logging.getLogger("trainbus").addHandler(errors)
         try:
-            # Not detached afterwards: a second trainer on the bus must not be heard by the first.
+            # Not detached afterwards: a second trainer on the bus must not reach the first adapter.
             self.attach(bus, training.target)
             training.run()
         except BaseException as error:
             raised = error
         finally:
-            logging.getLogger("trainbus").removeHandler(said)
-        assert [] == said.faults
+            logging.getLogger("trainbus").removeHandler(errors)
+        assert [] == errors.lines
         result = training.result() if raised is None else None
         for emitter in list(bus.open_runs):
             emitter.end(raised)
@@ -423,24 +423,24 @@ class AdapterConformance(ABC):
 
 
 class _UserError(Exception):
-    """What no framework and no adapter knows."""
+    """An exception type that no framework and no adapter knows."""
 
 
-class _Said(logging.Handler):
+class _HookErrors(logging.Handler):
     """Keeps the warnings about hooks that raised."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.faults: list[str] = []
+        self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take a line of the log."""
+        """Collect a log line about a hook."""
         if "its events were not recorded" in record.getMessage():
-            self.faults.append(record.getMessage())
+            self.lines.append(record.getMessage())
 
 
 class _ListeningEmitter(Emitter):
-    """Keeps events as the adapter made them, before the bus turns their values into plain ones."""
+    """Collects events as the adapter emitted them, before their values are normalized."""
 
     raw: list[Event]
 
@@ -469,7 +469,7 @@ class _ListeningBus(Bus):
 
 
 class _AlwaysRaises(Sink):
-    """A sink that can be opened and nothing else."""
+    """A sink that can be opened but not used."""
 
     def write(self, records: Sequence[Record]) -> None:
         """Raise."""
@@ -485,7 +485,7 @@ class _AlwaysRaises(Sink):
 
 
 class _NeverOpens(_AlwaysRaises):
-    """A sink that can't even be opened."""
+    """A sink that can't be opened."""
 
     def open(self, run: RunInfo) -> None:
         """Raise."""
@@ -501,7 +501,7 @@ def _names(records: Sequence[Record]) -> list[str]:
 
 
 def _emitters(root: object) -> Iterator[Emitter | NullEmitter]:
-    """Yield the emitters that an object holds, however deep."""
+    """Yield the emitters that are reachable from an object."""
     seen: set[int] = set()
     todo: list[object] = [root]
     while todo:
@@ -511,7 +511,7 @@ def _emitters(root: object) -> Iterator[Emitter | NullEmitter]:
         seen.add(id(item))
         if isinstance(item, Emitter | NullEmitter):
             yield item
-        elif isinstance(item, FunctionType):  # its globals would lead everywhere
+        elif isinstance(item, FunctionType):  # its globals would reach everything
             todo += [item.__closure__, item.__defaults__, item.__dict__]
         else:
             todo += gc.get_referents(item)

@@ -1,6 +1,6 @@
-"""Runs one check in a process of its own, which has imported nothing but the plugin.
+"""Runs one check in a new process that imports only the plugin.
 
-The source of this file is the child's whole program: it must not need `trainbus.testing`.
+The source of this file is the whole program of the child, so it must not import `trainbus.testing`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,17 @@ def run_in_child(
     cwd: Path,
     env: Mapping[str, str] | None = None,
 ) -> Any:
-    """Return what a task of this file returns for a class and what is given, in a new process.
+    """Call a task of this file in a new process, and return its result.
+
+    Args:
+        task: name of a function in this file.
+        cls: class that the task gets.
+        given: keyword arguments of the task.
+        cwd: working directory of the process; it is created.
+        env: additional environment variables.
 
     Raises:
-        AssertionError: the process failed; the text holds what it said.
+        AssertionError: the process failed; the message contains its stderr.
     """
     cwd.mkdir(parents=True, exist_ok=True)
     file = inspect.getfile(cls)
@@ -51,13 +58,13 @@ def run_in_child(
 
 
 def imported_by_construction(cls: Any, *, options: Any, heavy: list[str]) -> list[str]:
-    """Return which of the modules `heavy` a sink has imported before it is opened."""
+    """Return which of the modules in `heavy` a sink imports before it is opened."""
     _sink(cls, options)
     return [name for name in heavy if name in sys.modules]
 
 
 def error_without(cls: Any, *, options: Any, package: str) -> dict[str, Any] | None:
-    """Return the error that a sink raises when it is opened without a package, None if none."""
+    """Return the error of opening a sink without a package, None if it raises none."""
     from trainbus.events import RunStarted
     from trainbus.interfaces import RunInfo
 

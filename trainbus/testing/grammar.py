@@ -1,4 +1,4 @@
-"""The grammar that the records of every run obey, as a function that names what breaks it."""
+"""Checks that the records of a run follow the grammar that every run must follow."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from trainbus.events import (
 
 
 def check_grammar(records: Sequence[Record]) -> list[str]:
-    """Return what is wrong with the records of one run, one line a fault; empty if nothing is.
+    """Return one line for each error in the records of one attempt; empty if there is none.
 
-    The records are those of one attempt: exactly one `run.started` first, exactly one `run.ended`
-    last, `seq` from 1 without gaps, one run id and attempt, every `epoch.ended` after its
-    `epoch.started`, no epoch completed twice unless the training recovered in between, and events
-    whose values and shapes are what `trainbus.events` says.
+    The grammar: exactly one `run.started`, first; exactly one `run.ended`, last; `seq` from 1
+    without gaps; one run id and attempt; each `epoch.ended` after its `epoch.started`; no epoch
+    completed twice unless the training recovered in between; and values and shapes as documented in
+    `trainbus.events`.
     """
     if not records:
         return ["expected at least run.started and run.ended, found no records"]
@@ -68,7 +68,7 @@ def _epochs(records: Sequence[Record]) -> Iterator[str]:
             if event.epoch != current:
                 yield f"seq {record.seq}: epoch {event.epoch} ended while {current} was open"
             current = None
-            if event.outcome == "recovered":  # it may go back to any epoch
+            if event.outcome == "recovered":  # training may continue from any epoch
                 completed.clear()
             elif event.outcome == "completed":
                 if event.epoch in completed:
@@ -134,5 +134,5 @@ def _shapes(event: Any) -> Iterator[str]:
         case TableLogged():
             for row in event.rows:
                 if len(row) != len(event.columns):
-                    yield f"expected {len(event.columns)} values a row, found {len(row)}"
+                    yield f"expected {len(event.columns)} values per row, found {len(row)}"
                     break

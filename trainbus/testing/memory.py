@@ -1,4 +1,4 @@
-"""A sink that keeps its records in a list: for tests, and for a look at what a training emits."""
+"""A sink that collects records in a list, for tests and for exploring a training's events."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainbus.interfaces import Sink
 
 
 class MemorySink(Sink):
-    """Keeps every record once, in the order it came; `Bus({"memory": MemorySink()})`."""
+    """Collects every record once, in order of arrival: `Bus({"memory": MemorySink()})`."""
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
@@ -18,7 +18,7 @@ class MemorySink(Sink):
         self._known: set[tuple[str, tuple[int, int]]] = set()
 
     def write(self, records: Sequence[Record]) -> None:
-        """Keep the records that are new."""
+        """Collect the new records."""
         for record in records:
             identity = (record.run, record.position)
             if identity not in self._known:

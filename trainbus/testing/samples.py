@@ -1,4 +1,4 @@
-"""One run with everything a plugin may meet: every event type, and values that break naive code."""
+"""A sample run for plugins: every event type, and values that break naive code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the checks of one suite share: a folder, and the results that are expensive to get."""
+"""State shared by the checks of one suite: a folder, and results that are expensive to compute."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Scratch:
-    """A folder that lasts as long as the process, and a memory for what was computed in it."""
+    """A folder that exists until the process exits, and a cache of results computed in it."""
 
     def __init__(self) -> None:
         self._folder: Path | None = None
@@ -21,14 +21,14 @@ class Scratch:
 
     @property
     def folder(self) -> Path:
-        """The folder; it is made when it is first asked for, and removed at exit."""
+        """The folder; it is created on first use and removed at exit."""
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="trainbus-conformance-"))
             atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
         return self._folder
 
     def once(self, name: str, compute: Callable[[Path], T]) -> T:
-        """Return what `compute` returned for a folder of this name; it is called only once."""
+        """Return the result of `compute` for a subfolder of this name; it is called only once."""
         if name not in self._known:
             self._known[name] = compute(self.folder / name)
         found: T = self._known[name]

@@ -1,4 +1,4 @@
-"""What every sink must do, as tests.
+"""The conformance suite for sinks.
 
 class TestCsvSink(SinkConformance):
     def make(self, folder):
@@ -40,17 +40,17 @@ _ODD_SPLITS = (1, 2, 3, 5, 7, 11)
 
 
 class SinkConformance(ABC):
-    """Derive `Test…` from this, and say how to make the sink and how to read what it stored.
+    """Derive `Test…` from this class, and define how to create the sink and read what it stored.
 
     Attributes:
         package: import name of the third-party package that the sink needs.
         heavy: modules that must not be imported before `open`, besides `package`.
-        extra: extra that brings the package; the error about a missing package names it.
-        secrets: texts in the options that `make` gives which must never be shown.
-        keeps: event types without which something else is stored.
-        keeps_unknown: whether the sink passes on records whole, those of a newer schema included.
-        reopens: whether the store can tell, after it was opened anew, which records it has.
-        deadline_s: how long a thread may take to store the sample run.
+        extra: extra that installs the package; the error for a missing package names it.
+        secrets: strings in the options of `make` that must never be shown.
+        stores: event types that change the stored result.
+        keeps_unknown: whether the sink stores complete records, including those of a newer schema.
+        reopens: whether the sink can detect, after reopening, which records are already stored.
+        deadline_s: maximum number of seconds for storing the sample run.
     """
 
     package: ClassVar[str | None] = None
@@ -70,31 +70,31 @@ class SinkConformance(ABC):
 
     @abstractmethod
     def make(self, folder: Path) -> Sink:
-        """Return a new sink that stores into `folder`; sinks of one folder share what is stored."""
+        """Return a new sink that stores in `folder`; sinks with one folder share their store."""
 
     @abstractmethod
     def read(self, folder: Path) -> object:
         """Return what is stored in `folder`, read without the plugin's code, to compare with ==.
 
-        Leave out what differs from time to time with the same records, such as a file's date.
+        Leave out what varies between identical runs, such as the date of a file.
         """
 
     def test_accepts_every_event_type(self, tmp_path: Path) -> None:
-        """A run with every event type and the nastiest values is taken, and leaves something."""
+        """A run with every event type and extreme values is accepted, and something is stored."""
         records = self._records()
         ends = [record for record in records if isinstance(record.event, RunStarted | RunEnded)]
         stored = self._stored(tmp_path / "ends", [ends])
         assert stored != self._whole()
 
     def test_keeps_what_it_says(self, tmp_path: Path) -> None:
-        """Each event type that the sink is there for changes what is stored."""
+        """Each event type that the sink supports changes what is stored."""
         for kind in self.stores:
             others = [record for record in self._records() if not isinstance(record.event, kind)]
             stored = self._stored(tmp_path / kind.__name__, [others])
-            assert stored != self._whole(), f"{kind.__name__} left nothing behind"
+            assert stored != self._whole(), f"{kind.__name__} stored nothing"
 
     def test_is_indifferent_to_batching(self, tmp_path: Path) -> None:
-        """The same records, cut into batches anywhere and flushed in between, store the same."""
+        """The same records in other batches, flushed in between, store the same."""
         records = self._records()
         single = [[record] for record in records]
         assert self._whole() == self._stored(tmp_path / "single", single), "one by one"
@@ -102,18 +102,18 @@ class SinkConformance(ABC):
         assert self._whole() == self._stored(tmp_path / "odd", odd, flush=True), "odd batches"
 
     def test_ignores_types_from_the_future(self, tmp_path: Path) -> None:
-        """Events of a newer schema neither raise nor change what is stored of the others."""
+        """Events of a newer schema neither raise nor affect what is stored for the others."""
         records = samples.future_records(tmp_path / "samples")
         known = [record for record in records if not isinstance(record.event, UnknownEvent)]
         without = self._stored(tmp_path / "without", [known])
         stored = self._stored(tmp_path / "with", _cut(records, _ODD_SPLITS))
         if self.keeps_unknown:
-            assert without != stored, "expected the unknown events in what is stored"
+            assert without != stored, "expected the unknown events to be stored"
         else:
             assert without == stored
 
     def test_mutates_nothing(self, tmp_path: Path) -> None:
-        """The records and the batch are after the run what they were before."""
+        """The sink changes neither the records nor the batch."""
         records = self._records()
         batch = list(records)
         before = [encode(record) for record in records]
@@ -122,7 +122,7 @@ class SinkConformance(ABC):
         assert before == [encode(record) for record in records]
 
     def test_closes_idempotently(self, tmp_path: Path) -> None:
-        """`close` may come unused, twice, and right after `open`, and changes nothing stored."""
+        """`close` can be called unused, twice, or right after `open`; the store stays the same."""
         unused = self.make(_made(tmp_path / "unused"))
         unused.close()
         unused.close()
@@ -136,7 +136,7 @@ class SinkConformance(ABC):
         assert self._whole() == stored
 
     def test_opens_in_one_thread_and_writes_in_another(self, tmp_path: Path) -> None:
-        """A sink opened in one thread takes its records and is closed in another."""
+        """A sink can be opened in one thread, and written to and closed in another."""
         records = self._records()
         sink = self.make(_made(tmp_path / "store"))
         sink.open(samples.run_info(records))
@@ -153,7 +153,7 @@ class SinkConformance(ABC):
         assert self._whole() == stored
 
     def test_takes_a_repeated_record_once(self, tmp_path: Path) -> None:
-        """A record that comes again, in its batch or a later one, is stored once."""
+        """A record that arrives twice, in one batch or in two, is stored once."""
         records = self._records()
         overlapping = [records[start : start + 6] for start in range(0, len(records), 3)]
         stored = self._stored(tmp_path / "overlapping", [*overlapping, records])
@@ -162,9 +162,9 @@ class SinkConformance(ABC):
         assert self._whole() == self._stored(tmp_path / "doubled", [doubled]), "in one batch"
 
     def test_takes_a_record_repeated_after_reopening_once(self, tmp_path: Path) -> None:
-        """A record that comes again to a new sink of the same run is stored once."""
+        """A record that arrives again at a new sink for the same run is stored once."""
         if not self.reopens:
-            raise SkipTest("the store can't tell which records it has")
+            raise SkipTest("the sink can't detect stored records after reopening")
         records = self._records()
         self._deliver(tmp_path / "store", [records[:-5]])
         self._deliver(tmp_path / "store", [records])
@@ -172,7 +172,7 @@ class SinkConformance(ABC):
         assert self._whole() == stored
 
     def test_resumes_the_same_run(self, tmp_path: Path) -> None:
-        """A resumed run goes on in what is stored of the attempt before, and loses none of it."""
+        """A resumed run continues the stored run of the earlier attempt, and loses none of it."""
         first, second = samples.attempts(tmp_path / "samples")
         begun = self._stored(tmp_path / "first", [first])
         continued = self._stored(tmp_path / "second", [second])
@@ -182,10 +182,10 @@ class SinkConformance(ABC):
         assert continued != both, "nothing of the first attempt is left"
         if MetricsLogged in self.stores:
             for part in ("firstpart", "secondpart"):
-                assert part in repr(both), f"the metric {part!r} is missing from what is stored"
+                assert part in repr(both), f"the metric {part!r} is not stored"
 
     def test_keeps_nothing_from_the_run_before(self, tmp_path: Path) -> None:
-        """A sink that is opened again, for another run, stores of it what a new sink stores."""
+        """A sink that is reopened for another run stores the same as a new sink."""
         first = self._records()
         second = [msgspec.structs.replace(r, run=f"{r.run}-2") for r in self._records()]
         for batch in (first, second):
@@ -200,11 +200,11 @@ class SinkConformance(ABC):
         assert apart == self._read(tmp_path / "together")
 
     def test_imports_nothing_heavy_until_opened(self, tmp_path: Path) -> None:
-        """Importing and constructing the sink imports none of what only `open` needs."""
+        """Importing and constructing the sink imports no module that only `open` needs."""
         sink = self.make(_made(tmp_path / "store"))
         heavy = [*self.heavy, *([self.package] if self.package else [])]
         if not heavy:
-            raise SkipTest("the sink names no heavy module")
+            raise SkipTest("the sink lists no heavy module")
         imported = run_in_child(
             "imported_by_construction",
             type(sink),
@@ -215,7 +215,7 @@ class SinkConformance(ABC):
         assert [] == imported
 
     def test_says_what_to_install(self, tmp_path: Path) -> None:
-        """Without its package, `open` raises one line that says what to install."""
+        """Without its package, `open` raises an error of one line that says what to install."""
         if self.package is None:
             raise SkipTest("the sink needs no package")
         sink = self.make(_made(tmp_path / "store"))
@@ -235,7 +235,7 @@ class SinkConformance(ABC):
             assert f"[{self.extra}]'" in error["text"]
 
     def test_shows_no_secret(self, tmp_path: Path) -> None:
-        """No secret of the options is in a repr, in `where`, in the log or in what is printed."""
+        """No secret in the options appears in a repr, in `location`, in the log or in output."""
         if not self.secrets:
             raise SkipTest("the sink has no secrets")
         with _shown() as shown:
@@ -243,12 +243,12 @@ class SinkConformance(ABC):
         given = repr(msgspec.to_builtins(sink.options))
         texts = [repr(sink), str(sink), repr(sink.options), str(sink.options), str(sink.location)]
         for secret in self.secrets:
-            assert secret in given, "`make` gives the sink no such secret"
+            assert secret in given, "the options of `make` don't contain this secret"
             for text in (*texts, shown.getvalue()):
                 assert secret not in text
 
     def test_works_through_a_bus(self, tmp_path: Path) -> None:
-        """Two runs, one after another, reach the sink from a bus, and the receipts add up."""
+        """A bus delivers two runs, one after the other, and the receipts are correct."""
         heard: list[Record] = []
         receipts: list[Receipt] = []
         sink = self.make(_made(tmp_path / "store"))
@@ -268,7 +268,7 @@ class SinkConformance(ABC):
             assert len(records) == receipt.emitted == report.taken + report.skipped
 
     def _records(self) -> list[Record]:
-        # A copy, so that a sink that mutates its records fails in one check and not in all.
+        # A copy, so that a sink that mutates records fails only one check.
         return copy.deepcopy(self._scratch.once("samples", samples.sample_records))
 
     def _whole(self) -> object:
@@ -324,7 +324,7 @@ def _cut(records: Sequence[Record], sizes: Sequence[int]) -> list[Sequence[Recor
 
 
 def _comparable(value: Any) -> object:
-    """Return the value with NaN as text, because NaN is not equal to itself."""
+    """Return the value with NaN as a string, because NaN is not equal to itself."""
     if isinstance(value, float):
         return "NaN" if math.isnan(value) else value
     if isinstance(value, dict):
