@@ -112,7 +112,7 @@ def setup() -> Setup:
 
 
 class Heard(Listener):
-    """What is heard of engines."""
+    """What is recorded of engines."""
 
     def metrics(self, phase: str) -> list[Any]:
         """Return what was measured in a phase."""
@@ -375,7 +375,7 @@ def test_an_evaluation_within_an_epoch_has_its_step(setup: Setup, heard: Heard) 
     assert [] == check_grammar(heard.records)
 
 
-def test_an_evaluation_that_was_cut_short_is_not_told(setup: Setup, heard: Heard) -> None:
+def test_an_evaluation_that_was_cut_short_is_not_recorded(setup: Setup, heard: Heard) -> None:
     """What an evaluator measured an epoch ago is not logged again when its run is terminated."""
 
     def stop(engine: Engine) -> None:
@@ -388,7 +388,7 @@ def test_an_evaluation_that_was_cut_short_is_not_told(setup: Setup, heard: Heard
     assert [0, 2] == [e.epoch for e in heard.metrics("validation")]
 
 
-def test_evaluations_alone_are_not_told(setup: Setup, heard: Heard) -> None:
+def test_evaluations_alone_are_not_recorded(setup: Setup, heard: Heard) -> None:
     """An evaluator that runs before or after the training is no part of it."""
     BusLogger(heard.bus).attach(setup.trainer, evaluators={"val": setup.evaluator})
     setup.evaluator.run(setup.held_out)
@@ -424,7 +424,9 @@ def test_trainers_in_two_threads_are_told_apart(heard: Heard) -> None:
 # Checkpoints and ends ----------------------------------------------------------------------------
 
 
-def test_checkpoints_exist_when_they_are_told(setup: Setup, heard: Heard, tmp_path: Path) -> None:
+def test_checkpoints_exist_when_they_are_recorded(
+    setup: Setup, heard: Heard, tmp_path: Path
+) -> None:
     """The last, the best by its score, and periodic ones, each after its file is there."""
     scores = iter([0.5, 0.75, 0.25])
     best = Checkpoint(
@@ -475,7 +477,7 @@ def test_checkpoints_exist_when_they_are_told(setup: Setup, heard: Heard, tmp_pa
         ),
     ],
 )
-def test_a_termination_is_told(
+def test_a_termination_is_recorded(
     setup: Setup, heard: Heard, event: Any, handler: Any, reason: str
 ) -> None:
     """`terminate()` ends the run as finished and says so, also in the middle of an epoch."""
@@ -489,7 +491,7 @@ def test_a_termination_is_told(
 
 
 def test_an_early_stop_names_its_score(setup: Setup, heard: Heard) -> None:
-    """The reason tells which function gave the score, and the patience."""
+    """The reason names the function that gave the score, and the patience."""
 
     def accuracy(engine: Engine) -> float:
         return 0.0
@@ -529,7 +531,7 @@ def test_an_epoch_that_is_cut_short_ends(setup: Setup, heard: Heard, skip: bool)
     )
 
 
-def test_an_interrupted_run_goes_on(setup: Setup, heard: Heard) -> None:
+def test_an_interrupted_run_continues(setup: Setup, heard: Heard) -> None:
     """`interrupt()` stops the run; the next `run()` is its second attempt, in the same epoch."""
     setup.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=6), lambda e: e.interrupt())
     heard.bus.attach(setup.trainer)
@@ -574,7 +576,7 @@ def raises(error: BaseException) -> Callable[[], None]:
 def test_a_transform_that_raises_costs_its_values_alone(
     setup: Setup, heard: Heard, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What goes wrong in the user's `output_transform` is said once; epochs and the rest go on."""
+    """An error in the user's `output_transform` is logged once; epochs and the rest continue."""
     logger = BusLogger(heard.bus)
     logger.attach(setup.trainer, output_transform=lambda loss: loss["missing"])
     setup.run(2)
@@ -586,7 +588,7 @@ def test_a_transform_that_raises_costs_its_values_alone(
 
 @pytest.mark.parametrize("folder", ["saved", None])
 def test_two_runs_of_a_trainer(heard: Heard, tmp_path: Path, folder: str | None) -> None:
-    """Run again for more epochs, it goes on with the same run; run anew, it is another one."""
+    """Run again for more epochs, it continues the same run; run anew, it starts another."""
     setup = Setup(tmp_path / folder if folder else None)
     heard.bus.attach(setup.trainer)
     setup.run(1)
@@ -633,7 +635,7 @@ def test_a_logger_is_not_doubled(setup: Setup, heard: Heard, is_first: bool) -> 
 
 
 def test_a_copied_trainer_reports_of_its_own(setup: Setup, heard: Heard) -> None:
-    """A deep copy of an attached trainer trains, and is told, without the original."""
+    """A deep copy of an attached trainer trains, and is reported, without the original."""
     heard.bus.attach(setup.trainer)
     copied = copy.deepcopy(setup.trainer)
     copied.run(setup.data, max_epochs=2)
@@ -679,7 +681,7 @@ if __name__ == "__main__":
 
 
 def test_only_the_main_rank_reports(tmp_path: Path) -> None:
-    """Of two processes that ignite spawned, one has the run; the other tells why it failed."""
+    """Of two processes that ignite spawned, one has the run; the other records why it failed."""
     sink = "{type: jsonl, path: '{run}.jsonl'}"
     (tmp_path / "trainbus.yaml").write_text(f"sinks: {{file: {sink}}}")
     raised = run_script(tmp_path, PARALLEL).split("\n")
@@ -716,7 +718,7 @@ def run_script(folder: Path, code: str) -> str:
 
 @pytest.fixture
 def attached(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """What the hook attached to `heard`, in a class that is as it was afterwards."""
+    """What the hook attached to `heard`; the class is restored afterwards."""
     found: list[object] = []
 
     def attach(target: object) -> None:
@@ -746,7 +748,9 @@ def test_the_hook_attaches_a_trainer_once(
     assert [*two, *one] == heard.names
 
 
-def test_the_hook_attaches_what_goes_on(setup: Setup, heard: Heard, attached: list[object]) -> None:
+def test_the_hook_attaches_what_continues(
+    setup: Setup, heard: Heard, attached: list[object]
+) -> None:
     """A trainer whose state was loaded is run without limits, which it has already."""
     state = {"epoch": 1, "max_epochs": 2, "epoch_length": BATCHES}
     setup.trainer.load_state_dict(state)
@@ -777,7 +781,7 @@ def test_the_hook_goes_on_after_an_error(
 
 
 def test_a_logger_that_goes_to_a_second_bus_stays_with_it() -> None:
-    """The first bus, when it is closed, has let go of it."""
+    """Closing the first bus does not detach it from the second."""
     first, second = trainbus.Bus(), trainbus.Bus()
     given = BusLogger(first)
     second.attach(given)
@@ -856,7 +860,7 @@ def test_a_logger_that_an_exception_leaves_has_failed(setup: Setup, heard: Heard
     assert "failed" == heard.ended.status
 
 
-def test_a_logger_of_ignite_is_told_of(
+def test_a_logger_of_ignite_is_reported(
     setup: Setup, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where a sink feeds the same tracker, one line says so; the run names what is fed twice."""

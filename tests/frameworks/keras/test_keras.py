@@ -124,7 +124,7 @@ class TestConformance(AdapterConformance):
 
 
 class Heard(Listener):
-    """What is heard of models."""
+    """What is recorded of models."""
 
     def __init__(self, journals: Path, every: int | None = None) -> None:
         bus = None
@@ -156,7 +156,7 @@ def heard(journals: Path) -> Iterator[Heard]:
     listener.bus.close()
 
 
-def told(records: list[trainbus.Record]) -> list[object]:
+def summary(records: list[trainbus.Record]) -> list[object]:
     """Return what records say, without what differs from run to run."""
     return [
         (event_name(r.event), *(getattr(r.event, n, None) for n in ("epoch", "step", "values")))
@@ -189,7 +189,7 @@ def test_metrics_are_those_of_the_history(heard: Heard) -> None:
     assert 4 == len(logged)
 
 
-def test_the_start_tells_of_the_configuration(heard: Heard) -> None:
+def test_the_start_has_the_configuration(heard: Heard) -> None:
     """Parameters hold the optimizer, the loss and the arguments of fit, but no data."""
     import keras
 
@@ -301,7 +301,7 @@ def test_a_model_with_optimizers_of_its_own_has_no_steps(heard: Heard, tmp_path:
 # Runs ---------------------------------------------------------------------------------------------
 
 
-def test_the_callback_alone_tells_the_same(heard: Heard, journals: Path, tmp_path: Path) -> None:
+def test_the_callback_alone_records_the_same(heard: Heard, journals: Path, tmp_path: Path) -> None:
     """`BusCallback(bus)` among the callbacks reports what an attached model does."""
     import keras
 
@@ -320,15 +320,15 @@ def test_the_callback_alone_tells_the_same(heard: Heard, journals: Path, tmp_pat
             callbacks.append(callback_class()(listener.bus))
         fit(model, *callbacks)
         assert {"save", "save_weights"}.isdisjoint(vars(model))
-    assert told(heard.records) == told(other.records)
+    assert summary(heard.records) == summary(other.records)
     assert heard.only(RunEnded) == other.only(RunEnded)
     assert heard.only(RunStarted).goals == other.only(RunStarted).goals
     assert str(tmp_path / "False") == other.only(RunStarted).save_dir
     other.bus.close()
 
 
-def test_both_ways_at_once_tell_everything_once(heard: Heard) -> None:
-    """A BusCallback in an attached model's fit takes its place, and its exceptions are told."""
+def test_both_ways_at_once_record_everything_once(heard: Heard) -> None:
+    """A BusCallback in an attached model's fit takes precedence, and records exceptions."""
     model = make()
     heard.bus.attach(model)
     callback = callback_class()(heard.bus)
@@ -440,7 +440,7 @@ def test_an_early_stop_says_why(heard: Heard) -> None:
     assert {"loss": "min"} == heard.only(RunStarted).goals
 
 
-def test_a_stop_by_a_callback_is_told(heard: Heard) -> None:
+def test_a_stop_by_a_callback_is_recorded(heard: Heard) -> None:
     """`model.stop_training` that a user sets ends the run as finished."""
     model = make()
     heard.bus.attach(model)
@@ -481,8 +481,8 @@ def test_a_failed_run_has_its_best(heard: Heard, tmp_path: Path) -> None:
 # Checkpoints --------------------------------------------------------------------------------------
 
 
-def test_checkpoints_exist_when_they_are_told(heard: Heard, tmp_path: Path) -> None:
-    """Best, last and periodic ones are told by kind after they exist, with epoch, step, score."""
+def test_checkpoints_exist_when_they_are_recorded(heard: Heard, tmp_path: Path) -> None:
+    """Best, last and periodic ones are recorded after they exist, with epoch, step and score."""
     import keras
 
     model, missing = make(metrics=["accuracy"]), list[str]()
@@ -531,7 +531,7 @@ def test_checkpoints_exist_when_they_are_told(heard: Heard, tmp_path: Path) -> N
 
 
 def test_a_save_between_epochs_has_its_step(heard: Heard, tmp_path: Path) -> None:
-    """`save_freq` in batches, and a save by a callback of the user's, are told where they are."""
+    """`save_freq` in batches, and a save by the user's callback, are recorded where they happen."""
     import keras
 
     model = make()
@@ -548,7 +548,7 @@ def test_a_save_between_epochs_has_its_step(heard: Heard, tmp_path: Path) -> Non
 
 
 def test_initial_epoch_is_a_resume(heard: Heard, tmp_path: Path) -> None:
-    """A model that was loaded goes on in the run of the folder that it saves to."""
+    """A loaded model continues the run of the folder that it saves to."""
     import keras
 
     saver = keras.callbacks.ModelCheckpoint(tmp_path / "m.keras")
@@ -621,12 +621,12 @@ def test_a_copied_callback_reports_on_its_own(heard: Heard) -> None:
     assert callback_class() is type(pickle.loads(pickle.dumps(callback)))
 
 
-def test_buses_come_off_in_any_order(heard: Heard, journals: Path) -> None:
+def test_buses_detach_in_any_order(heard: Heard, journals: Path) -> None:
     """Two buses on one model both hear it, and each leaves the other when it goes."""
     model, other = make(), Heard(journals)
     first, second = heard.bus.attach(model), other.bus.attach(model)
     fit(model)
-    assert told(heard.records) == told(other.records)
+    assert summary(heard.records) == summary(other.records)
     first()
     fit(model)
     assert (1, 2) == (len(heard.ids), len(other.ids))
@@ -647,7 +647,9 @@ def test_what_does_not_train_is_refused() -> None:
         trainbus.Bus().attach(keras.layers.Dense(1))
 
 
-def test_a_fit_without_callbacks_is_told_of(heard: Heard, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fit_without_callbacks_is_reported(
+    heard: Heard, caplog: pytest.LogCaptureFixture
+) -> None:
     """A subclass's `fit` that takes no callbacks trains as ever, and one line says what to do."""
     import keras
 
@@ -740,7 +742,7 @@ def test_importing_the_adapter_imports_no_framework(tmp_path: Path) -> None:
 
 
 def test_an_odd_optimizer_costs_only_its_values(heard: Heard) -> None:
-    """What can't be read of an optimizer is told of once, and everything else arrives."""
+    """What can't be read of an optimizer is logged once, and everything else arrives."""
     import keras
 
     class Odd(keras.optimizers.SGD):  # type: ignore[misc]
@@ -788,7 +790,7 @@ def test_a_torch_rank_is_asked_for(heard: Heard, tmp_path: Path) -> None:
     assert 1 == heard.only(RunStarted).world_size
 
 
-def test_a_failure_of_another_rank_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_another_rank_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that is not the main one emits nothing, and says what ended it."""
 
     class Emit:
@@ -816,7 +818,7 @@ def test_a_failure_of_another_rank_is_told(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_callback_that_goes_to_a_second_bus_stays_with_it() -> None:
-    """The first bus, when it is closed, has let go of it."""
+    """Closing the first bus does not detach it from the second."""
     first, second = trainbus.Bus(), trainbus.Bus()
     given = callback_class()(first)
     second.attach(given)
@@ -826,7 +828,7 @@ def test_a_callback_that_goes_to_a_second_bus_stays_with_it() -> None:
     assert not given.report.active
 
 
-def test_a_logger_of_keras_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_logger_of_keras_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     """Where a sink feeds the same tracker, one line says so; the run names what is fed twice."""
     import keras
 

@@ -149,7 +149,7 @@ class TestConformance(AdapterConformance):
 
 
 def test_the_main_process_of_two_reports(tmp_path: Path) -> None:
-    """Of two processes that train one model together, the first tells of it."""
+    """Of two processes that train one model together, the first reports."""
     given = {"folder": str(tmp_path)}
     heard = run_in_child("emitted_in", TestConformance, given, cwd=tmp_path, env={RANK: "0"})
     assert ["run.started", "epoch.started"] == heard[:2]
@@ -157,7 +157,7 @@ def test_the_main_process_of_two_reports(tmp_path: Path) -> None:
 
 
 class TestCallbackConformance(AdapterConformance):
-    """The same for the framework's own idiom, of which nothing tells an exception or early stop."""
+    """The same for the framework's own idiom, which passes on no exception or early stop."""
 
     test_is_silent_on_other_ranks = None  # type: ignore[assignment]  # as above
     knows_its_run = False
@@ -239,7 +239,7 @@ def test_metrics_are_the_frameworks_own() -> None:
     assert {(None, False)} == {(e.step, e.final) for e in logged}
 
 
-def test_the_training_set_is_told_as_such() -> None:
+def test_the_training_set_is_recorded_as_such() -> None:
     """What LightGBM takes for the training set has its phase, whatever it is called."""
 
     def run(bus: trainbus.Bus) -> None:
@@ -294,7 +294,7 @@ def timeless(events: list[Event]) -> list[Any]:
 @pytest.mark.parametrize(
     ("pair", "expected"), [(False, []), (True, ["run.started", "epoch.started"])]
 )
-def test_the_pair_tells_of_the_start_at_once(pair: bool, expected: list[str]) -> None:
+def test_the_pair_records_the_start_at_once(pair: bool, expected: list[str]) -> None:
     """With `before`, the run and its rounds start when they do; without, when a round is over."""
     records: list[trainbus.Record] = []
     seen: list[str] = []
@@ -313,7 +313,7 @@ def test_the_pair_tells_of_the_start_at_once(pair: bool, expected: list[str]) ->
     assert expected == seen
 
 
-def test_an_early_stop_is_told() -> None:
+def test_an_early_stop_is_recorded() -> None:
     """The end names metric and patience, and the best round is LightGBM's own, from 0."""
     models: list[Any] = []
     stopper = lgb.early_stopping(2, verbose=False)
@@ -331,7 +331,7 @@ def test_an_early_stop_is_told() -> None:
     assert rounds == [e.epoch for e in of(events, MetricsLogged) if e.phase == "validation"]
 
 
-def test_early_stopping_by_a_parameter_is_told() -> None:
+def test_early_stopping_by_a_parameter_is_recorded() -> None:
     """`early_stopping_round` among the parameters is the same."""
     (end,) = of(record(lambda bus: fit(bus, 50, early_stopping_round=2)), RunEnded)
     assert end.reason.startswith("early stop: no better valid_1/binary_logloss in 2 rounds")
@@ -354,7 +354,7 @@ def test_a_stop_by_a_callback_hides_no_round() -> None:
 
 
 def test_an_early_stop_of_the_callback_alone() -> None:
-    """Nothing tells the callback of an early stop: its run ends with the next training that it is
+    """The callback does not notice an early stop: its run ends with the next training that it is
     given to, and then says why, or with the bus."""
 
     def run(bus: trainbus.Bus) -> None:
@@ -403,7 +403,7 @@ def test_learning_rates_follow_their_schedule() -> None:
 
 
 def test_nan_arrives() -> None:
-    """A metric that is no number is told as NaN."""
+    """A metric that is not a number is recorded as NaN."""
 
     def broken(*_: Any) -> tuple[str, float, bool]:
         return "broken", math.nan, False
@@ -426,18 +426,18 @@ def test_cross_validation_is_left_alone() -> None:
 
 
 def test_two_trainings_of_one_object_are_two_runs() -> None:
-    """Each `fit` of an estimator is a run of its own; what comes between them is none."""
+    """Each `fit` of an estimator is a run of its own; what comes between them is not."""
     records: list[Any] = []
     bus = trainbus.Bus()
     bus.subscribe(records.append)
     with bus:
         classifier = fit(bus, 2)
-        told = len(records)
+        count = len(records)
         classifier.predict(X_VALID)
         classifier.score(X_VALID, Y_VALID)
-        assert told == len(records)
+        assert count == len(records)
         classifier.fit(X_TRAIN, Y_TRAIN, **SETS)
-    first, second = records[:told], records[told:]
+    first, second = records[:count], records[count:]
     assert [event_name(r.event) for r in first] == [event_name(r.event) for r in second]
     assert 2 == len({r.run for r in records})
 
@@ -446,7 +446,7 @@ def test_two_trainings_of_one_object_are_two_runs() -> None:
     ("error", "status"), [(ValueError("mine"), "failed"), (KeyboardInterrupt(), "stopped")]
 )
 def test_a_failure_is_seen_by_the_bus(error: BaseException, status: str) -> None:
-    """The callback alone is told of no exception; `with bus` is, and it passes through."""
+    """The callback alone notices no exception; `with bus` does, and lets it through."""
     events: list[Any] = []
     bus = trainbus.Bus()
     bus.subscribe(lambda r: events.append(r.event))
@@ -542,7 +542,7 @@ class Named(lgb.LGBMClassifier):  # type: ignore[misc]
         return super().fit(X, y, **more)
 
 
-def test_a_fit_that_names_no_callbacks_is_heard() -> None:
+def test_a_fit_that_names_no_callbacks_is_recorded() -> None:
     """They are given to it by name."""
 
     def run(bus: trainbus.Bus) -> None:
@@ -553,8 +553,8 @@ def test_a_fit_that_names_no_callbacks_is_heard() -> None:
     assert 1 == len(of(record(run), RunStarted))
 
 
-def test_a_function_in_the_place_of_fit_is_heard() -> None:
-    """Its own place for callbacks counts, not that of the method that it stands for."""
+def test_a_function_in_the_place_of_fit_is_recorded() -> None:
+    """The position of its own `callbacks` counts, not that of the method that it replaces."""
 
     def run(bus: trainbus.Bus) -> None:
         classifier = lgb.LGBMClassifier(n_estimators=1, verbose=-1, n_jobs=1)
@@ -566,8 +566,8 @@ def test_a_function_in_the_place_of_fit_is_heard() -> None:
     assert 1 == len(of(record(run), RunStarted))
 
 
-def test_two_buses_come_off_in_any_order() -> None:
-    """Two buses hear the same training, and the second that comes off leaves no trace."""
+def test_two_buses_detach_in_any_order() -> None:
+    """Two buses get the same training, and the second one to detach leaves no trace."""
     classifier = lgb.LGBMClassifier(n_estimators=1, verbose=-1, n_jobs=1)
     buses, heard = [trainbus.Bus(), trainbus.Bus()], [list[Any](), list[Any]()]
     for bus, records in zip(buses, heard, strict=True):
@@ -589,7 +589,7 @@ def test_what_is_no_estimator_is_refused() -> None:
 
 
 def test_an_unattached_callback_hurts_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    """A callback that was made without a bus says so, and the training goes on."""
+    """A callback without a bus logs that, and the training continues."""
     booster = lgb.train(PARAMS, sets()[0], 1, callbacks=[BusCallback()])
     assert 1 == booster.current_iteration()
     assert "this callback has no bus" in caplog.text
@@ -623,16 +623,16 @@ for _ in range(2):
 x = np.arange(80.0).reshape(40, 2)
 y = np.arange(40) % 2
 params = {"verbose": -1, "objective": "binary", "min_data_in_leaf": 1}
-told = {}
+results = {}
 
-def told_by(name, train):
+def observe(name, train):
     del heard[:]
     try:
         train()
     except Exception as error:
         assert "mine" == str(error)
     ended = [event.status for _, kind, event in heard if kind == "run.ended"]
-    told[name] = [len({run for run, *_ in heard}), ended]
+    results[name] = [len({run for run, *_ in heard}), ended]
 
 def fail(*_):
     raise ValueError("mine")
@@ -647,22 +647,22 @@ classifier = lightgbm.LGBMClassifier(n_estimators=1, verbose=-1)
 attached = lightgbm.LGBMClassifier(n_estimators=1, verbose=-1)
 bus.attach(attached)
 own = adapter.BusCallback(bus)
-told_by("train", train)
-told_by("fails", lambda: train(1, fail))
-told_by("own", lambda: train(2, own))
-told_by("own fails", lambda: train(1, fail, own))
-told_by("early", lambda: train(
+observe("train", train)
+observe("fails", lambda: train(1, fail))
+observe("own", lambda: train(2, own))
+observe("own fails", lambda: train(1, fail, own))
+observe("early", lambda: train(
     9, own, lightgbm.early_stopping(1, verbose=False), valid_sets=[data()],
     feval=lambda *_: ("mine", 0.0, False),
 ))
-told["reason"] = heard[-1][2].reason
-told["started"] = [kind for _, kind, _ in heard].count("epoch.started")
-told_by("fit", lambda: classifier.fit(x, y))
-told_by("attached", lambda: attached.fit(x, y))
-told_by("cv", lambda: lightgbm.cv(params, data(), 1, nfold=2))
-told_by("predict", lambda: classifier.predict(x))
-told["name"] = lightgbm.train.__name__
-print(json.dumps(told))
+results["reason"] = heard[-1][2].reason
+results["started"] = [kind for _, kind, _ in heard].count("epoch.started")
+observe("fit", lambda: classifier.fit(x, y))
+observe("attached", lambda: attached.fit(x, y))
+observe("cv", lambda: lightgbm.cv(params, data(), 1, nfold=2))
+observe("predict", lambda: classifier.predict(x))
+results["name"] = lightgbm.train.__name__
+print(json.dumps(results))
 """
 
 
@@ -673,8 +673,8 @@ def test_hooked_trainings_report_once(tmp_path: Path) -> None:
     )
     one = [1, ["finished"]]
     failed = [1, ["failed"]]
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told.pop("reason").startswith("early stop: no better valid_0/")
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert results.pop("reason").startswith("early stop: no better valid_0/")
     assert {
         "train": one,
         "fails": failed,
@@ -687,10 +687,10 @@ def test_hooked_trainings_report_once(tmp_path: Path) -> None:
         "cv": [0, []],
         "predict": [0, []],
         "name": "train",
-    } == told
+    } == results
 
 
-def test_a_logger_beside_ours_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_logger_beside_ours_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Where a sink feeds the same tracker, one line says so; the run names what is fed twice."""
     from wandb.integration.lightgbm import wandb_callback
 
@@ -707,7 +707,7 @@ def test_a_logger_beside_ours_is_told_of(tmp_path: Path, caplog: pytest.LogCaptu
     ] == [line for line in caplog.messages if "both log" in line]
 
 
-def test_a_callback_in_an_attached_estimator_tells_all() -> None:
+def test_a_callback_in_an_attached_estimator_records_everything() -> None:
     """A run comes once."""
     heard = Heard()
     classifier = lgb.LGBMClassifier(n_estimators=1, verbose=-1)

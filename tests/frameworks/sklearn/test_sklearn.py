@@ -1,4 +1,4 @@
-"""The scikit-learn adapter on real estimators: the suite, each way that they tell, the traps."""
+"""The scikit-learn adapter on real estimators: the suite, each way of recording, the traps."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class TestConformance(AdapterConformance):
 
 
 class Heard(Listener):
-    """What is heard of estimators."""
+    """What is recorded of estimators."""
 
     def curve(self, name: str) -> list[tuple[int | None, float]]:
         """Return the values of one metric, each with its epoch."""
@@ -117,11 +117,11 @@ def test_only_estimators_can_be_attached(heard: Heard) -> None:
         heard.bus.attach(KFold())
 
 
-# Ways of telling ----------------------------------------------------------------------------------
+# Ways of recording --------------------------------------------------------------------------------
 
 
-def test_gradient_boosting_is_told_live(heard: Heard) -> None:
-    """Each stage is an epoch with its scores, told before the next stage begins."""
+def test_gradient_boosting_is_recorded_live(heard: Heard) -> None:
+    """Each stage is an epoch with its scores, recorded before the next stage starts."""
     counts: list[int] = []
     model = attached(heard, GradientBoostingRegressor(n_estimators=4, subsample=0.5))
     model.fit(X, Y, None, lambda *_: counts.append(len(heard.of(EpochEnded))))
@@ -133,7 +133,7 @@ def test_gradient_boosting_is_told_live(heard: Heard) -> None:
     assert [("finished", None)] == heard.ends()
 
 
-def test_the_start_tells_the_configuration(heard: Heard) -> None:
+def test_the_start_has_the_configuration(heard: Heard) -> None:
     """Parameters and the size of the data are in the start, the time that the fit took follows."""
     model = attached(heard, LogisticRegression(C=0.5, max_iter=7))
     assert model is model.fit(X=X, y=Y)
@@ -191,8 +191,8 @@ def test_a_grid_search_gives_its_table(heard: Heard) -> None:
     assert 1 == len(heard.runs())
 
 
-def test_curves_of_a_network_are_told_after_the_fit(heard: Heard) -> None:
-    """Losses and scores arrive with their epochs; no epoch is claimed to have been heard."""
+def test_curves_of_a_network_are_recorded_after_the_fit(heard: Heard) -> None:
+    """Losses and scores arrive with their epochs; no epoch is claimed to have been observed."""
     model = attached(heard, MLPClassifier((3,), max_iter=5, early_stopping=True, random_state=0))
     model.fit(X, Y)
     assert numbered(model.loss_curve_) == heard.curve("loss_curve_")
@@ -279,8 +279,8 @@ def test_a_run_of_partial_fits_ends(heard: Heard, end: str) -> None:
         assert [] == check_grammar(run)
 
 
-def test_partial_fits_go_on_after_one_that_failed(heard: Heard) -> None:
-    """A partial fit that raises ends the run as failed; the next says where it goes on."""
+def test_partial_fits_continue_after_one_that_failed(heard: Heard) -> None:
+    """A partial fit that raises ends the run as failed; the next continues there."""
     model = attached(heard, SGDClassifier())
     model.partial_fit(X, Y, classes=[0, 1])
     with pytest.raises(ValueError, match="inconsistent"):
@@ -291,14 +291,14 @@ def test_partial_fits_go_on_after_one_that_failed(heard: Heard) -> None:
     assert [0, 1, 1] == [e.epoch for e in heard.of(EpochStarted)]
 
 
-def test_partial_fits_inside_a_fit_are_not_heard(heard: Heard) -> None:
+def test_partial_fits_inside_a_fit_are_not_recorded(heard: Heard) -> None:
     """An estimator that fits by its own partial fits has one run without epochs."""
     attached(heard, IncrementalPCA(batch_size=20)).fit(X)
     assert [] == heard.of(EpochStarted)
     assert [("finished", None)] == heard.ends()
 
 
-def test_what_a_partial_fit_keeps_is_told(heard: Heard) -> None:
+def test_what_a_partial_fit_keeps_is_recorded(heard: Heard) -> None:
     """The inertia of each call is a metric of its epoch."""
     model = attached(heard, MiniBatchKMeans(2, n_init=1, random_state=0))
     expected = [model.partial_fit(X).inertia_ for _ in range(2)]
@@ -309,7 +309,7 @@ def test_what_a_partial_fit_keeps_is_told(heard: Heard) -> None:
 
 
 def test_a_fit_that_raises_is_a_failed_run(heard: Heard) -> None:
-    """The user's error passes through, and the estimator is none the worse for it."""
+    """The user's error passes through, and the estimator works afterwards."""
     model = attached(heard, LogisticRegression())
     with pytest.raises(ValueError, match="NaN"):
         model.fit(X * np.nan, Y)
@@ -365,8 +365,8 @@ def test_two_fits_are_two_runs(heard: Heard) -> None:
         ),
     ],
 )
-def test_a_warm_start_goes_on(heard: Heard, model: Any, more: dict[str, Any]) -> None:
-    """A fit that goes on says where, and tells only of what is new."""
+def test_a_warm_start_continues(heard: Heard, model: Any, more: dict[str, Any]) -> None:
+    """A fit that continues says where, and records only what is new."""
     heard.bus.attach(model)
     model.fit(X, Y)
     model.set_params(**more).fit(X, Y)
@@ -444,7 +444,7 @@ def test_searches_over_an_attached_estimator(heard: Heard) -> None:
 
 
 def test_joblib_runs_an_attached_fit(heard: Heard) -> None:
-    """Bound methods of an attached estimator reach other processes, and tell nothing there."""
+    """Bound methods of an attached estimator reach other processes, and record nothing there."""
     model = attached(heard, LogisticRegression())
     jobs = [joblib.delayed(model.fit)(X, Y) for _ in range(2)]
     fitted = joblib.Parallel(n_jobs=2)(jobs)
@@ -463,7 +463,7 @@ def shapes(records: list[Record]) -> list[Any]:
     ]
 
 
-def test_the_callback_tells_what_attach_tells(heard: Heard) -> None:
+def test_the_callback_records_what_attach_records(heard: Heard) -> None:
     """`set_callbacks(BusCallback(bus))` gives the same events, attached as well or not."""
     attached(heard, LogisticRegression()).fit(X, Y)
     expected, params = shapes(heard.records), heard.of(RunStarted)[0].params
@@ -477,7 +477,7 @@ def test_the_callback_tells_what_attach_tells(heard: Heard) -> None:
         assert params == heard.of(RunStarted)[0].params
 
 
-def test_the_callback_tells_how_a_fit_ended(heard: Heard) -> None:
+def test_the_callback_records_how_a_fit_ended(heard: Heard) -> None:
     """What raises is failed, even inside the handling of another error, where a good fit is not."""
     model = LogisticRegression().set_callbacks(BusCallback(heard.bus))
     with pytest.raises(ValueError, match="classes"):
@@ -492,7 +492,7 @@ def test_the_callback_tells_how_a_fit_ended(heard: Heard) -> None:
 
 
 def test_steps_with_a_callback_are_silent_inside_another_fit(heard: Heard) -> None:
-    """A search over an estimator with a callback tells nothing of its fits, in any process."""
+    """A search over an estimator with a callback records nothing of its fits, in any process."""
     model = LogisticRegression().set_callbacks(BusCallback(heard.bus))
     GridSearchCV(model, {"C": [0.1, 1.0]}, cv=2, n_jobs=2).fit(X, Y)
     assert [] == heard.records
@@ -532,7 +532,7 @@ def test_partial_fits_of_an_estimator_that_is_gone_are_over(heard: Heard) -> Non
     assert [("finished", None)] == [(end.status, end.reason) for end in heard.of(RunEnded)]
 
 
-def test_a_callback_in_an_attached_estimator_tells_all(heard: Heard) -> None:
+def test_a_callback_in_an_attached_estimator_records_everything(heard: Heard) -> None:
     """A run comes once."""
     model = attached(heard, LogisticRegression())
     model.set_callbacks(BusCallback(heard.bus))

@@ -158,7 +158,7 @@ def test_metrics_are_those_of_the_history(heard: Heard) -> None:
     assert [0.1, 0.05, 0.025] == pytest.approx(rates)
 
 
-def test_the_start_tells_the_configuration(heard: Heard) -> None:
+def test_the_start_has_the_configuration(heard: Heard) -> None:
     """Parameters are plain and without addresses, goals those of the scores, sizes the module's."""
     net = make(epochs=1, optimizer__momentum=0.5)
     heard.bus.attach(net)
@@ -190,7 +190,7 @@ def without_times(records: list[Record]) -> list[Any]:
     return found
 
 
-def test_the_callback_tells_what_attach_tells(heard: Heard) -> None:
+def test_the_callback_records_what_attach_records(heard: Heard) -> None:
     """`callbacks=[("bus", BusCallback(bus))]` gives the same events, attached as well or not."""
     attached = make()
     heard.bus.attach(attached)
@@ -231,7 +231,7 @@ def exists(event: Any) -> bool:
     return Path(event.path).exists()
 
 
-def test_checkpoints_are_told_when_they_exist(heard: Heard, tmp_path: Path) -> None:
+def test_checkpoints_are_recorded_when_they_exist(heard: Heard, tmp_path: Path) -> None:
     """Best ones carry their score, periodic ones their own path; the last write is final."""
     seen: list[bool] = []
     heard.bus.subscribe(lambda r: seen.append(exists(r.event)), CheckpointSaved)
@@ -270,7 +270,7 @@ def test_checkpoints_are_told_when_they_exist(heard: Heard, tmp_path: Path) -> N
 
 
 def test_early_stopping_is_no_interrupt(heard: Heard) -> None:
-    """The epoch that stops the training is told whole, and the end says by what."""
+    """The epoch that stops the training is recorded in full, and the end has the reason."""
     net = make(9, [EarlyStopping(patience=2, threshold=9.0, threshold_mode="abs")])
     heard.bus.attach(net)
     net.fit(X, Y)
@@ -332,8 +332,8 @@ def test_an_error_before_the_loop_leaves_nothing(heard: Heard) -> None:
     assert ["finished"] == [e.status for e in heard.of(RunEnded)]
 
 
-def test_a_partial_fit_goes_on(heard: Heard) -> None:
-    """A further `partial_fit` is a run that says where it goes on; a further `fit` begins anew."""
+def test_a_partial_fit_continues(heard: Heard) -> None:
+    """A further `partial_fit` is a run that continues the first; a further `fit` starts anew."""
     net = make(2)
     heard.bus.attach(net)
     net.fit(X, Y)
@@ -351,7 +351,7 @@ def test_a_partial_fit_goes_on(heard: Heard) -> None:
 
 
 def test_a_loaded_checkpoint_is_a_resumed_run(heard: Heard, tmp_path: Path) -> None:
-    """`LoadInitState` has the first run go on, whatever its place in the list of callbacks."""
+    """`LoadInitState` continues the first run, whatever its place in the list of callbacks."""
     heard.bus.attach(first := make(2, [Checkpoint(monitor=None, dirname=str(tmp_path / "cp"))]))
     first.fit(X, Y)
     checkpoint = Checkpoint(monitor=None, dirname=str(tmp_path / "cp"))
@@ -397,7 +397,7 @@ def test_custom_scores_have_their_phase(heard: Heard) -> None:
     assert {"train_loss", "valid_loss", "valid_acc", "fit"} == set(heard.of(RunStarted)[0].goals)
 
 
-def test_evaluation_alone_tells_nothing(heard: Heard) -> None:
+def test_evaluation_alone_records_nothing(heard: Heard) -> None:
     """Prediction and scoring are no training."""
     net = make(1)
     heard.bus.attach(net)
@@ -496,7 +496,7 @@ def test_hooked_nets_are_attached_when_they_train(tmp_path: Path) -> None:
     assert 0 == done.returncode, done.stderr
 
 
-def test_a_logger_of_skorch_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_logger_of_skorch_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Where a sink feeds the same tracker, one line says so; the run names what is fed twice."""
     from skorch.callbacks import TensorBoard
     from torch.utils.tensorboard import SummaryWriter
@@ -513,7 +513,7 @@ def test_a_logger_of_skorch_is_told_of(tmp_path: Path, caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize("is_first", [False, True])
-def test_a_callback_in_an_attached_net_tells_all(heard: Heard, is_first: bool) -> None:
+def test_a_callback_in_an_attached_net_records_everything(heard: Heard, is_first: bool) -> None:
     """Whichever came first, a run comes once."""
     net = make(1)
     if is_first:

@@ -127,7 +127,7 @@ class TestConformance(AdapterConformance):
 
 
 class Heard(Listener):
-    """What is heard of algorithms."""
+    """What is recorded of algorithms."""
 
     @property
     def metrics(self) -> list[tuple[int | None, str, set[str]]]:
@@ -208,9 +208,9 @@ def test_off_policy_values_are_those_of_the_frameworks_log(heard: Heard, log: An
     assert "4 step" == heard.of(RunStarted)[0].params["train_freq"]
     assert len(rows) > 1
     written = [row["train/loss"] for row in rows if "train/loss" in row]
-    told = heard.value("train/loss")
-    assert written == pytest.approx([value for _, value in told][: len(written)], rel=1e-5)
-    assert len(written) + 1 == len(told)
+    recorded = heard.value("train/loss")
+    assert written == pytest.approx([value for _, value in recorded][: len(written)], rel=1e-5)
+    assert len(written) + 1 == len(recorded)
     logged_at = [row["time/total_timesteps"] for row in rows if "train/loss" in row]
     # The last update before an episode ended, of those that come every fourth timestep.
     updated_at = [*((step - 1) // 4 * 4 for step in logged_at), 120]
@@ -288,7 +288,7 @@ def test_a_logger_of_the_users_is_left_as_it_was(heard: Heard, log: Any) -> None
 
 
 def test_the_start_says_what_is_trained(heard: Heard) -> None:
-    """Parameters, environment and size of the model are told, and neither state nor objects."""
+    """Parameters, environment and size of the model are recorded, and neither state nor objects."""
     import stable_baselines3
 
     model = ppo(learning_rate=0.01, clip_range=0.3)
@@ -321,7 +321,7 @@ def test_the_start_says_what_is_trained(heard: Heard) -> None:
 
 
 def test_an_environment_of_the_users_is_named_by_its_class(heard: Heard) -> None:
-    """An environment that is not registered has no id; schedules of the user's are told as text."""
+    """An unregistered environment has no id; the user's schedules are recorded as text."""
     import gymnasium
     import numpy as np
     from stable_baselines3 import PPO
@@ -346,7 +346,7 @@ def test_an_environment_of_the_users_is_named_by_its_class(heard: Heard) -> None
 
 
 def early_stops() -> dict[str, Callable[[], Any]]:
-    """Return what ends a training early: the reason that is told → the callback."""
+    """Return what ends a training early: the reason that is recorded → the callback."""
     from stable_baselines3.common import callbacks as known
 
     return {
@@ -376,7 +376,7 @@ def test_an_early_stop_says_by_what(heard: Heard, make: Callable[[], Any], reaso
     assert [] == check_grammar(heard.records)
 
 
-def test_a_stop_in_the_last_rollout_is_told(heard: Heard) -> None:
+def test_a_stop_in_the_last_rollout_is_recorded(heard: Heard) -> None:
     """Timesteps beyond the total are the rest of a rollout, in which a callback can stop too."""
     model = ppo()
     heard.bus.attach(model)
@@ -386,7 +386,7 @@ def test_a_stop_in_the_last_rollout_is_told(heard: Heard) -> None:
 
 
 def test_two_trainings_of_one_model_are_two_runs(heard: Heard) -> None:
-    """`learn` from the start is a new run; with `reset_num_timesteps=False` it goes on."""
+    """`learn` from the start is a new run; with `reset_num_timesteps=False` it continues."""
     model = ppo()
     heard.bus.attach(model)
     model.learn(ROLLOUT)
@@ -436,8 +436,8 @@ def test_evaluation_alone_emits_nothing(heard: Heard) -> None:
 # Checkpoints --------------------------------------------------------------------------------------
 
 
-def test_checkpoints_are_told_once_they_exist(heard: Heard, tmp_path: Path) -> None:
-    """Each zip of `CheckpointCallback` and each new best of `EvalCallback` is there when told."""
+def test_checkpoints_are_recorded_once_they_exist(heard: Heard, tmp_path: Path) -> None:
+    """Each zip of `CheckpointCallback` and each new best of `EvalCallback` exists when recorded."""
     there: list[bool] = []
 
     def look(record: Any) -> None:
@@ -450,10 +450,10 @@ def test_checkpoints_are_told_once_they_exist(heard: Heard, tmp_path: Path) -> N
     model.learn(48, callback=[checkpoints(tmp_path / "all"), classify])
     assert there
     assert all(there)
-    told = heard.of(CheckpointSaved)
-    periodic = [(Path(e.path).name, e.step, e.final) for e in told if e.kind == "periodic"]
+    recorded = heard.of(CheckpointSaved)
+    periodic = [(Path(e.path).name, e.step, e.final) for e in recorded if e.kind == "periodic"]
     assert [(f"rl_model_{n}_steps.zip", n, True) for n in (16, 32, 48)] == periodic
-    *bests, final = [e for e in told if e.kind == "best"]
+    *bests, final = [e for e in recorded if e.kind == "best"]
     scores: list[float] = []
     expected = []
     for step, score in heard.value("eval/mean_reward"):
@@ -536,8 +536,8 @@ def raise_after_saving(folder: Path) -> list[Any]:
 # Ways to attach -----------------------------------------------------------------------------------
 
 
-def told(heard: Heard) -> list[Any]:
-    """Return all that was told but for speeds."""
+def summary(heard: Heard) -> list[Any]:
+    """Return everything recorded except speeds."""
     found: list[Any] = []
     for record in heard.records:
         event = record.event
@@ -549,8 +549,8 @@ def told(heard: Heard) -> list[Any]:
 
 
 @pytest.mark.parametrize("form", ["alone", "list", "children"])
-def test_the_callback_tells_what_attach_tells(heard: Heard, form: str) -> None:
-    """`BusCallback(bus)` emits what `bus.attach(model)` does, wherever it is hung."""
+def test_the_callback_records_what_attach_records(heard: Heard, form: str) -> None:
+    """`BusCallback(bus)` emits what `bus.attach(model)` does, wherever it is passed."""
     from stable_baselines3.common.callbacks import CallbackList
 
     other = Heard()
@@ -565,13 +565,13 @@ def test_the_callback_tells_what_attach_tells(heard: Heard, form: str) -> None:
     with other.bus:
         model = ppo()
         model.learn(32, callback=forms[form](adapter.BusCallback(other.bus)))
-    assert told(heard) == told(other)
+    assert summary(heard) == summary(other)
     assert heard.names == other.names
     assert weights(attached) == weights(model)
 
 
-def test_an_attached_model_is_not_told_of_twice(heard: Heard) -> None:
-    """A `BusCallback` in an attached model takes its place."""
+def test_an_attached_model_is_not_reported_twice(heard: Heard) -> None:
+    """A `BusCallback` in an attached model takes precedence."""
     model = ppo()
     heard.bus.attach(model)
     model.learn(ROLLOUT, callback=adapter.BusCallback(heard.bus))
@@ -580,7 +580,7 @@ def test_an_attached_model_is_not_told_of_twice(heard: Heard) -> None:
 
 
 def test_a_callback_learns_after_a_failure(log: Any) -> None:
-    """What a failed `learn` left in a logger of the user's tells nothing of the next one."""
+    """What a failed `learn` left in the user's logger is not recorded for the next one."""
     from stable_baselines3.common.callbacks import ConvertCallback
 
     failed, next_one = Heard(), Heard()
@@ -639,8 +639,8 @@ def test_each_callback_is_prepared_once(heard: Heard) -> None:
     assert [(16, 1.0)] == heard.value("mine/last")
 
 
-def test_two_buses_hear_the_same(heard: Heard) -> None:
-    """Two buses on one model each hear everything, and come off in any order."""
+def test_two_buses_get_the_same(heard: Heard) -> None:
+    """Two buses on one model each get everything, and detach in any order."""
     other = Heard()
     model = ppo()
     before = list(vars(model))
@@ -730,7 +730,7 @@ def test_an_import_loads_no_framework(tmp_path: Path) -> None:
 
 
 def test_a_callback_that_goes_to_a_second_bus_stays_with_it() -> None:
-    """The first bus, when it is closed, has let go of it."""
+    """Closing the first bus does not detach it from the second."""
     first, second = trainbus.Bus(), trainbus.Bus()
     given = adapter.BusCallback(first)
     second.attach(given)
@@ -740,7 +740,7 @@ def test_a_callback_that_goes_to_a_second_bus_stays_with_it() -> None:
     assert not given.report.active
 
 
-def test_the_tensorboard_log_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_tensorboard_log_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Where a sink feeds TensorBoard too, one line says so; the run names what is fed twice."""
     heard = feeding("tensorboard")
     model = ppo(tensorboard_log=str(tmp_path))
@@ -754,7 +754,7 @@ def test_the_tensorboard_log_is_told_of(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 def test_a_metric_named_step_is_a_metric(heard: Heard) -> None:
-    """As in the framework's own files, and what is logged with it stands at its timestep."""
+    """As in the framework's own files, and what is logged with it has its timestep."""
     model = ppo()
     heard.bus.attach(model)
 

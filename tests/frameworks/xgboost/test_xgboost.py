@@ -91,7 +91,7 @@ def set_up(folder: Path, rounds: int, model: str | None = None) -> Training:
     train = partial(classifier.fit, X_TRAIN, Y_TRAIN, eval_set=SETS, verbose=False, xgb_model=model)
 
     def fit() -> None:
-        # Asked for when it trains: `attach` stands before it.
+        # Asked for when it trains: `attach` comes before it.
         classifier.fit(*train.args, **train.keywords)
 
     return Training(
@@ -136,7 +136,7 @@ class TestConformance(AdapterConformance):
 
 
 def test_the_main_process_of_two_reports(tmp_path: Path) -> None:
-    """Of two processes that train one model together, the first tells of it."""
+    """Of two processes that train one model together, the first reports."""
     given = {"folder": str(tmp_path)}
     heard = run_in_child("emitted_in", TestConformance, given, cwd=tmp_path, env={TASK: "0"})
     assert ["run.started", "epoch.started"] == heard[:2]
@@ -251,9 +251,9 @@ def timeless(events: list[Event]) -> list[Any]:
     return [e.epoch if isinstance(e, EpochEnded) else e for e in events]
 
 
-def test_checkpoints_are_told_when_they_are_there(tmp_path: Path) -> None:
-    """Each file of `TrainingCheckPoint` is told once it is written, with the metrics of its round;
-    a file that an earlier training left behind is none."""
+def test_checkpoints_are_recorded_when_they_are_there(tmp_path: Path) -> None:
+    """Each file of `TrainingCheckPoint` is recorded once written, with the metrics of its round;
+    a file that an earlier training left behind is not."""
     (tmp_path / "model_0.ubj").write_text("old")
     seen: list[int] = []
 
@@ -281,7 +281,7 @@ def test_checkpoints_are_told_when_they_are_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("as_pickle", [False, True])
 @pytest.mark.parametrize("first", [False, True])
 def test_checkpoints_of_any_kind_and_place(tmp_path: Path, as_pickle: bool, first: bool) -> None:
-    """Pickles are told too, and the place of the callback in the list makes no difference."""
+    """Pickles are recorded too, and the place of the callback in the list makes no difference."""
     saver = TrainingCheckPoint(tmp_path, name="m", as_pickle=as_pickle, interval=2)
     before, after = ([saver], []) if first else ([], [saver])
     events = record(lambda bus: train(bus, 5, *before, callbacks=after))
@@ -292,9 +292,9 @@ def test_checkpoints_of_any_kind_and_place(tmp_path: Path, as_pickle: bool, firs
 
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("save_best", [False, True])
-def test_an_early_stop_is_told(first: bool, save_best: bool) -> None:
+def test_an_early_stop_is_recorded(first: bool, save_best: bool) -> None:
     """The end names metric and patience, the best round is XGBoost's own, and no round is missing,
-    wherever the callback stands."""
+    wherever the callback is in the list."""
     stopper = EarlyStopping(
         rounds=2, metric_name="error", data_name="held_out", save_best=save_best
     )
@@ -321,7 +321,7 @@ def test_patience_that_lasts_is_no_early_stop() -> None:
     assert "test-logloss" == end.best.metric
 
 
-def test_a_stop_by_a_callback_is_told() -> None:
+def test_a_stop_by_a_callback_is_recorded() -> None:
     """A callback of the user's that stops the training after a round is named as the reason."""
     events = record(lambda bus: train(bus, 9, callbacks=[Stop(1)]))
     assert "stopped by a callback" == of(events, RunEnded)[0].reason
@@ -341,7 +341,7 @@ def outcomes(events: list[Any]) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize("kind", ["path", "booster"])
 def test_a_continued_training_goes_on_with_its_rounds(tmp_path: Path, kind: str) -> None:
-    """XGBoost counts from 0 again; the events go on, and best rounds are counted alike."""
+    """XGBoost counts from 0 again; the events count on, and so do best rounds."""
     first = xgb.train(PARAMS, data(), 4)
     first.save_model(tmp_path / "model.ubj")
     model = {"path": tmp_path / "model.ubj", "booster": first}[kind]
@@ -391,7 +391,7 @@ def test_other_boosters(booster: str) -> None:
 
 
 def test_nan_arrives() -> None:
-    """A metric that is no number is told as NaN."""
+    """A metric that is not a number is recorded as NaN."""
 
     def broken(predicted: Any, matrix: Any) -> tuple[str, float]:
         return "broken", math.nan
@@ -413,7 +413,7 @@ def test_cross_validation_is_left_alone() -> None:
 
 
 def test_two_trainings_of_one_object_are_two_runs() -> None:
-    """Each `fit` of an estimator is a run of its own; what comes between them is none."""
+    """Each `fit` of an estimator is a run of its own; what comes between them is not."""
     records: list[Any] = []
     bus = trainbus.Bus()
     bus.subscribe(records.append)
@@ -421,13 +421,13 @@ def test_two_trainings_of_one_object_are_two_runs() -> None:
         classifier = xgb.XGBClassifier(n_estimators=2, n_jobs=1)
         bus.attach(classifier)
         classifier.fit(X_TRAIN, Y_TRAIN, eval_set=SETS, verbose=False)
-        told = len(records)
+        count = len(records)
         classifier.predict(X_VALID)
         classifier.score(X_VALID, Y_VALID)
         classifier.get_booster().eval(data())
-        assert told == len(records)
+        assert count == len(records)
         classifier.fit(X_TRAIN, Y_TRAIN, eval_set=SETS, verbose=False)
-    first, second = records[:told], records[told:]
+    first, second = records[:count], records[count:]
     assert [event_name(r.event) for r in first] == [event_name(r.event) for r in second]
     assert 2 == len({r.run for r in records})
 
@@ -436,7 +436,7 @@ def test_two_trainings_of_one_object_are_two_runs() -> None:
     ("error", "status"), [(ValueError("mine"), "failed"), (KeyboardInterrupt(), "stopped")]
 )
 def test_a_failure_is_seen_by_the_bus(error: BaseException, status: str) -> None:
-    """The callback alone is told of no exception; `with bus` is, and it passes through."""
+    """The callback alone notices no exception; `with bus` does, and lets it through."""
     events: list[Any] = []
     bus = trainbus.Bus()
     bus.subscribe(lambda r: events.append(r.event))
@@ -529,8 +529,8 @@ def test_a_deep_copy_reports_its_own_training() -> None:
     assert 1 == len(of(record(run), RunStarted))
 
 
-def test_two_buses_come_off_in_any_order() -> None:
-    """Two buses hear the same training, and the second that comes off leaves no trace."""
+def test_two_buses_detach_in_any_order() -> None:
+    """Two buses get the same training, and the second one to detach leaves no trace."""
     classifier = xgb.XGBClassifier(n_estimators=1, n_jobs=1)
     buses, heard = [trainbus.Bus(), trainbus.Bus()], [list[Any](), list[Any]()]
     for bus, records in zip(buses, heard, strict=True):
@@ -556,7 +556,7 @@ def test_what_does_not_boost_is_refused() -> None:
 
 
 def test_an_unattached_callback_hurts_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    """A callback that was made without a bus says so, and the training goes on."""
+    """A callback without a bus logs that, and the training continues."""
     assert 1 == xgb.train(PARAMS, data(), 1, callbacks=[BusCallback()]).num_boosted_rounds()
     assert "this callback has no bus" in caplog.text
 
@@ -590,16 +590,16 @@ for _ in range(2):
     adapter.hook(xgboost, bus.attach)
 x = np.arange(40.0).reshape(20, 2)
 y = np.arange(20) % 2
-told = {}
+results = {}
 
-def told_by(name, train):
+def observe(name, train):
     del heard[:]
     try:
         train()
     except Exception as error:
         assert "mine" == str(error)
     ended = [status for _, kind, status in heard if kind == "run.ended"]
-    told[name] = [len({run for run, *_ in heard}), ended]
+    results[name] = [len({run for run, *_ in heard}), ended]
 
 def fail(*_):
     raise ValueError("mine")
@@ -610,17 +610,17 @@ classifier = xgboost.XGBClassifier(n_estimators=1)
 attached = xgboost.XGBClassifier(n_estimators=1)
 bus.attach(attached)
 own = adapter.BusCallback(bus)
-told_by("train", lambda: xgboost.train({}, matrix, 1))
-told_by("fails", lambda: xgboost.train({}, matrix, 1, obj=fail))
-told_by("own", lambda: xgboost.train({}, matrix, 1, callbacks=[own]))
-told_by("own fails", lambda: xgboost.train({}, matrix, 1, obj=fail, callbacks=[own]))
-told_by("fit", lambda: classifier.fit(x, y))
-told_by("attached", lambda: attached.fit(x, y))
-told_by("forest", lambda: xgboost.XGBRFClassifier(n_estimators=2).fit(x, y))
-told_by("cv", lambda: xgboost.cv({}, matrix, 1, nfold=2))
-told_by("predict", lambda: classifier.predict(x))
-told["name"] = xgboost.train.__name__
-print(json.dumps(told))
+observe("train", lambda: xgboost.train({}, matrix, 1))
+observe("fails", lambda: xgboost.train({}, matrix, 1, obj=fail))
+observe("own", lambda: xgboost.train({}, matrix, 1, callbacks=[own]))
+observe("own fails", lambda: xgboost.train({}, matrix, 1, obj=fail, callbacks=[own]))
+observe("fit", lambda: classifier.fit(x, y))
+observe("attached", lambda: attached.fit(x, y))
+observe("forest", lambda: xgboost.XGBRFClassifier(n_estimators=2).fit(x, y))
+observe("cv", lambda: xgboost.cv({}, matrix, 1, nfold=2))
+observe("predict", lambda: classifier.predict(x))
+results["name"] = xgboost.train.__name__
+print(json.dumps(results))
 """
 
 
@@ -645,7 +645,7 @@ def test_hooked_trainings_report_once(tmp_path: Path) -> None:
     } == json.loads(done.stdout)
 
 
-def test_a_logger_beside_ours_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_logger_beside_ours_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Where a sink feeds the same tracker, one line says so; the run names what is fed twice."""
     from wandb.integration.xgboost import WandbCallback
 
@@ -660,7 +660,7 @@ def test_a_logger_beside_ours_is_told_of(tmp_path: Path, caplog: pytest.LogCaptu
     ] == [line for line in caplog.messages if "both log" in line]
 
 
-def test_a_callback_in_an_attached_estimator_tells_all() -> None:
+def test_a_callback_in_an_attached_estimator_records_everything() -> None:
     """A run comes once."""
     heard = Heard()
     classifier = xgb.XGBClassifier(n_estimators=1, callbacks=[BusCallback(heard.bus)])
