@@ -128,15 +128,15 @@ def worst_of_table(
     columns = [str(name) for name in table["columns"]]
     if not columns or columns[0].lower() not in _CLASS_COLUMNS:
         return None
-    for important in (*_IMPORTANT, *_COSTS):
+    for word in (*_IMPORTANT, *_COSTS):
         for index, column in enumerate(columns[1:], 1):
             results = [
                 (float(row[index]), str(row[0]))
                 for row in rows
                 if len(row) > index and _is_result(row[index]) and not _is_average(str(row[0]))
             ]
-            if important in column.lower() and len(results) > 1:
-                pick = max if important in _COSTS else min
+            if word in column.lower() and len(results) > 1:
+                pick = max if word in _COSTS else min
                 value, name = pick(results, key=lambda result: result[0])
                 return Worst(key=key, name=name, metric=column, value=value)
     return None
@@ -165,5 +165,5 @@ def _is_average(name: str) -> bool:
 
 def rank_of(name: str) -> int:
     """Return the rank of a metric by importance; 0 is the most important."""
-    important = (i for i, word in enumerate(_IMPORTANT) if word in name.lower())
-    return next(important, len(_IMPORTANT))
+    found = (i for i, word in enumerate(_IMPORTANT) if word in name.lower())
+    return next(found, len(_IMPORTANT))

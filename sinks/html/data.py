@@ -17,7 +17,6 @@ import msgspec
 from trainbus.events import (
     AlertRaised,
     ArtifactLogged,
-    Best,
     CheckpointSaved,
     ConfusionMatrixLogged,
     CurveLogged,
@@ -368,16 +367,12 @@ class Gatherer:
         data.status, data.reason, data.error = event.status, event.reason, event.error
         data.eta = None
         if event.best is not None:
-            data.best = _reported(event.best)
+            best = {"metric": event.best.metric, "value": number(event.best.value)}
+            data.best = {**best, "epoch": event.best.epoch, "reported": True}
 
     def _seconds(self, record: Record) -> float:
         first = self.data.first or 0.0
         return round(self.data.earlier + max(record.time - first, 0.0), 3)
-
-
-def _reported(best: Best) -> dict[str, Any]:
-    value = number(best.value)
-    return {"metric": best.metric, "value": value, "epoch": best.epoch, "reported": True}
 
 
 def _total(named: Mapping[str, Any], keys: Sequence[str]) -> int | None:

@@ -35,7 +35,7 @@ _FAMILIES = {
     "trainbus_model": (("property",), "Size and speed of the model"),
     "trainbus_epoch": ((), "Epoch that began last, counted from 1"),
     "trainbus_epoch_duration_seconds": ((), "Duration of the last completed epoch"),
-    "trainbus_step": ((), "Optimizer updates done"),
+    "trainbus_step": ((), "Optimizer steps"),
     "trainbus_run_info": ((*_INFO, "attempt"), "Description of the run; always 1"),
     "trainbus_run_status": (("status",), "1 for the status of the run, 0 for the others"),
     "trainbus_records_total": (("event",), "Records of this attempt that were delivered"),
