@@ -92,7 +92,7 @@ def write(folder: Path) -> RunFolder:
     with (
         tempfile.TemporaryDirectory() as elsewhere,
         mock.patch.object(encoding, "MAX_LINE", 4096),
-        mock.patch.object(encoding, "_ARRAY_IN_LINE", 1024),
+        mock.patch.object(encoding, "ARRAY_IN_LINE", 1024),
     ):
         before = os.getcwd()
         os.chdir(elsewhere)  # the paths in it are relative, as they would differ otherwise

@@ -121,7 +121,7 @@ def test_line_is_json_with_a_checksum_of_its_rest(
 
 def test_record_is_one_write(journal: JournalWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every record reaches the system in one call, large and small ones alike."""
-    disk = Disk(journal._fd, lambda call: None)
+    disk = Disk(journal.fileno(), lambda call: None)
     monkeypatch.setattr(os, "write", disk)
     large = ev.TextLogged(key="t", text="x" * 900_000)
     for event in (*SAMPLE, large):
@@ -182,7 +182,7 @@ def test_closing_twice_is_nothing(journal: JournalWriter) -> None:
     """A journal that is closed can be closed again."""
     journal.close()
     journal.close()
-    assert -1 == journal._fd
+    assert -1 == journal.fileno()
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32", "float64", "int64", "bool"])
@@ -416,7 +416,7 @@ def test_disk_that_recovers_gets_all_records_in_order(
     """While the disk takes nothing records wait, and come in order as soon as it does again."""
     clock = Clock()
     journal = JournalWriter(folder, clock=clock)
-    disk = Disk(journal._fd, lambda call: None)
+    disk = Disk(journal.fileno(), lambda call: None)
     monkeypatch.setattr(os, "write", disk)
     written = [journal.append(event, 1.0) for event in SAMPLE[:3]]
     disk.plan = FAULTS[fault]
@@ -442,7 +442,7 @@ def test_end_does_not_wait_for_another_try(
 ) -> None:
     """The run's end tries at once to write what waits, before itself."""
     journal = JournalWriter(folder, clock=Clock())
-    disk = Disk(journal._fd, lambda call: OSError(errno.ENOSPC, "full") if call == 0 else None)
+    disk = Disk(journal.fileno(), lambda call: OSError(errno.ENOSPC, "full") if call == 0 else None)
     monkeypatch.setattr(os, "write", disk)
     journal.append(SAMPLE[0], 1.0)
     journal.append(SAMPLE[1], 1.0)
@@ -458,7 +458,7 @@ def test_disk_that_stays_full_leaves_the_records_to_the_reader(
 ) -> None:
     """Records that never got to the disk can be handed to a reader, which returns all."""
     journal = JournalWriter(folder)
-    disk = Disk(journal._fd, lambda call: None if call < 4 else 11)
+    disk = Disk(journal.fileno(), lambda call: None if call < 4 else 11)
     monkeypatch.setattr(os, "write", disk)
     written = [journal.append(event, 1.0) for event in SAMPLE]
     reader = RunReader(folder)
@@ -484,7 +484,7 @@ def test_random_faults_of_the_disk_lose_nothing(
         faults: list[int | BaseException | None] = [OSError(errno.EIO, "EIO"), 0, 1, 60]
         return faults[chance.integers(4)] if chance.random() < 1 / 3 else None
 
-    disk = Disk(journal._fd, plan)
+    disk = Disk(journal.fileno(), plan)
     monkeypatch.setattr(os, "write", disk)
     for n in range(500):
         clock.now += float(chance.integers(8))
@@ -501,7 +501,7 @@ def test_torn_line_that_cannot_be_cut_off_harms_no_other(
     """If a short write can't be undone at once, no later record is lost by it, nor by Ctrl-C."""
     clock = Clock()
     journal = JournalWriter(folder, clock=clock)
-    disk = Disk(journal._fd, lambda call: 40 if call == 1 else None)
+    disk = Disk(journal.fileno(), lambda call: 40 if call == 1 else None)
     real = os.ftruncate
     failed: list[int] = []
 
@@ -532,10 +532,10 @@ def test_memory_limit_drops_step_metrics_first(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where too much waits, the oldest step metrics go, and an alert says how many."""
-    monkeypatch.setattr(journals_module, "_MAX_HELD", 4_000)
+    monkeypatch.setattr(journals_module, "MAX_HELD", 4_000)
     clock = Clock()
     journal = JournalWriter(folder, clock=clock)
-    disk = Disk(journal._fd, lambda call: OSError(errno.ENOSPC, "No space left on device"))
+    disk = Disk(journal.fileno(), lambda call: OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(os, "write", disk)
     journal.append(SAMPLE[0], 1.0)
     for n in range(100):
@@ -566,9 +566,9 @@ def test_memory_limit_keeps_the_last_record(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where no step metrics are left to drop, the oldest records go, and the end stays."""
-    monkeypatch.setattr(journals_module, "_MAX_HELD", 1_000)
+    monkeypatch.setattr(journals_module, "MAX_HELD", 1_000)
     journal = JournalWriter(folder, clock=Clock())
-    disk = Disk(journal._fd, lambda call: OSError(errno.ENOSPC, "full"))
+    disk = Disk(journal.fileno(), lambda call: OSError(errno.ENOSPC, "full"))
     monkeypatch.setattr(os, "write", disk)
     for n in range(50):
         journal.append(epoch(n), 1.0)
@@ -660,7 +660,7 @@ def test_ctrl_c_while_waiting_records_are_written_does_no_harm(
     for at in itertools.count(1):
         folder, clock = folder_in(tmp_path, f"run{at}"), Clock()
         journal = JournalWriter(folder, clock=clock)
-        disk = Disk(journal._fd, lambda call: OSError(errno.ENOSPC, "full"))
+        disk = Disk(journal.fileno(), lambda call: OSError(errno.ENOSPC, "full"))
         with monkeypatch.context() as patch:
             patch.setattr(os, "write", disk)
             returned = [journal.append(epoch(n), 1.0) for n in range(3)]
@@ -686,7 +686,7 @@ def test_ctrl_c_while_the_disk_is_full_does_no_harm(
         folder, clock = folder_in(tmp_path, f"run{at}"), Clock()
         journal = JournalWriter(folder, clock=clock)
         with monkeypatch.context() as patch:
-            disk = Disk(journal._fd, lambda call: None)
+            disk = Disk(journal.fileno(), lambda call: None)
             patch.setattr(os, "write", disk)
             returned = [journal.append(epoch(n), 1.0) for n in range(2)]
             disk.plan = lambda call: 30
@@ -725,7 +725,7 @@ def interrupted_write(journal: JournalWriter, part: int | None) -> Callable[[int
 
     def write(fd: int, data: bytes) -> int:
         """Write a part, and be interrupted if it is the journal's file."""
-        if fd != journal._fd:
+        if fd != journal.fileno():
             return real(fd, data)
         if part != 0:
             real(fd, data[:part])

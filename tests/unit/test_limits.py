@@ -58,11 +58,11 @@ def test_a_disk_that_takes_a_record_now_and_then_costs_none(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Records that were written take no more room among those that wait, so none is dropped."""
-    monkeypatch.setattr(journals, "_MAX_HELD", 2_000)
+    monkeypatch.setattr(journals, "MAX_HELD", 2_000)
     now = 0.0
     journal = JournalWriter(folder, clock=lambda: now)
     # Three records wait; from then on each try gets one of them to the disk.
-    disk = Disk(journal._fd, lambda call: FULL if call < 3 or call % 2 == 0 else None)
+    disk = Disk(journal.fileno(), lambda call: FULL if call < 3 or call % 2 == 0 else None)
     monkeypatch.setattr(os, "write", disk)
     longest = 0
     for n in range(100):
@@ -81,10 +81,10 @@ def test_what_waits_in_memory_is_bounded_whatever_the_disk_does(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With records of all sizes and a disk that comes and goes, each is written or counted."""
-    monkeypatch.setattr(journals, "_MAX_HELD", 5_000)
+    monkeypatch.setattr(journals, "MAX_HELD", 5_000)
     now = 0.0
     journal = JournalWriter(folder, clock=lambda: now)
-    disk = Disk(journal._fd, lambda call: None if call % 7 == 0 else FULL)
+    disk = Disk(journal.fileno(), lambda call: None if call % 7 == 0 else FULL)
     monkeypatch.setattr(os, "write", disk)
     written: list[Record] = []
     for n in range(400):

@@ -207,7 +207,7 @@ def test_any_array_arrives_in_every_detail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: int, array: Any, view: str
 ) -> None:
     """Dtype, byte order, shape and every value of an array are kept, in a line and in a blob."""
-    monkeypatch.setattr(encoding, "_ARRAY_IN_LINE", least)
+    monkeypatch.setattr(encoding, "ARRAY_IN_LINE", least)
     views = {"transposed": array.T, "every other": array[::2], "backwards": array[::-1]}
     heard, arrived, receipt = emitted(tmp_path, ImageLogged(key="k", array=views.get(view, array)))
     assert (0, 0) == (receipt.dropped, receipt.pending)

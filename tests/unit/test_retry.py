@@ -1,4 +1,4 @@
-"""A lane retries what may go well later, buries what never will, and does not hammer."""
+"""A queue retries what may go well later, buries what never will, and does not hammer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Answer:
 
 
 class Rig:
-    """A lane, its clock, and a sink that does what `fails` says of the seqs it is given."""
+    """A queue, its clock, and a sink that does what `fails` says of the seqs it is given."""
 
     def __init__(self, count: int = 0, *, jitter: Any = lambda low, high: 1.0) -> None:
         self.now = 100.0
@@ -39,12 +39,12 @@ class Rig:
         self.taken: list[int] = []
         self.dead: list[int] = []
         self.reasons: list[str] = []
-        self.said: list[str] = []
-        self.lane = RetryQueue(
-            self._taken, self._bury, self.said.append, clock=self.clock, jitter=jitter
+        self.reported: list[str] = []
+        self.queue = RetryQueue(
+            self._taken, self._dead_letter, self.reported.append, clock=self.clock, jitter=jitter
         )
         for seq in range(1, count + 1):
-            self.lane.todo.append(item(seq))
+            self.queue.todo.append(item(seq))
 
     def clock(self) -> float:
         """Return the seconds that this test says."""
@@ -59,21 +59,21 @@ class Rig:
 
     def push(self) -> float:
         """Make one call at once; return the seconds until the next."""
-        self.lane.push(self.write)
-        return self.lane.wait()
+        self.queue.push(self.write)
+        return self.queue.wait()
 
     def drain(self, calls: int = 1000) -> None:
         """Make calls, each when it may be made, until nothing is left."""
         for _ in range(calls):
-            if not self.lane.todo or self.lane.stopped:
+            if not self.queue.todo or self.queue.stopped:
                 return
-            self.now += self.lane.wait()
-            self.lane.push(self.write)
+            self.now += self.queue.wait()
+            self.queue.push(self.write)
 
     def _taken(self, items: Any) -> None:
         self.taken += [each.record.seq for each in items]
 
-    def _bury(self, record: Record, reason: str) -> None:
+    def _dead_letter(self, record: Record, reason: str) -> None:
         self.dead.append(record.seq)
         self.reasons.append(reason)
 
@@ -108,8 +108,8 @@ def test_what_may_go_well_later_is_tried_ever_more_rarely(error: Exception) -> N
         waits.append(rig.push())
         rig.now += waits[-1]
     assert [1, 2, 4, 8, 16, 32, 60, 60, 60] == waits
-    assert ([], [], False) == (rig.taken, rig.dead, rig.lane.stopped)
-    assert 1 == len(rig.said)
+    assert ([], [], False) == (rig.taken, rig.dead, rig.queue.stopped)
+    assert 1 == len(rig.reported)
 
 
 def test_a_success_starts_the_waits_anew() -> None:
@@ -118,7 +118,7 @@ def test_a_success_starts_the_waits_anew() -> None:
     rig.fails = lambda seqs: ConnectionError() if len(rig.calls) in (1, 2, 3, 5) else None
     assert [1, 2, 4] == [rig.push() for _ in range(3)]
     rig.push()
-    rig.lane.todo.append(item(3))
+    rig.queue.todo.append(item(3))
     assert 1 == rig.push()
     rig.drain()
     assert [1, 2, 3] == rig.taken
@@ -146,7 +146,7 @@ def test_the_jitter_stays_within_a_fifth() -> None:
 
 
 def test_the_shared_random_state_is_untouched() -> None:
-    """What a trainer draws after seeding is the same with and without a lane that waits."""
+    """What a trainer draws after seeding is the same with and without a queue that waits."""
     random.seed(7)
     before = random.getstate()
     rig = Rig(8, jitter=None)
@@ -161,8 +161,8 @@ def test_what_never_will_go_well_stops_at_once(error: Exception) -> None:
     rig = Rig(3)
     rig.fails = lambda seqs: error
     rig.push()
-    assert rig.lane.stopped
-    assert (1, [], [], 3) == (len(rig.calls), rig.taken, rig.dead, len(rig.lane.todo))
+    assert rig.queue.stopped
+    assert (1, [], [], 3) == (len(rig.calls), rig.taken, rig.dead, len(rig.queue.todo))
 
 
 @pytest.mark.parametrize("error", REFUSALS, ids=repr)
@@ -177,7 +177,7 @@ def test_one_bad_record_costs_itself_alone(error: Exception) -> None:
     assert [[1], [2]] == rig.calls[1:3]
     assert 3 == rig.calls.count([5])
     assert [line(error)] == rig.reasons
-    assert not rig.lane.stopped
+    assert not rig.queue.stopped
 
 
 def test_a_network_that_fails_between_the_tries_counts_for_none() -> None:
@@ -193,17 +193,17 @@ def test_five_dead_in_a_row_open_the_circuit() -> None:
     """A sink that refuses everything is asked about one record a time, ever more rarely."""
     rig = Rig(8)
     rig.fails = lambda seqs: ValueError("no")
-    while not rig.lane.wait():
+    while not rig.queue.wait():
         rig.push()
     assert [1, 2, 3, 4, 5] == rig.dead
-    waits = [rig.lane.wait()]
+    waits = [rig.queue.wait()]
     for _ in range(7):
         rig.now += waits[-1]
         waits.append(rig.push())
         assert [6] == rig.calls[-1]
     assert [1, 2, 4, 8, 16, 32, 60, 60] == waits
     assert [1, 2, 3, 4, 5] == rig.dead
-    assert any("5 records in a row" in text for text in rig.said)
+    assert any("5 records in a row" in text for text in rig.reported)
     rig.fails = lambda seqs: None
     rig.drain()
     assert [6, 7, 8] == rig.taken
@@ -235,21 +235,21 @@ def test_the_end_gives_up_on_what_is_local(error: OSError) -> None:
     rig = Rig(2)
     rig.fails = lambda seqs: error
     assert 1 == rig.push()
-    assert not rig.lane.stopped
-    rig.lane.finish()
-    assert 0 == rig.lane.wait()
+    assert not rig.queue.stopped
+    rig.queue.finish()
+    assert 0 == rig.queue.wait()
     rig.push()
-    assert rig.lane.stopped
-    assert ([], 2) == (rig.dead, len(rig.lane.todo))
+    assert rig.queue.stopped
+    assert ([], 2) == (rig.dead, len(rig.queue.todo))
 
 
 def test_the_end_gives_up_on_an_open_circuit() -> None:
     """What is refused record after record is not waited for once the training has ended."""
     rig = Rig(8)
     rig.fails = lambda seqs: ValueError("no")
-    rig.lane.finish()
+    rig.queue.finish()
     rig.drain()
-    assert rig.lane.stopped
+    assert rig.queue.stopped
     assert [1, 2, 3, 4, 5] == rig.dead
 
 
@@ -259,8 +259,8 @@ def test_the_end_waits_for_the_network(error: Exception) -> None:
     rig = Rig(2)
     rig.fails = lambda seqs: error if len(rig.calls) < 5 else None
     rig.push()
-    rig.lane.finish()
-    assert 0 == rig.lane.wait()
+    rig.queue.finish()
+    assert 0 == rig.queue.wait()
     assert 2 == rig.push()
     rig.drain()
     assert [1, 2] == rig.taken
@@ -271,7 +271,7 @@ def test_filtered_records_make_no_call() -> None:
     rig = Rig()
     rig.fails = lambda seqs: ConnectionError()
     for seq in (1, 2):
-        rig.lane.todo.append(item(seq, wanted=False))
+        rig.queue.todo.append(item(seq, wanted=False))
     rig.drain()
     assert ([], [1, 2]) == (rig.calls, rig.taken)
 
@@ -293,12 +293,12 @@ def test_an_attempt_backs_off_or_stops() -> None:
 
     waits = []
     for _ in range(2):
-        assert not rig.lane.attempt(open_it, failure_text="can't be opened")
-        waits.append(rig.lane.wait())
-    assert ([1, 2], False) == (waits, rig.lane.stopped)
-    assert not rig.lane.attempt(open_it)
-    assert rig.lane.stopped
-    assert ["can't be opened: ConnectionError: no message"] == rig.said
+        assert not rig.queue.attempt(open_it, failure_text="can't be opened")
+        waits.append(rig.queue.wait())
+    assert ([1, 2], False) == (waits, rig.queue.stopped)
+    assert not rig.queue.attempt(open_it)
+    assert rig.queue.stopped
+    assert ["can't be opened: ConnectionError: no message"] == rig.reported
 
 
 def test_ctrl_c_is_kept_and_loses_nothing() -> None:
@@ -306,7 +306,7 @@ def test_ctrl_c_is_kept_and_loses_nothing() -> None:
     rig = Rig(2)
     rig.fails = lambda seqs: KeyboardInterrupt() if len(rig.calls) == 1 else None
     assert 0 == rig.push()
-    assert isinstance(rig.lane.interrupt, KeyboardInterrupt)
+    assert isinstance(rig.queue.interrupt, KeyboardInterrupt)
     rig.drain()
     assert [1, 2] == rig.taken
 
@@ -318,7 +318,7 @@ def test_error_texts_carry_no_secret() -> None:
     rig.fails = lambda seqs: ValueError(f"401 with header\n Authorization: Bearer {secret}")
     rig.drain()
     assert [1] == rig.dead
-    for text in [*rig.said, *rig.reasons, rig.lane.error or ""]:
+    for text in [*rig.reported, *rig.reasons, rig.queue.error or ""]:
         assert secret not in text
         assert "ValueError: 401 with header" in text
         assert "\n" not in text

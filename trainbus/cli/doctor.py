@@ -49,10 +49,7 @@ def examine() -> Iterator[PackageReport]:
             try:
                 plugin = point.load()
             except Exception as error:
-                fault = f"{type(error).__name__}: {error}"
-                yield PackageReport(
-                    name=point.name, installed="?", tested="", missing=[], fault=fault
-                )
+                yield _faulty(point, f"{type(error).__name__}: {error}")
                 continue
             home = sys.modules[plugin.__module__]
             for package in registry.packages_of(point, plugin):

@@ -36,10 +36,11 @@ MAX_LINE = 2**20
 LONGEST_LINE = 16 * MAX_LINE
 """Longest line that is ever written: a long event stays in its line if no blob can be written."""
 
-_MAX_ARTIFACT = 64 * 2**20
-_ARRAY_IN_LINE = 32 * 2**10
-_WITH_FILES = (ImageLogged, CheckpointSaved, ArtifactLogged)
+ARRAY_IN_LINE = 32 * 2**10
+"""Arrays of this size in bytes and larger ones are stored as blobs."""
 
+_MAX_ARTIFACT = 64 * 2**20
+_WITH_FILES = (ImageLogged, CheckpointSaved, ArtifactLogged)
 
 LINE_START = b'{"crc":"'
 """First bytes of every line."""
@@ -122,7 +123,7 @@ class RecordEncoder:
         self._wants_files = wants_files
         self._warn = warn
         self._blobs = Blobs(folder)
-        self._codec = Codec(store=array_store(self._blobs, _ARRAY_IN_LINE, self._fits))
+        self._codec = Codec(store=array_store(self._blobs, ARRAY_IN_LINE, self._fits))
 
     @property
     def is_full(self) -> bool:

@@ -40,7 +40,9 @@ from trainbus.journal.locks import try_lock
 
 logger = logging.getLogger("trainbus")
 
-_MAX_HELD = 64 * 2**20
+MAX_HELD = 64 * 2**20
+"""Bytes of records that wait in memory if the disk is full."""
+
 _RETRY_S = 5.0
 _VANISHED = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
 _SYNCED = (RunStarted, ParamsUpdated, RunEnded)
@@ -131,6 +133,10 @@ class JournalWriter:
     def unsaved(self) -> int:
         """Number of records that are not on disk, apart from the dropped ones."""
         return self.seq - self.dropped.total() if self.is_gone else len(self._held)
+
+    def fileno(self) -> int:
+        """Return the descriptor of the file, -1 once it is closed."""
+        return self._fd
 
     def append(self, event: Event, now: float) -> Record:
         """Write an event with its time (Unix seconds), and return the record."""
@@ -277,7 +283,7 @@ class JournalWriter:
     def _hold(self, held: _Held) -> None:
         self._held.append(held)
         self._held_bytes += len(held.line)
-        while self._held_bytes > _MAX_HELD:
+        while self._held_bytes > MAX_HELD:
             # Drop the oldest step metrics first, then the oldest records of any type.
             spare = next((h for h in self._held if h.is_spare), self._held[0])
             self._held.remove(spare)
