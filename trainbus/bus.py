@@ -99,7 +99,8 @@ class Bus:
             on_receipt=partial(_receive, self.receipts, on_receipt if specs else None),
         )
         self._subscribers = Subscribers()
-        self._sidecar = Sidecar(base=folder)
+        self.sidecar = Sidecar(base=folder)
+        """The delivery processes."""
         self.open_runs: list[Emitter] = []
         """Emitters with an open run, which this list keeps alive."""
         self._idle: weakref.WeakSet[Emitter] = weakref.WeakSet()
@@ -192,7 +193,7 @@ class Bus:
             is_main: whether an error that ends this process ends the training. On another rank
                 than 0, it is then recorded in the run of rank 0.
         """
-        emitter = self.emitter_type(self.settings, self._subscribers, self._sidecar, self.open_runs)
+        emitter = self.emitter_type(self.settings, self._subscribers, self.sidecar, self.open_runs)
         self._idle.add(emitter)
         if is_main:
             emitter.watch_other_rank()
@@ -202,7 +203,7 @@ class Bus:
         """End every open run, as `error` says if there is one, and detach from every trainer."""
         with ExitStack() as stack:  # all of it happens, even if Ctrl-C comes in one of the sinks
             stack.callback(process_hooks.remove_unused_hooks)
-            stack.callback(self._sidecar.close)
+            stack.callback(self.sidecar.close)
             for found in self._attached.copy().values():
                 stack.callback(_guarded_detach, self._detach(found))
             for emitter in reversed([*self.open_runs, *self._idle]):

@@ -54,7 +54,7 @@ TRAINING = """
 
     chance = random.Random(int(sys.argv[2]))
     with trainbus.load(sys.argv[1]) as bus, bus.run(name="killed") as run:
-        (sidecar,) = bus._sidecar.pids
+        (sidecar,) = bus.sidecar.pids
         for epoch in run.epochs(1):
             begun, kill_after = time.monotonic(), chance.uniform(0.0, 0.8)
             for step in range(10_000):

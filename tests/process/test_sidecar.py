@@ -392,9 +392,9 @@ def test_a_tracker_of_one_run_a_process_has_two_open(
         with bus.run(name="one") as one, bus.run(name="two") as two:
             for run in (one, two):
                 run.log({"loss": 1.0})
-            assert 2 == len(set(bus._sidecar.pids))
+            assert 2 == len(set(bus.sidecar.pids))
         with bus.run(name="three"):
-            assert 2 == len(bus._sidecar.pids)
+            assert 2 == len(bus.sidecar.pids)
     assert [(3, 0), (3, 0), (2, 0)] == [(r.sinks[0].taken, r.pending) for r in bus.receipts]
 
 
