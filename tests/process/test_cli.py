@@ -70,7 +70,7 @@ def test_validate_good_files(folder: Path) -> None:
 
 
 def test_validate_reports_every_file(folder: Path) -> None:
-    """A fault in one file hides neither those of the next nor the files that are good."""
+    """A problem in one file hides neither those in the next file nor the valid files."""
     (folder / "a.yaml").write_text("sinks: {a: {type: jsonl, pth: x}}\n")
     (folder / "b.yaml").write_text(GOOD)
     code, out, err = run("validate", "a.yaml", "b.yaml", "c.yaml")
@@ -122,7 +122,7 @@ def test_control_characters_are_escaped(folder: Path) -> None:
     ],
 )
 def test_validate_in_a_process(text: str, line: str, folder: Path) -> None:
-    """The real command prints the fault on stderr and ends with 2, without a traceback."""
+    """The real command prints the problem on stderr and exits with 2, without a traceback."""
     (folder / "a.yaml").write_text(text)
     done = run_process(folder, "validate", "a.yaml")
     assert (2, "") == (done.returncode, done.stdout)
@@ -160,7 +160,7 @@ def test_validate_writes_nothing(folder: Path) -> None:
     ],
 )
 def test_validate_knows_the_journal_and_where_sinks_run(text: str, said: str, folder: Path) -> None:
-    """A fault of these keys is one line with its place, like one of any other."""
+    """A problem with these keys is one line with its place, as with any other key."""
     (folder / "a.yaml").write_text(f"{text}\n{GOOD}")
     assert (2, "", f"a.yaml:1: {said}\n") == run("validate", "a.yaml")
 
@@ -301,7 +301,7 @@ def test_plugins_name_the_package_that_is_missing(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.usefixtures("without_plotly")
 @pytest.mark.parametrize("more", [[], ["--check"]])
 def test_validate_names_the_package_that_is_missing(more: list[str], folder: Path) -> None:
-    """A sink that could not be opened is a fault of the file, with what to install."""
+    """A sink that can't be opened is a problem of the file; the line says what to install."""
     (folder / "a.yaml").write_text("sinks: {page: {type: html}, b: {type: jsonl}}")
     said = "the package 'plotly' is not installed; run `pip install 'trainbus[html]'`"
     assert (2, "", f"a.yaml: sinks.page: {said}\n") == run("validate", *more, "a.yaml")

@@ -198,7 +198,7 @@ def test_a_rank_that_says_nothing_leaves_the_run_failed_or_stopped(
 
 @pytest.mark.needs("torch")
 def test_a_rank_that_leaves_well_writes_nothing(port: str, tmp_path: Path) -> None:
-    """`sys.exit(0)` of rank 1 is no failure, and leaves no journal."""
+    """`sys.exit(0)` of rank 1 is not a failure, and writes no journal."""
     start(tmp_path, "leave", "--master_port", port)
     (run,) = runs(tmp_path)
     assert ["r0-a1.jsonl"] == journals(run)

@@ -110,7 +110,7 @@ def test_sys_exit_in_a_with_block_is_a_stop(tmp_path: Path) -> None:
 
 
 def test_an_exception_that_is_only_shown_ends_nothing(tmp_path: Path) -> None:
-    """Who calls `sys.excepthook` and goes on, as extensions in C do, has a run that goes on."""
+    """A program that calls `sys.excepthook` and continues, as C extensions do, keeps its run."""
     source = """
     try:
         1 / 0
@@ -195,7 +195,7 @@ def test_a_handler_that_calls_ours_decides(tmp_path: Path) -> None:
 
 
 def test_another_rank_keeps_its_signals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process without the run tells what it dies of, but of a signal there is nothing to tell."""
+    """A process without the run reports the error that ends it; a signal has none to report."""
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     before = sys.excepthook, signal.getsignal(signal.SIGTERM)
@@ -314,7 +314,7 @@ run.__exit__(None, None, None)
 
 
 def test_forks_while_others_emit(tmp_path: Path) -> None:
-    """A child that is forked while another thread is inside `emit` neither hangs nor writes."""
+    """A child that is forked while another thread is inside `emit` neither blocks nor writes."""
     done, events = ended(tmp_path, FORKS)
     assert 0 == done.returncode, done.stderr
     assert not any("train/child" in getattr(event, "values", {}) for event in events)

@@ -250,7 +250,7 @@ def run(command: list[str], folder: Path, env: dict[str, str]) -> str:
 
 
 def test_plugins_of_another_package_are_found(installed: Path, tmp_path: Path) -> None:
-    """An installed package brings a sink and an adapter, without a word of trainbus changed."""
+    """An installed package adds a sink and an adapter without any change to trainbus."""
     code = textwrap.dedent(USE)
     printed = run([sys.executable, "-c", code], tmp_path, {"PYTHONPATH": str(installed)})
     assert 3 == printed.count("train/loss")

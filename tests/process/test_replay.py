@@ -301,7 +301,7 @@ def test_from_beyond_the_end_accounts_for_what_is_there(sample: RunFolder, tmp_p
     "first", ["0", "x", "", "-1", "1:", ":1", "1:0", "7:1", "1.5", "1:2:3", "9" * 16, "1\n2"]
 )
 def test_a_bad_from_is_one_line(first: str, sample: RunFolder, tmp_path: Path) -> None:
-    """What is no position is a fault of the command line, said in one line."""
+    """An invalid position is an error of one line."""
     config, kept = jsonl_config(tmp_path)
     code, out, err = run("replay", sample.path, "-c", config, "--from", first)
     assert (2, "", 1) == (code, out, len(err.splitlines()))
@@ -323,7 +323,7 @@ KILLED = """
 
 
 def test_a_killed_run_gets_its_end(tmp_path: Path) -> None:
-    """A run whose process was killed ends as failed in the sink that had the rest of it."""
+    """A run whose process was killed ends as failed in the sink that has its other records."""
     kept = tmp_path / "kept.jsonl"
     config = config_of(tmp_path, f"kept: {{type: jsonl, path: {kept}}}", "isolation: inline")
     done = subprocess.run(
@@ -415,13 +415,13 @@ def test_verify_finds_a_sound_run_sound(live: Live) -> None:
 
 
 def test_a_progress_that_nobody_sees_leaves_nothing(sample: RunFolder) -> None:
-    """Where stderr is no terminal, a command that went well writes nothing there."""
+    """If stderr is no terminal, a successful command writes nothing to it."""
     code, out, err = run("verify", sample.path)
     assert (0, "r0-a1.jsonl: 10 records, finished\n", "") == (code, out, err)
 
 
 def test_verify_counts_a_flipped_byte(sample: RunFolder) -> None:
-    """One flipped byte is one damaged record, told with its file, and exit code 1."""
+    """One flipped byte is one damaged record, reported with its file, and exit code 1."""
     data = bytearray(sample.records(1).read_bytes())
     data[len(data) // 2] ^= 1
     sample.records(1).write_bytes(data)
@@ -472,7 +472,7 @@ def test_show_tells_what_a_run_is(tmp_path: Path) -> None:
 
 
 def test_show_has_the_users_parameters_first(tmp_path: Path) -> None:
-    """What the user set comes before a framework's own, and no parameter is cut within a word."""
+    """The user's parameters come before the framework's, and none is truncated within a word."""
     own = {"lr": 0.1, "unset": None, "note": "several words " * 9, "optimizer": {"type": "SGD"}}
     params = {"framework": {f"setting_{n:02}": "value" for n in range(50)}, **own}
     bus = Bus({}, journal=JournalSpec(dir=str(tmp_path)), on_receipt=lambda receipt: None)
@@ -516,7 +516,7 @@ def test_show_prints_no_control_characters(tmp_path: Path) -> None:
 
 
 def test_show_follows_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`show -f` waits while the run goes on, and ends with it."""
+    """`show -f` waits while the run continues, and ends with it."""
     journal = JournalWriter(folder_in(tmp_path))
     journal.append(RunStarted(name="followed"), 1.0)
     waits, is_being_written = threading.Event(), shows.is_being_written
@@ -553,7 +553,7 @@ def test_show_follows_no_process_that_is_gone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["replay", "verify", "show"])
 @pytest.mark.parametrize("kind", ["none", "empty", "above", "file"])
 def test_what_is_no_run_is_one_line(command: str, kind: str, tmp_path: Path) -> None:
-    """A path that is no run's directory is a fault, and runs inside of it are named."""
+    """A path that is not a run's directory is an error, which names the runs inside it."""
     config, _ = jsonl_config(tmp_path / "config")
     for name in ("first", "second"):
         write_journal(folder_in(tmp_path / "above", name))
@@ -567,7 +567,7 @@ def test_what_is_no_run_is_one_line(command: str, kind: str, tmp_path: Path) -> 
 
 
 def test_a_folder_that_can_not_be_written_is_one_line(sample: RunFolder, tmp_path: Path) -> None:
-    """An end that can't be written is a fault with a reason, not a traceback."""
+    """If an end can't be written, the error has a reason and no traceback."""
     config, _ = jsonl_config(tmp_path)
     other = folder_in(tmp_path / "runs", "open_run")
     write_journal(other, RunStarted())

@@ -1,4 +1,4 @@
-"""Secrets in parameters and texts reach neither disk, nor sinks, nor the terminal."""
+"""Secrets in parameters and texts reach neither the disk, nor sinks, nor the terminal."""
 
 from __future__ import annotations
 

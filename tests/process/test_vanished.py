@@ -83,7 +83,7 @@ def test_a_deleted_journal_goes_on_to_the_sinks(
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk that can be taken away."""
+    """A disk that can be removed."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
@@ -96,7 +96,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def test_an_unmounted_journal_goes_on_to_the_sinks(
     disk: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A disk that is taken away is noticed like a folder, and nothing is written where it was."""
+    """A removed disk is detected like a deleted folder, and nothing is written in its place."""
 
     def unmount() -> None:
         subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -49,7 +49,7 @@ def test_runs_are_compared(tmp_path: Path) -> None:
 
 
 def test_pages_are_compared_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page that the sink wrote stands for its run."""
+    """A page of the `html` sink can be compared in place of its run."""
     monkeypatch.chdir(tmp_path)
     bus = loads("isolation: inline\nsinks: {page: {type: html, dir: 'pages/{run}'}}")
     with bus, bus.run(name="paged") as run:

@@ -125,7 +125,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def problems(text: str) -> list[str]:
-    """Return what is said of a text, without the name of the file."""
+    """Return the problems in a YAML string, without the name of the file."""
     with pytest.raises(ConfigError) as caught:
         config.loads(text, name="")
     return [line.removeprefix(":") for line in caught.value.problems]
@@ -612,7 +612,7 @@ def test_broken_files_are_many() -> None:
 def test_broken_file(
     text: str, said: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each fault is one line: file, line, key path, what was found and expected; exit code 2."""
+    """Each problem is one line: file, line, key path, what was found and expected; exit code 2."""
     monkeypatch.setenv("TRAINBUS_TEST_FOLDER", SECRET)
     (folder / "broken.yaml").write_text(text)
     lines = [f"broken.yaml{line}" for line in said]
@@ -650,7 +650,7 @@ def test_broken_file(
     ids=["empty", "not-utf-8", "control", "big", "tab", "deep", "levels", "digits", "sexagesimal"],
 )
 def test_broken_bytes(data: bytes, said: list[str], folder: Path) -> None:
-    """A file that is no text, or too much of one, gets one line too."""
+    """A file that is not text, or too large, gets one line too."""
     (folder / "broken.yaml").write_bytes(data)
     assert [f"broken.yaml{line}" for line in said] == config.check("broken.yaml")
 
@@ -696,7 +696,7 @@ def test_unreadable_file(path: str, said: str, folder: Path) -> None:
 
 @pytest.mark.usefixtures("demo")
 def test_plugin_that_is_no_sink() -> None:
-    """An entry point that is no sink is a fault of the line that names it."""
+    """An entry point that is not a sink is a problem of the line that names it."""
     (line,) = problems("sinks: {a: {type: nosink}}")
     assert line.startswith(
         "1: sinks.a.type: found 'nosink', expected a sink that loads: sink 'nosi"
@@ -828,12 +828,12 @@ def test_common_keys_are_all_transforms() -> None:
 
 
 def test_empty_run_section() -> None:
-    """A `run` whose keys are all commented out is no fault."""
+    """A `run` whose keys are all commented out is valid."""
     assert RunDefaults() == config.loads("run:\n" + ONE_SINK).settings.defaults
 
 
 def test_merge_keys() -> None:
-    """A merge key takes over the options of another sink, and its own options win."""
+    """A merge key copies the options of another sink; the sink's own options take precedence."""
     bus = config.loads(
         """
         sinks:
@@ -846,7 +846,7 @@ def test_merge_keys() -> None:
 
 
 def test_several_merges() -> None:
-    """The first of several merged mappings wins, and a fault in one is told where it stands."""
+    """The first of several merged mappings takes precedence, and a problem names its own line."""
     text = """
         sinks:
           a: &a {type: jsonl, path: one}
@@ -931,7 +931,7 @@ def test_variables(text: str, expected: object, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_variables_never_make_structure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What looks like YAML in a variable stays a text."""
+    """The value of a variable that looks like YAML stays a string."""
     monkeypatch.setenv("SINKS", "{a: {type: jsonl}}")
     wanted = "a mapping of one name or more to sinks"
     assert [f"1: sinks: found a string, expected {wanted}"] == problems("sinks: ${SINKS}")
@@ -1016,7 +1016,7 @@ def test_another_process_reads_the_variables_itself(monkeypatch: pytest.MonkeyPa
 
 
 def test_load_and_check(folder: Path) -> None:
-    """`trainbus.load` reads a file, with or without a byte-order mark, and `check` finds no fault."""
+    """`trainbus.load` reads a file, with or without a byte-order mark, and `check` finds no problem."""
     file = folder / "a.yaml"
     for start in (b"", b"\xef\xbb\xbf"):
         file.write_bytes(start + ONE_SINK.encode())
@@ -1033,7 +1033,7 @@ def test_examples_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_examples_are_all_there() -> None:
-    """The test above sees the files that users are told of."""
+    """The test above covers the files that the documentation names."""
     assert {"everything.yaml", "local.yaml", "wandb-offline.yaml", "wandb.yaml"} <= {
         path.name for path in EXAMPLES
     }
@@ -1081,7 +1081,7 @@ DUMPED = (VALUES | FILES).map(lambda value: yaml.safe_dump(value, allow_unicode=
 @settings(deadline=None, max_examples=400)
 @given(text=st.text() | SPACED.map("".join) | DUMPED)
 def test_any_text_is_a_bus_or_lines(text: str) -> None:
-    """Whatever stands in a file, what comes is a bus, or lines that name the file."""
+    """Any file content results in a bus, or in lines that name the file."""
     said: tuple[str, ...] = ()
     try:
         assert len(config.loads(text, name="any.yaml").settings.sinks) > 0
@@ -1094,7 +1094,7 @@ def test_any_text_is_a_bus_or_lines(text: str) -> None:
 @settings(deadline=None, max_examples=100)
 @given(data=st.binary() | DUMPED.map(str.encode))
 def test_any_bytes_are_checked(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
-    """`check` takes any bytes, and raises nothing."""
+    """`check` accepts any bytes and never raises."""
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_bytes(data)
     assert all(line.startswith(f"{path}:") for line in config.check(path))
@@ -1145,7 +1145,7 @@ def test_schema_of_sinks_with_the_same_options(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("demo")
 def test_schema_lets_variables_stand_for_scalars() -> None:
-    """A text with a variable may stand wherever the loader would take a value from it."""
+    """The schema allows a variable wherever the loader substitutes one."""
     variable = {"type": "string", "pattern": r"\$\{"}
     keys = json_schema()["$defs"]["sink.demo"]["properties"]
     for key in ("project", "mode", "port", "rate", "verbose", "on_error"):

@@ -425,7 +425,7 @@ class TellsTheError(tinytrainer.Reporter):
 
 
 class TestWrappingFramework(TinySuite):
-    """A framework that makes its own exception of the user's passes, where the suite is told so."""
+    """A framework that raises its own exception in place of the user's passes with `raises`."""
 
     adapter = staticmethod(partial(tinytrainer.attach, kind=TellsTheError))
 

@@ -76,7 +76,7 @@ def test_a_framework_is_examined(
 
 
 def test_a_module_that_is_gone_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module of the framework that no longer exists is a hook that is missing, and no fault."""
+    """A module that the framework has removed counts as a missing hook, not as an error."""
     needs = "'tinyframe.callbacks:Callback',"
     found = installed(tmp_path, monkeypatch, framework=SOUND, needs=needs, version="1.0")
     assert ["tinyframe.callbacks:Callback"] == found.missing
@@ -128,7 +128,7 @@ def test_a_hook_that_is_gone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_says_what_is_found(
     monkeypatch: pytest.MonkeyPatch, missing: list[str], code: int
 ) -> None:
-    """One row each; the exit code tells a script whether something drifted."""
+    """There is one row each; the exit code shows whether a hook is missing."""
     finding = PackageReport(name="frame", installed="2.0", tested="1.0, 2.0", missing=missing)
     monkeypatch.setattr(doctor, "examine", lambda: iter([finding]))
     done = CliRunner().invoke(app, ["doctor"])

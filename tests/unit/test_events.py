@@ -198,7 +198,7 @@ def test_any_plain_value_survives_in_params(value: Any) -> None:
 
 
 def test_non_finite_numbers_are_spelled() -> None:
-    """NaN and infinity are strings that every reader of JSON takes, and come back as numbers."""
+    """NaN and infinity are encoded as strings, which any JSON parser reads, and decoded again."""
     values = {"a": math.nan, "b": math.inf, "c": -math.inf, "d": -0.0, "e": 5e-324}
     event = MetricsLogged(values=values, phase="train")
     spelled = json.loads(encode(record(event)))["event"]["values"]
@@ -207,13 +207,13 @@ def test_non_finite_numbers_are_spelled() -> None:
 
 
 def test_non_finite_numbers_in_params_stay_text() -> None:
-    """Where any type may stand, a spelled number can't be told from a text, and stays one."""
+    """In a field of any type, a spelled-out number looks like text, and stays text."""
     found = there_and_back(RunStarted(params={"a": math.nan, "b": "NaN", "c": [math.inf]}))
     assert {"a": "NaN", "b": "NaN", "c": ["Infinity"]} == found.params
 
 
 def test_non_finite_numbers_in_tables_come_back_in_columns_of_numbers() -> None:
-    """A column without text is one of numbers; where text stands a spelled number stays text."""
+    """Spelled-out numbers become numbers in a column without text; in others they stay text."""
     rows = [[math.nan, "NaN", None, 1], [0.5, "x", -math.inf, math.inf]]
     columns = ["loss", "word", "gap", "count"]
     found = there_and_back(TableLogged(key="t", columns=columns, rows=rows)).rows
@@ -230,7 +230,7 @@ def test_big_integers_are_exact(number: int) -> None:
 
 @pytest.mark.parametrize("text", ["null", "NaN", "true", "1", "", "µ", "\x00\x7f\u2028😀", '"\\'])
 def test_text_stays_text(text: str) -> None:
-    """A text that looks like something else is not taken for it."""
+    """A string that looks like another type stays a string."""
     assert text == there_and_back(RunStarted(name=text)).name
     assert [text] == there_and_back(RunStarted(tags=[text])).tags
     assert text == there_and_back(TextLogged(key=text, text="")).key
@@ -243,7 +243,7 @@ def test_arrays_keep_dtype_shape_and_values(array: Any) -> None:
 
 
 def test_a_value_that_is_not_plain_is_refused() -> None:
-    """A value that no reader could take is named by its type."""
+    """The error for a value that can't be encoded names its type."""
     with pytest.raises(TypeError, match="expected plain Python or numpy values, found object"):
         encode(record(RunStarted(params={"x": object()})))
 
@@ -302,7 +302,7 @@ def test_position_orders_the_records_of_a_run() -> None:
 
 
 def test_event_name_knows_types_and_values() -> None:
-    """The name is the same for a type and its values, and anything else is refused."""
+    """The name is the same for a type and its values; anything else is rejected."""
     assert "metrics.logged" == event_name(MetricsLogged)
     assert "run.ended" == event_name(RunEnded(status="finished"))
     for other in (None, 1, "metrics.logged", object(), Record, UnknownEvent):

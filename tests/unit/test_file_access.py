@@ -204,7 +204,7 @@ def test_another_picture_is_refused_while_a_training_runs(
 
 
 def test_a_folder_may_have_further_files_but_no_other(work: Path, tmp_path: Path) -> None:
-    """A checkpoint that is a folder is refused if one of its files is another one."""
+    """A checkpoint folder is not sent if one of its files has changed."""
     for name in ("weights", "optimizer"):
         (work / "checkpoint-1" / name).parent.mkdir(exist_ok=True)
         (work / "checkpoint-1" / name).write_text(name)
@@ -244,7 +244,7 @@ def test_a_journal_of_before_is_read(work: Path, tmp_path: Path) -> None:
 
 
 def save(work: Path, epoch: int, *, final: bool = False) -> tuple[Callable[[], object], Event]:
-    """Return what writes the last checkpoint of an epoch, and the event that tells it."""
+    """Return a function that writes the last checkpoint of an epoch and returns its event."""
     event = CheckpointSaved(path="last.pt", kind="last", epoch=epoch, final=final)
     return lambda: (work / "last.pt").write_text("x" * epoch), event
 
@@ -351,7 +351,7 @@ def test_a_changed_file_is_told_and_the_exit_code_is_1(work: Path, tmp_path: Pat
 def test_what_is_no_folder_is_refused(
     command: str, given: str, line: str, work: Path, tmp_path: Path
 ) -> None:
-    """`--files-from` takes the names of folders alone: an empty one is not the current folder."""
+    """`--files-from` accepts only folders; an empty name is not the current folder."""
     folder = log(tmp_path, CheckpointSaved(path="m.pt", kind="best"))
     (work / "c.yaml").write_text("sinks: {a: {type: jsonl, path: a.jsonl}}")
     more = ["-c", "c.yaml"] if command == "replay" else []

@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 class Picky(MemorySink):
-    """Refuses every call with a text, a picture or parameters in it."""
+    """Rejects every call with a text, an image or parameters in it."""
 
     def write(self, records: Sequence[Record]) -> None:
         """Refuse, or keep."""
@@ -114,7 +114,7 @@ def test_what_stands_for_a_refused_file_opens_nothing(
 
 
 def test_a_blob_folder_that_is_a_link_to_itself_is_damage(folder: RunFolder) -> None:
-    """A link that leads round in a circle is refused like one that leads out."""
+    """A loop of symbolic links is rejected like a link that leads out of the directory."""
     folder.blobs.symlink_to(folder.blobs)
     epoch = {"type": "epoch.started", "epoch": 1}
     blob = {"type": "text.logged", "blob": "0" * 64}
@@ -197,7 +197,7 @@ def test_no_file_is_overwritten_through_a_link(
 def test_a_cursor_with_a_wrong_offset_loses_nothing_silently(
     folder: RunFolder, offset: int
 ) -> None:
-    """Wherever a cursor points, nothing raises, and what was not sent is told of as pending."""
+    """Wherever a cursor points, nothing raises, and unsent records are reported as pending."""
     write_journal(folder)
     replay = Replay(folder, MemorySink())
     replay.cursor.parent.mkdir()
@@ -221,7 +221,7 @@ def test_a_cursor_with_a_wrong_offset_loses_nothing_silently(
     ids=range(6),
 )
 def test_a_cursor_that_is_nonsense_raises_nothing(folder: RunFolder, cursor: object) -> None:
-    """Whatever stands in a cursor, the worker comes to the end of the run."""
+    """Whatever a cursor contains, the worker reaches the end of the run."""
     write_journal(folder)
     replay = Replay(folder, MemorySink())
     replay.cursor.parent.mkdir()
@@ -235,7 +235,7 @@ def test_a_cursor_that_is_nonsense_raises_nothing(folder: RunFolder, cursor: obj
 
 @pytest.mark.parametrize("depth", [15, 100, 400, 700, 900])
 def test_nesting_that_can_just_be_read_harms_no_worker(folder: RunFolder, depth: int) -> None:
-    """A record as deep as the reader takes may be refused by a sink, and the rest is delivered."""
+    """A sink may reject a record as deep as the reader accepts; all others are delivered."""
     deep = b"[" * depth + b"]" * depth
     line = b'{"seq":2,"run":"run","time":1.0,"event":{"type":"params.updated","params":{"n":null,'
     write_lines(

@@ -56,7 +56,7 @@ def journal(folder: RunFolder) -> Iterator[JournalWriter]:
 
 
 class Clock:
-    """A clock that goes on only when it is told to."""
+    """A clock that only the test advances."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -263,7 +263,7 @@ def test_missing_picture_is_a_record_all_the_same(
 def test_same_content_is_stored_once(
     folder: RunFolder, journal: JournalWriter, tmp_path: Path
 ) -> None:
-    """A picture that is logged again and again takes its room once."""
+    """An image that is logged repeatedly is stored once."""
     for n in range(3):
         picture = tmp_path / str(n) / "a.png"
         picture.parent.mkdir()
@@ -338,7 +338,7 @@ def test_long_event_is_kept_beside_the_journal(folder: RunFolder, journal: Journ
 
 @pytest.mark.parametrize(("rows", "is_kept"), [(10_000, True), (20_000, False)])
 def test_long_event_without_room_as_a_blob(rows: int, is_kept: bool, folder: RunFolder) -> None:
-    """It stays in its line, as far as lines of that length are read; else it is told of."""
+    """It stays in its line if lines of that length can be read; else it is dropped and reported."""
     journal = JournalWriter(folder, max_bytes=1_000)
     table = ev.TableLogged(key="t", columns=["s"], rows=[["x" * 1_000]] * rows)
     journal.append(table, 1.0)
@@ -413,7 +413,7 @@ FAULTS: dict[str, Callable[[int], int | BaseException | None]] = {
 def test_disk_that_recovers_gets_all_records_in_order(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """While the disk takes nothing records wait, and come in order as soon as it does again."""
+    """While the disk is full records wait, and are written in order once there is space."""
     clock = Clock()
     journal = JournalWriter(folder, clock=clock)
     disk = Disk(journal.fileno(), lambda call: None)
@@ -498,7 +498,7 @@ def test_random_faults_of_the_disk_lose_nothing(
 def test_torn_line_that_cannot_be_cut_off_harms_no_other(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If a short write can't be undone at once, no later record is lost by it, nor by Ctrl-C."""
+    """If a short write can't be undone at once, no later record is lost, not even with Ctrl-C."""
     clock = Clock()
     journal = JournalWriter(folder, clock=clock)
     disk = Disk(journal.fileno(), lambda call: 40 if call == 1 else None)
@@ -623,7 +623,7 @@ SCENES: dict[str, ev.Event] = {
 
 @pytest.mark.parametrize("scene", SCENES)
 def test_ctrl_c_at_any_line_of_an_append_does_no_harm(tmp_path: Path, scene: str) -> None:
-    """Whichever line Ctrl-C comes at, later appends go on with unique seqs without a gap."""
+    """Whichever line Ctrl-C interrupts, later records have unique seqs without gaps."""
     faults = []
     for at in itertools.count(1):
         folder = folder_in(tmp_path, f"run{at}")
@@ -655,7 +655,7 @@ def damage(folder: RunFolder, returned: list[ev.Record], gapless: bool = True) -
 def test_ctrl_c_while_waiting_records_are_written_does_no_harm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C while the disk takes what has waited neither repeats a record nor loses one."""
+    """Ctrl-C while waiting records are written neither repeats nor loses a record."""
     faults = []
     for at in itertools.count(1):
         folder, clock = folder_in(tmp_path, f"run{at}"), Clock()
@@ -806,7 +806,7 @@ def test_end_is_written_in_an_attempts_place_once(folder: RunFolder) -> None:
 def test_end_that_cannot_be_written_leaves_nothing(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that takes no end leaves neither an end nor a temporary file behind."""
+    """If an end can't be written, neither an end nor a temporary file remains."""
     end = ev.Record(seq=4, run="run", time=1.0, event=ev.RunEnded(status="failed"))
 
     def fsync(fd: int) -> None:

@@ -57,7 +57,7 @@ def peak_of_reading(folder: RunFolder) -> tuple[int, int]:
 def test_a_disk_that_takes_a_record_now_and_then_costs_none(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Records that were written take no more room among those that wait, so none is dropped."""
+    """Written records no longer count as waiting, so none is dropped."""
     monkeypatch.setattr(journals, "MAX_HELD", 2_000)
     now = 0.0
     journal = JournalWriter(folder, clock=lambda: now)
@@ -110,7 +110,7 @@ def test_what_waits_in_memory_is_bounded_whatever_the_disk_does(
 
 
 def test_an_endless_line_takes_no_memory(folder: RunFolder) -> None:
-    """Of 300 MiB without a line feed no more is held than the longest line of ours takes twice."""
+    """Of 300 MiB without a line feed, at most twice the longest line is held in memory."""
     with folder.records(1).open("wb") as file:
         file.truncate(300 * MIB)  # takes no room on the disk
         file.seek(0, os.SEEK_END)
@@ -162,7 +162,7 @@ def test_a_lost_line_feed_costs_one_record_whatever_the_next_one_says(
 
 
 def test_no_record_can_be_hidden_inside_another(folder: RunFolder) -> None:
-    """A parameter that holds a whole line of a journal is not taken for one, damaged or not."""
+    """A parameter that contains a journal line is not read as one, damaged or not."""
     body = {"seq": 2, "run": "run", "time": 1.0, "event": {"type": "epoch.started", "epoch": 7}}
     hidden = json.loads(seal(json.dumps(body, separators=(",", ":")).encode()))
     text = seal(json.dumps(body, separators=(",", ":")).encode()).decode()

@@ -51,7 +51,7 @@ PLAIN = st.recursive(
 
 
 class RudeError(Exception):
-    """An error that does not want to be told."""
+    """An error without a message: its `__str__` raises."""
 
     def __str__(self) -> str:
         raise RuntimeError("no text")
@@ -161,7 +161,7 @@ def test_a_mistyped_end_ends_the_run_all_the_same(tmp_path: Path, end: RunEnded)
 def test_an_object_that_says_nothing_of_itself_raises_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
 ) -> None:
-    """Not even an object whose every question ends in an error without a text stops a training."""
+    """An object that raises on every access, with an error without a message, stops no training."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     inside: Any = {"params": {"a": Masked()}, "tags": [Masked()]}.get(field, Masked())

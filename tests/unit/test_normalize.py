@@ -44,7 +44,7 @@ from trainbus.normalize import plain, to_number
 
 
 class Raises:
-    """An object that does not want to be looked at."""
+    """An object that raises on every access."""
 
     def __getattr__(self, name: str) -> Any:
         raise RuntimeError(name)
@@ -262,7 +262,7 @@ def test_an_event_with_any_array_can_be_read_back(array: Any) -> None:
     ids=itertools.count(),
 )
 def test_values_keep_what_can_be_kept(expected: Any, value: Any) -> None:
-    """Numbers stay numbers of their kind, containers stay containers, the rest is text."""
+    """Numbers stay numbers of their type, containers stay containers, all else becomes text."""
     found = plain(value)
     assert expected == found
     assert type(expected) is type(found)
@@ -294,7 +294,7 @@ def test_configurations_of_other_packages_are_plain() -> None:
 
 @pytest.mark.needs("torch")
 def test_an_optimizer_is_its_type_and_settings() -> None:
-    """What all groups share stands once, what one has for itself under its number."""
+    """Settings shared by all groups are listed once, those of one group under its number."""
     import torch
 
     first, second = torch.nn.Linear(1, 1).parameters()
@@ -319,7 +319,7 @@ def test_tensors_in_events_are_arrays() -> None:
 
 
 def test_size_and_depth_are_bounded() -> None:
-    """Long texts, long lists and deep nesting are cut."""
+    """Long strings, long lists and deep nesting are truncated."""
     assert 64 * 1024 == len(plain("x" * 10**6))
     assert 10_000 == len(plain(list(range(20_000))))
     deep: Any = []
@@ -346,7 +346,7 @@ def test_what_branches_without_end_is_cut() -> None:
 
 
 def test_metrics_are_floats_or_refused() -> None:
-    """Numbers of any kind become floats; what is no number is named and left out."""
+    """Numbers of any type become floats; other values are removed and reported."""
     values: dict[Any, Any] = {
         "int": 1,
         "bool": True,
@@ -376,7 +376,7 @@ def test_metrics_are_floats_or_refused() -> None:
     ],
 )
 def test_other_named_numbers_are_treated_as_metrics(event: Any, field: str) -> None:
-    """A value that is no number would make the record unreadable wherever floats are promised."""
+    """A value that is not a number would make a record with float fields unreadable."""
     found, refused = normalize.event(event)
     assert {"b": 1.0} == getattr(decode(encodes(found)).event, field)
     assert ["metric 'a': expected a number"] == refused

@@ -46,7 +46,7 @@ class Broken:
 
 
 class Odd:
-    """An object that claims to be a number, and is none."""
+    """An object that claims to be a number but is not."""
 
     def item(self) -> Any:
         """Return nothing that could be used."""
@@ -152,7 +152,7 @@ class Store:
 
 
 class StoreSink(Sink):
-    """Takes each record once, as far as the tracker lets it."""
+    """Stores each record once, unless the tracker raises."""
 
     def __init__(self, store: Store) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class Deliveries(RuleBasedStateMachine):
     @precondition(lambda self: not self.ended)
     @rule(count=st.integers(1, 20))
     def append(self, count: int) -> None:
-        """Let the training go on."""
+        """Let the training continue."""
         for step in range(count):
             values = {"loss": float(step)}
             self.journal.append(MetricsLogged(values=values, phase="train", epoch=step), 1.0)

@@ -149,7 +149,7 @@ def test_limit_bounds_a_read_and_loses_nothing(folder: RunFolder, limit: int) ->
 
 
 def test_offset_is_where_reading_goes_on(folder: RunFolder) -> None:
-    """A reader that starts where another one stopped returns the rest."""
+    """A reader that starts where another one stopped returns the remaining records."""
     write_journal(folder)
     first = RecordFile(folder, folder.records(1))
     assert [1, 2, 3, 4] == [entry.record.seq for entry in first.read(4)]
@@ -213,7 +213,7 @@ def test_unknown_event_passes(folder: RunFolder) -> None:
 
 
 def test_empty_and_absent_files_give_nothing(folder: RunFolder) -> None:
-    """A records file that is empty, or not there, holds no records and no faults."""
+    """An empty or missing records file has no records and no errors."""
     assert ([], 0) == (read_records(folder), read_file(folder)[1].damaged)
     folder.records(1).touch()
     assert ([], 0) == (read_records(folder), read_file(folder)[1].damaged)
@@ -261,7 +261,7 @@ def test_run_is_read_from_a_position(folder: RunFolder, done: int, knows_offset:
 
 
 def test_offset_of_a_run_leads_to_the_rest_of_it(folder: RunFolder) -> None:
-    """Position and offset after any read are enough to go on in a new process."""
+    """Position and offset after any read are enough to continue in a new process."""
     write_journal(folder, *SAMPLE[:5])
     write_journal(folder, *SAMPLE[:5])
     recover(folder, now=9.0)
@@ -309,7 +309,7 @@ def test_lines_that_are_in_no_file_come_last(folder: RunFolder) -> None:
 
 
 def test_damage_in_several_attempts_adds_up(folder: RunFolder) -> None:
-    """A run counts what is damaged in all of its files, and returns the rest."""
+    """A reader counts the damaged lines in all files of a run, and returns all other records."""
     write_journal(folder)
     write_journal(folder)
     for attempt in (1, 2):
@@ -323,7 +323,7 @@ def test_damage_in_several_attempts_adds_up(folder: RunFolder) -> None:
 
 
 def test_recover_gives_an_end_exactly_once(folder: RunFolder) -> None:
-    """An attempt whose process is gone gets one end, however often it is looked at."""
+    """An attempt whose process is gone gets exactly one end, however often it is recovered."""
     write_journal(folder, *SAMPLE[:4])
     assert [1, 0, 0] == [recover(folder, now=9.0) for _ in range(3)]
     reader = RunReader(folder)
@@ -377,7 +377,7 @@ def test_recover_ends_an_attempt_of_which_nothing_is_left(folder: RunFolder) -> 
 
 
 def test_recover_counts_on_after_a_torn_line(folder: RunFolder) -> None:
-    """A line that was cut off by the kill is no record, and its seq is the end's."""
+    """A line that the kill cut off is not a record; the end gets its seq."""
     write_journal(folder, *SAMPLE[:3])
     with folder.records(1).open("r+b") as file:
         file.truncate(folder.records(1).stat().st_size - 5)

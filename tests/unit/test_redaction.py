@@ -72,7 +72,7 @@ def made(shape: str) -> str:
 
 
 def split(line: str) -> tuple[str, list[str]]:
-    """Return the text that a line stands for (⏎ is a line break), and its secrets, between « »."""
+    """Return the text of a line (⏎ is a line break), and its secrets, which are between « »."""
     whole = made(line.replace("⏎", "\n"))
     return re.sub("[«»]", "", whole), re.findall("«([^»]*)»", whole)
 
@@ -843,7 +843,7 @@ def survives(secret: str, event: Any) -> bool:
 
 
 def everywhere(line: str) -> list[Any]:
-    """Return an event for each place that a text can stand in."""
+    """Return an event for each field that can contain a text."""
     return [
         RunStarted(notes=line),
         RunStarted(name=line, project=line, group=line, job_type=line, task=line, tags=["a", line]),
@@ -885,7 +885,7 @@ def test_the_corpora_are_broad() -> None:
 
 @pytest.mark.parametrize("line", lines(NAMED))
 def test_a_secret_under_its_name_goes(line: str) -> None:
-    """What stands under a name for secrets is replaced, in params, argument lists and tables."""
+    """A value with a secret name is replaced, in params, argument lists and tables."""
     name, _, shape = line.partition(" ")
     secret = made(shape)
     flag = "--" + name.replace("_", "-")
@@ -905,7 +905,7 @@ def test_a_secret_under_its_name_goes(line: str) -> None:
 
 @pytest.mark.parametrize("line", lines(TEXTS))
 def test_a_secret_in_a_text_goes(line: str) -> None:
-    """Wherever an event has a text, the secrets in it are replaced, and it still encodes."""
+    """Secrets are replaced in every text field of an event, and the event still encodes."""
     whole, secrets = split(line)
     for event in map(redaction.event, everywhere(whole)):
         assert [] == [secret for secret in secrets if survives(secret, event)]
@@ -932,7 +932,7 @@ def test_only_the_secret_goes(line: str, expected: str) -> None:
 
 
 def test_look_alikes_stay() -> None:
-    """Names, values and texts that only look like secrets are not touched, nor copied."""
+    """Names, values and texts that only look like secrets are neither changed nor copied."""
     values = [{name: value} for name, value in KEPT]
     values += [{"outer": [{"inner": {name: value}}]} for name, value in KEPT]
     values += [event.params for event in everywhere("") if isinstance(event, ParamsUpdated)]
@@ -980,7 +980,7 @@ def test_two_names_with_a_secret_stay_two() -> None:
     ],
 )
 def test_a_secret_among_arguments_goes(argv: str) -> None:
-    """A list of arguments is looked at as the command that it is."""
+    """A list of arguments is examined as a command."""
     line, secrets = split(argv)
     arguments = ["train data.py", *line.split(" "), "a b"]
     new = redaction.params({"argv": arguments})["argv"]
@@ -1020,7 +1020,7 @@ def test_paths_and_the_rest_of_an_event_stay() -> None:
 
 
 def test_all_leaves_under_a_secret_name_go() -> None:
-    """Lists and dicts under such a name keep their shape and lose their texts."""
+    """Lists and dicts with a secret name keep their structure and lose their strings."""
     params = {"user": "me", "more": ["a", {"b": "c"}], "on": True, "port": 1}
     expected = {"user": REDACTED, "more": [REDACTED, {"b": REDACTED}], "on": True, "port": 1}
     assert {"credentials": expected} == redaction.params({"credentials": params})
@@ -1060,7 +1060,7 @@ def test_the_parts_without_secrets_are_not_copied() -> None:
 
 
 def test_names_of_the_users_own() -> None:
-    """What stands under a name that the user gave goes, however written, whatever it is."""
+    """Any value whose name the user listed is replaced, however the name is written."""
     keys = frozenset({"customer_id", "Site"})
     params = {
         "customerId": 17,
@@ -1207,7 +1207,7 @@ def test_what_is_skipped_has_no_secret(
 
 @given(values, st.text())
 def test_nothing_makes_it_raise(value: Any, line: str) -> None:
-    """Whatever plain values and texts an event has, it comes back as one that encodes."""
+    """An event with any plain values and texts still encodes after redaction."""
     redaction.params(value)
     for event in [*everywhere(line), RunStarted(params={"password": value, line: value})]:
         encoded(redaction.event(event))
@@ -1253,7 +1253,7 @@ def test_what_is_too_deep_to_look_at_goes() -> None:
 
 
 def test_a_clean_table_is_not_walked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a table that has no secret, no cell is looked at on its own."""
+    """In a table without secrets, no row is examined separately."""
     looked_at: list[object] = []
 
     def look(row: object, *_: object) -> object:

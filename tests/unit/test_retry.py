@@ -1,4 +1,4 @@
-"""A queue retries what may go well later, buries what never will, and does not hammer."""
+"""A queue retries what may succeed later, gives up on what won't, and backs off."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class HttpError(Exception):
 
 
 class Answer:
-    """The part of an answer that is looked at."""
+    """The part of an HTTP response that is used."""
 
     def __init__(self, status: int, headers: Mapping[str, str]) -> None:
         self.status_code = status
@@ -167,7 +167,7 @@ def test_what_never_will_go_well_stops_at_once(error: Exception) -> None:
 
 @pytest.mark.parametrize("error", REFUSALS, ids=repr)
 def test_one_bad_record_costs_itself_alone(error: Exception) -> None:
-    """A batch that is refused is split; the bad record is tried three times, the rest arrives."""
+    """A rejected batch is split; the bad record is tried three times, the others arrive."""
     rig = Rig(8)
     rig.fails = lambda seqs: error if 5 in seqs else None
     rig.drain()
@@ -190,7 +190,7 @@ def test_a_network_that_fails_between_the_tries_counts_for_none() -> None:
 
 
 def test_five_dead_in_a_row_open_the_circuit() -> None:
-    """A sink that refuses everything is asked about one record a time, ever more rarely."""
+    """A sink that rejects everything gets one record at a time, at increasing intervals."""
     rig = Rig(8)
     rig.fails = lambda seqs: ValueError("no")
     while not rig.queue.wait():
@@ -220,7 +220,7 @@ def test_a_success_closes_the_circuit() -> None:
 
 
 def test_a_success_between_refusals_keeps_the_circuit_closed() -> None:
-    """Every second record refused is no reason to wait."""
+    """If every second record is rejected, the queue does not wait."""
     rig = Rig(40)
     rig.fails = lambda seqs: ValueError("no") if any(seq % 2 for seq in seqs) else None
     rig.drain()
@@ -244,7 +244,7 @@ def test_the_end_gives_up_on_what_is_local(error: OSError) -> None:
 
 
 def test_the_end_gives_up_on_an_open_circuit() -> None:
-    """What is refused record after record is not waited for once the training has ended."""
+    """Once the run has ended, the queue does not wait for a sink that rejects every record."""
     rig = Rig(8)
     rig.fails = lambda seqs: ValueError("no")
     rig.queue.finish()

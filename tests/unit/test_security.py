@@ -1,4 +1,4 @@
-"""A journal that someone else wrote opens nothing, runs nothing and takes no memory."""
+"""A journal from an untrusted source opens no files, runs no code and allocates no memory."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ sys.addaudithook(_OPENED)  # it sees also what does not go through `os.open`, an
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
-    """The directory of a run, beside a file that is none of its business."""
+    """The directory of a run, next to a file that it must not read."""
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "secret").write_bytes(SECRET)
     (tmp_path / "outside" / "array.npy").write_bytes(npy(np.zeros(4, np.uint8)))
@@ -130,7 +130,7 @@ def in_time(act: Callable[[], object], release: Path) -> bool:
 
 
 def image(array: Any, **fields: Any) -> dict[str, Any]:
-    """Return a line with a picture's array as it stands there."""
+    """Return a line with an image whose array is the given JSON."""
     event = {"type": "image.logged", "key": "k", "array": array, **fields}
     return {"event": event}
 
@@ -174,7 +174,7 @@ def test_any_text_becomes_a_run_id(name: str) -> None:
 @pytest.mark.parametrize("name", ESCAPES)
 @pytest.mark.usefixtures("inside_alone")
 def test_digest_that_leads_elsewhere_is_damage(folder: RunFolder, name: str) -> None:
-    """A digest that is none is neither looked for as an array, nor as an event, nor as a file."""
+    """An invalid digest is not looked up, neither as an array nor as an event nor as a file."""
     event = {"type": "text.logged", "blob": name}
     assert_refused(folder, {"seq": 2, "event": event})
     assert_refused(folder, image({"dtype": "uint8", "shape": [4], "blob": name}) | {"seq": 2})
@@ -266,7 +266,9 @@ def test_pipe_as_a_blob_is_refused(folder: RunFolder) -> None:
     (folder.blobs / DIGEST / "folder").mkdir()
     assert in_time(lambda: find("pipe"), pipe)
     find("folder")
-    assert ["not a regular file", "not a regular file"] == [fault.split("is ")[-1] for fault in faults]
+    assert ["not a regular file", "not a regular file"] == [
+        fault.split("is ")[-1] for fault in faults
+    ]
     os.mkfifo(folder.blobs / DIGEST / "event.json")
     assert_refused(folder, {"seq": 2, "event": {"type": "text.logged", "blob": DIGEST}})
 
@@ -293,7 +295,7 @@ def test_pipe_as_records_file_does_not_stop_recovery(folder: RunFolder) -> None:
     os.mkfifo(folder.records(1))
 
     def look() -> None:
-        """Recover, or be refused."""
+        """Recover, or raise an error."""
         with suppress(JournalError):
             recover(folder, now=1.0)
 
@@ -312,7 +314,7 @@ def test_device_is_refused(folder: RunFolder) -> None:
 @pytest.mark.usefixtures("inside_alone")
 @pytest.mark.parametrize("size", [0, len(SECRET) - 1, len(SECRET) + 1, 10 * 10**12, -1, 2**70])
 def test_blob_of_another_size_is_refused(folder: RunFolder, size: int) -> None:
-    """A size that is not the file's is an error, and takes no memory."""
+    """A size other than the file's is an error, and allocates no memory."""
     put_blob(folder, SECRET, "a.png")
     _OPENED.paths.clear()
     blob = Blob(path="p", sha256=DIGEST, name="a.png", size=size)
@@ -344,7 +346,7 @@ def test_blob_of_another_content_is_refused(folder: RunFolder) -> None:
 
 
 def test_huge_blob_is_not_loaded(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A blob that is larger than what may be loaded is refused before it is read."""
+    """A blob larger than the limit is rejected before it is read."""
     path = folder.blobs / DIGEST / "array.npy"
     path.parent.mkdir(parents=True)
     path.touch()
@@ -402,7 +404,7 @@ def test_blob_of_another_shape_is_damage(folder: RunFolder, dtype: Any, shape: A
 def test_blob_with_a_lying_header_is_damage(
     folder: RunFolder, header: dict[str, Any], dtype: str, shape: list[int]
 ) -> None:
-    """A file of numpy's whose header agrees with the record, but not with its bytes, is refused."""
+    """A `.npy` file whose header matches the record, but not its own size, is rejected."""
     digest = put_blob(folder, npy(np.zeros(4, np.uint8), **header), "array.npy")
     assert_refused(folder, image({"dtype": dtype, "shape": shape, "blob": digest}) | {"seq": 2})
 
@@ -419,7 +421,7 @@ class Bomb:
 
 
 def test_pickle_in_an_array_is_never_run(folder: RunFolder, tmp_path: Path) -> None:
-    """An array of objects, whose file is a pickle, is refused, and nothing in it is run."""
+    """An array of objects, which is a pickle, is rejected, and no code in it is run."""
     array = np.array([Bomb(tmp_path / "burst")], dtype=object)
     digest = put_blob(folder, npy(array), "array.npy")
     for dtype in ("|O", "object", "uint8"):
@@ -571,7 +573,7 @@ def test_paths_of_the_host_reach_no_sink(folder: RunFolder, tmp_path: Path) -> N
 @pytest.mark.usefixtures("inside_alone")
 @pytest.mark.parametrize("path", ["..", "/", ".", "//", "a/..", "\0", "a\0/b", "x" * 5_000, "a\n"])
 def test_odd_path_is_refused(folder: RunFolder, path: str) -> None:
-    """A path that is no file's is refused without an error, and what is given can't be opened."""
+    """An invalid path raises no error; the sink gets a path that can't be opened."""
     for trusted in ([], [folder.path]):
         found = path_of(FileResolver(folder, trusted).resolve(picture(path)))
         assert found.startswith(str(folder.path / "not-available"))

@@ -188,7 +188,7 @@ def test_step_values_on_request_need_a_request() -> None:
 
 
 def test_records_are_not_changed(tmp_path: Any) -> None:
-    """The record that other sinks get stays as it is, and one that needs no change is itself."""
+    """The record for other sinks is unchanged, and a record without changes is not copied."""
     event = MetricsLogged(values=dict(VALUES), phase="train")
     Transform(TransformSpec(include=["train/*"], rename={"*": "x"}))(record(event))
     assert VALUES == event.values
