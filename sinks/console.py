@@ -25,7 +25,6 @@ from trainbus.events import (
     RunStarted,
 )
 from trainbus.interfaces import Options, RunInfo, Sink
-from trainbus.text import printable
 from trainbus.toolkit.sinks import required_package
 
 if TYPE_CHECKING:
@@ -162,10 +161,7 @@ class ConsoleSink(Sink):
     def _print(self, head: str, rest: str, live: bool = False) -> None:
         self._clear()
         console, self._is_live = self._console, live
-        head, rest = (
-            printable(text).encode(console.encoding, "backslashreplace").decode(console.encoding)
-            for text in (head, rest)
-        )
+        head, rest = (_printable(text, console.encoding) for text in (head, rest))
         console.print(head, style=_STYLES.get(head, "bold"), end="", soft_wrap=True)
         console.print(rest, end="" if live else "\n", soft_wrap=True)
 
@@ -203,3 +199,8 @@ def _duration(seconds: float) -> str:
     if not 60 <= seconds < math.inf:
         return f"{seconds:.1f}s"
     return "{}m{:02}s".format(*divmod(round(seconds), 60))
+
+
+def _printable(text: str, encoding: str) -> str:
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return plain.encode(encoding, "backslashreplace").decode(encoding)
