@@ -99,6 +99,7 @@ def path_given(files: FileResolver, entry: Entry) -> str:
 
 @pytest.mark.parametrize("how", ["file", "folder"])
 @pytest.mark.parametrize("trusts", [False, True])
+@pytest.mark.needs("posix")
 def test_what_stands_for_a_refused_file_opens_nothing(
     folder: RunFolder, tmp_path: Path, how: str, trusts: bool
 ) -> None:
@@ -113,6 +114,7 @@ def test_what_stands_for_a_refused_file_opens_nothing(
     assert not os.path.exists(path_given(files, picture("/elsewhere/secret")))
 
 
+@pytest.mark.needs("posix")
 def test_a_blob_folder_that_is_a_link_to_itself_is_damage(folder: RunFolder) -> None:
     """A loop of symbolic links is rejected like a link that leads out of the directory."""
     folder.blobs.symlink_to(folder.blobs)
@@ -126,6 +128,7 @@ def test_a_blob_folder_that_is_a_link_to_itself_is_damage(folder: RunFolder) -> 
     assert 1 == file.damaged
 
 
+@pytest.mark.needs("posix")
 def test_a_copy_in_a_folder_that_is_a_link_to_itself_is_damage(folder: RunFolder) -> None:
     """The copy of a file is not found where links lead round in a circle, and nothing raises."""
     folder.blobs.symlink_to(folder.blobs)
@@ -151,6 +154,7 @@ def test_records_of_other_attempts_hide_none(folder: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("name", ["cursors", "dead"])
+@pytest.mark.needs("posix")
 def test_nothing_is_written_through_a_linked_folder(
     folder: RunFolder, tmp_path: Path, name: str
 ) -> None:
@@ -161,6 +165,7 @@ def test_nothing_is_written_through_a_linked_folder(
     assert [] == os.listdir(tmp_path / "outside")
 
 
+@pytest.mark.needs("posix")
 def test_no_dead_letter_is_written_through_a_link(folder: RunFolder, tmp_path: Path) -> None:
     """A dead letter, whose text is the stranger's, is appended to no file outside."""
     write_journal(folder)
@@ -173,6 +178,7 @@ def test_no_dead_letter_is_written_through_a_link(folder: RunFolder, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["receipt", "cursor", "lock"])
+@pytest.mark.needs("posix")
 def test_no_file_is_overwritten_through_a_link(
     folder: RunFolder, tmp_path: Path, name: str
 ) -> None:

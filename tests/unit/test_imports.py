@@ -229,25 +229,32 @@ LIGHT = [
     "trainbus.delivery.sidecar_main",
     *dict.fromkeys(f"trainbus.{plugin_of(path)}" for path in PLUGINS),
 ]
-EACH_ALONE = """
-import importlib, os, sys
-for name in sys.argv[1:]:
-    pid = os.fork()
-    if pid == 0:
-        before = set(sys.modules)
-        importlib.import_module(name)
-        print(name, *sorted(set(sys.modules) - before), flush=True)
-        os._exit(0)
-    os.waitpid(pid, 0)
+ALONE = """
+before = set(sys.modules)
+importlib.import_module(name)
+print(name, *sorted(set(sys.modules) - before), flush=True)
 """
-"""Imports each module in a fork of a process that has imported nothing else."""
+EACH_ALONE = """
+import importlib, os, subprocess, sys
+alone, *names = sys.argv[1:]
+for name in names:
+    if not hasattr(os, "fork"):
+        code = f"import importlib, sys; name = {name!r}{alone}"
+        subprocess.run([sys.executable, "-c", code], check=True)
+    elif (pid := os.fork()) == 0:
+        exec(alone)
+        os._exit(0)
+    else:
+        os.waitpid(pid, 0)
+"""
+"""Imports each module in a process that has imported nothing else; a fork starts soonest."""
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """What the import of each module of `LIGHT` loads."""
     done = subprocess.run(
-        [sys.executable, "-c", EACH_ALONE, *LIGHT],
+        [sys.executable, "-c", EACH_ALONE, ALONE, *LIGHT],
         cwd=tmp_path_factory.mktemp("imports"),
         capture_output=True,
         text=True,

@@ -129,6 +129,7 @@ def test_record_is_one_write(journal: JournalWriter, monkeypatch: pytest.MonkeyP
     assert len(SAMPLE) + 1 == disk.calls
 
 
+@pytest.mark.needs("posix")
 def test_only_the_owner_may_read_a_run(
     folder: RunFolder, journal: JournalWriter, tmp_path: Path
 ) -> None:
@@ -246,6 +247,7 @@ def test_picture_is_kept_as_it_was(
     assert content == Path(resolved(folder).path).read_bytes()
 
 
+@pytest.mark.needs("posix")
 def test_missing_picture_is_a_record_all_the_same(
     folder: RunFolder, journal: JournalWriter, tmp_path: Path
 ) -> None:

@@ -208,6 +208,7 @@ def test_name_of_a_copy_is_harmless(folder: RunFolder, name: str) -> None:
 
 @pytest.mark.usefixtures("inside_alone")
 @pytest.mark.parametrize("which", ["records", "end"])
+@pytest.mark.needs("posix")
 def test_linked_records_file_is_refused(folder: RunFolder, tmp_path: Path, which: str) -> None:
     """A records file that is a link is an error, not the file of someone else."""
     write_journal(folder, *SAMPLE[:2])
@@ -223,6 +224,7 @@ def test_linked_records_file_is_refused(folder: RunFolder, tmp_path: Path, which
 
 
 @pytest.mark.usefixtures("inside_alone")
+@pytest.mark.needs("posix")
 def test_linked_blob_is_refused(folder: RunFolder, tmp_path: Path) -> None:
     """A blob that is a link, or lies in a linked directory, is not read, right as it may be."""
     outside = tmp_path / "outside"
@@ -249,6 +251,7 @@ def test_linked_blob_is_refused(folder: RunFolder, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("inside_alone")
+@pytest.mark.needs("posix")
 def test_pipe_as_a_blob_is_refused(folder: RunFolder) -> None:
     """A blob that is a pipe, a socket or a directory is an error, and nothing waits for it."""
     (folder.blobs / DIGEST).mkdir(parents=True)
@@ -274,6 +277,7 @@ def test_pipe_as_a_blob_is_refused(folder: RunFolder) -> None:
 
 
 @pytest.mark.usefixtures("inside_alone")
+@pytest.mark.needs("posix")
 def test_pipe_as_records_file_is_refused(folder: RunFolder) -> None:
     """A records file that is a pipe is an error, and reading it does not wait."""
     os.mkfifo(folder.records(1))
@@ -290,6 +294,7 @@ def test_pipe_as_records_file_is_refused(folder: RunFolder) -> None:
     assert 1 == len(faults)
 
 
+@pytest.mark.needs("posix")
 def test_pipe_as_records_file_does_not_stop_recovery(folder: RunFolder) -> None:
     """Looking for attempts without an end does not wait for a pipe."""
     os.mkfifo(folder.records(1))
@@ -303,6 +308,7 @@ def test_pipe_as_records_file_does_not_stop_recovery(folder: RunFolder) -> None:
 
 
 @pytest.mark.usefixtures("inside_alone")
+@pytest.mark.needs("posix")
 def test_device_is_refused(folder: RunFolder) -> None:
     """Only plain files below the directory are opened."""
     with pytest.raises(JournalError, match="it leads out of"):
@@ -580,6 +586,7 @@ def test_odd_path_is_refused(folder: RunFolder, path: str) -> None:
         assert not os.path.isfile(found.replace("\0", ""))
 
 
+@pytest.mark.needs("posix")
 def test_trusted_folder_opens_itself_alone(folder: RunFolder, tmp_path: Path) -> None:
     """Paths in a trusted folder are used; `..` and links out of it, and names like it, are not."""
     trusted, outside = tmp_path / "trusted", tmp_path / "outside"
@@ -612,6 +619,7 @@ def test_trusted_folder_opens_itself_alone(folder: RunFolder, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("given", "kept"), [("trusted", True), ("trusted/../outside", False), ("trusted/l", False)]
 )
+@pytest.mark.needs("posix")
 def test_save_dir_has_to_be_trusted(
     folder: RunFolder, tmp_path: Path, given: str, kept: bool
 ) -> None:
@@ -637,6 +645,7 @@ def test_damaged_copy_is_not_replaced_by_the_original(folder: RunFolder, tmp_pat
 
 
 @pytest.mark.usefixtures("inside_alone")
+@pytest.mark.needs("posix")
 def test_linked_temporary_file_of_an_end_is_not_followed(folder: RunFolder, tmp_path: Path) -> None:
     """Giving an attempt its end overwrites no file that a link in the directory leads to."""
     write_journal(folder, *SAMPLE[:2])

@@ -83,6 +83,7 @@ def run(path: Path) -> wandb_file.WandbRun:
     return wandb_file.read_run(path)
 
 
+@pytest.mark.needs("posix")
 def test_runs_are_found_once_and_by_age(folder: Path) -> None:
     """The link to the latest run adds nothing."""
     assert (folder / "wandb" / "latest-run").is_symlink()
