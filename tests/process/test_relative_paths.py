@@ -55,7 +55,7 @@ sinks:
 """
 
 # The delivering process dies twice, each time after the training has gone to another folder, and
-# between two calls of the sink: one that ends its process in a call twice would be set aside.
+# between two calls of the sink: one that ends its process in a call twice would be disabled.
 TRAINING = """
     import json, os, signal, sys, time
     from pathlib import Path

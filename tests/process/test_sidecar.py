@@ -332,13 +332,13 @@ def test_a_sink_that_ends_the_process_is_set_aside(how: str, plugins: Path, tmp_
         assert [*range(1, emitted + 1)] == seqs(tmp_path / "kept.jsonl", run)
         taken, dead, pending, error = sinks["bad"]
         assert (emitted, 0) == (taken + pending, dead)
-        assert "set aside: it ended the delivery process 2 times; see worker.log" == error
+        assert "disabled: it ended the delivery process 2 times; see worker.log" == error
     (_, _, first), (_, _, second) = found
     stored = [int(line) for line in (tmp_path / "bad").read_text().splitlines()]
     assert 500 <= first["bad"][0] <= max(stored) < 1100
     assert 0 == second["bad"][0]
     assert "the delivery process of 'bad' died" in errors
-    assert "the sink is set aside, the others go on" in errors
+    assert "the sink is disabled, the others continue" in errors
     log = (tmp_path / "trainbus-runs" / found[0][0] / "worker.log").read_text()
     assert 2 == log.count("trainbus: the delivery process")
     assert ("segfault" == how) == ("Segmentation fault" in log)
@@ -358,7 +358,7 @@ def test_a_sink_that_ends_the_process_is_set_aside(how: str, plugins: Path, tmp_
         check=False,
     )
     assert 1 == done.returncode, done.stderr
-    assert "set aside" in done.stdout
+    assert "disabled: it ended the delivery process" in done.stdout
     assert f"kept     jsonl: {emitted} delivered" in done.stdout
     assert [*range(1, emitted + 1)] == seqs(tmp_path / "again.jsonl", run)
 

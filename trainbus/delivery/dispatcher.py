@@ -1,8 +1,8 @@
-"""Runs the workers of one run where they belong: in a sidecar process, in threads, or in `emit`.
+"""Runs the workers of one run: in a delivery process, in threads, or inside `emit`.
 
-`auto` means the sidecar: a busy thread makes the steps of a training several times longer, as both
-need the interpreter's lock, and a process does not; it also outlives a training that is killed. A
-sink that is an object of this process, or that uses something of it, gets a thread.
+`auto` means the delivery process: a busy thread makes training steps several times longer, because
+both need the interpreter's lock, and a process does not; it also outlives a training that is
+killed. A sink that is an object of this process, or uses something of it, runs in a thread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from trainbus.delivery.receipt import Receipt, write_receipt
 from trainbus.delivery.sidecar import Sidecar, SidecarRun
 from trainbus.delivery.spec import Isolation, SinkSpec, isolation_of
-from trainbus.delivery.worker import POLL_S, SinkWorker, ThreadedWorker, drive, owe
+from trainbus.delivery.worker import POLL_S, SinkWorker, ThreadedWorker, drive, reserve_cursor
 from trainbus.errors import SinkError
 from trainbus.events import Record
 from trainbus.interfaces import RunInfo
@@ -28,12 +28,12 @@ _HALT_S = 5.0
 _HALT_PART = 0.25
 _MIN_HALT_S = 0.5
 _INTERRUPTED_S = 2.0
-_SAY_AFTER_S = 2.0
+_PRINT_AFTER_S = 2.0
 _OPEN_DEADLINE_S = 120.0
 
 
 class RunDispatcher:
-    """The way of one run's records to all its sinks."""
+    """Delivers one run to all its sinks; a receiver of the bus's signals."""
 
     def __init__(
         self,
@@ -46,21 +46,21 @@ class RunDispatcher:
         flush_secs: float = 60.0,
         config: str | None = None,
     ) -> None:
-        """Start the workers; the run's start must be in the journal.
+        """Start the workers; the first record of the run must be in the journal.
 
         Args:
             specs: the sinks.
             run: the run.
             journal: its records.
             sidecar: the bus's, which delivers to the sinks that another process can make.
-            isolation: where sinks run that say nothing of it.
+            isolation: where sinks run that don't say so themselves.
             flush_secs: how long the end of the run waits for the sinks.
             config: file that the bus was made from, for the command that sends the rest.
         """
         self.dropped = 0
-        """Events that never came into the journal."""
+        """Events that could not be recorded."""
         self.unrecorded = 0
-        """Values that no event could be made of."""
+        """Values that could not be recorded."""
         self._run = run
         self._specs = specs
         self._journal = journal
@@ -72,7 +72,7 @@ class RunDispatcher:
         self._inline: list[SinkWorker] = []
         self._threads: list[ThreadedWorker] = []
         self._waiting: list[ThreadedWorker] = []
-        """Those for which no thread could be started."""
+        """Workers for which no thread could be started."""
         self._sidecar: SidecarRun | None = None
         if isinstance(journal, NullJournal):
             return
@@ -90,7 +90,7 @@ class RunDispatcher:
                 journal.folder, run.attempt, elsewhere, flush_secs, config=config
             )
             refused = self._sidecar.refused
-            for spec in refused:  # no further process can be started: a thread is the next best
+            for spec in refused:  # no process can be started
                 self._start_thread(spec, journal)
             if refused:
                 why = self._sidecar.unserved[refused[0].name]
@@ -118,15 +118,15 @@ class RunDispatcher:
             if isinstance(self._journal, JournalWriter):
                 self._journal.check_file()
 
-    def hurry(self, secs: float) -> None:
-        """Wait no longer than that for the sinks, also if `close` is waiting already."""
+    def limit_wait(self, secs: float) -> None:
+        """Shorten the time that `close` waits for the sinks, also if it waits already."""
         deadline = time.monotonic() + secs
         self._deadline = min(self._deadline or deadline, deadline)
 
     def close(self, status: str) -> Receipt:
-        """Wait until the sinks have everything or the deadline comes; return what they got."""
+        """Wait until the sinks have everything or time is up; return the receipt."""
         begun = time.monotonic()
-        self.hurry(self._flush_secs)
+        self.limit_wait(self._flush_secs)
         if isinstance(self._journal, NullJournal):
             count = self._journal.seq
             return Receipt(
@@ -155,10 +155,10 @@ class RunDispatcher:
             self._sidecar.finish(held, emitted)
         try:
             for waiting in self._waiting:
-                if waiting.worker.spec.options is None:  # of which no replay can make another one
+                if waiting.worker.spec.options is None:  # no replay can make it again
                     self._drain(waiting.worker, held)
             self._wait(begun)
-        except BaseException as error:  # Ctrl-C: what is not sent waits in the journal
+        except BaseException as error:  # Ctrl-C: the rest stays in the journal
             interrupt = error
             self._halt(_INTERRUPTED_S)
         self._interrupt = interrupt
@@ -171,7 +171,7 @@ class RunDispatcher:
             raise interrupt
 
     def abandon(self) -> None:
-        """Let go of everything in a forked child, whose parent has the run."""
+        """Release everything in a forked child, whose parent has the run."""
         self._threads, self._inline, self._waiting = [], [], []
         if self._sidecar is not None:
             self._sidecar.abandon()
@@ -183,18 +183,18 @@ class RunDispatcher:
         said = False
         while not self._is_done() and time.monotonic() < self._halt_at(begun):
             time.sleep(POLL_S / 5)
-            if not said and time.monotonic() - begun > _SAY_AFTER_S:
+            if not said and time.monotonic() - begun > _PRINT_AFTER_S:
                 said = True
-                self._say_waiting()
+                self._print_waiting()
         self._halt(max((self._deadline or 0.0) - time.monotonic(), _MIN_HALT_S))
 
     def _halt_at(self, begun: float) -> float:
-        """Return when the workers are told to end, so that they have done so at the deadline."""
+        """Return when to stop the workers, so that they have ended by the deadline."""
         deadline = self._deadline or 0.0
         return deadline - min(_HALT_PART * (deadline - begun), _HALT_S)
 
     def _halt(self, secs: float) -> None:
-        """End the workers, which then know what they got; a call that hangs is left behind."""
+        """Stop the workers; a call that is blocked is left behind."""
         until = time.monotonic() + secs
         for thread in self._threads:
             thread.halt()
@@ -204,7 +204,7 @@ class RunDispatcher:
             thread.join(until)
 
     def _drain(self, worker: SinkWorker, held: Sequence[bytes]) -> None:
-        """Deliver to a sink here, where it costs no training any more."""
+        """Deliver in this thread, where it no longer costs training time."""
 
         def is_over() -> bool:
             if interrupt := worker.interrupt:
@@ -223,12 +223,12 @@ class RunDispatcher:
         return sidecar and all(thread.is_finished() for thread in self._threads)
 
     def _is_synced_elsewhere(self) -> bool:
-        """Return whether somebody has the journal written to the disk, once a second."""
+        """Return whether a worker syncs the journal to the disk once a second."""
         return bool(self._threads) or (
             self._sidecar is not None and not self._sidecar.is_finished()
         )
 
-    def _say_waiting(self) -> None:
+    def _print_waiting(self) -> None:
         left = (self._deadline or 0.0) - time.monotonic()
         print(
             f"trainbus: waiting up to {left:.0f} s for sinks to finish; "
@@ -258,15 +258,15 @@ class RunDispatcher:
         journal.close()
         return receipt
 
-    def demand(self) -> None:
-        """Wait for the sinks without which there shall be no training.
+    def require_opened(self) -> None:
+        """Wait until the sinks with `on_error: raise` are open.
 
         Raises:
             SinkError: a sink with `on_error: raise` could not be opened.
         """
         wanted = {spec.name: spec for spec in self._specs if spec.on_error == "raise"}
         if wanted and isinstance(self._journal, NullJournal):
-            raise SinkError("no directory for the journal can be written, sinks get nothing")
+            raise SinkError("no directory for the journal can be written, so sinks receive nothing")
         deadline = time.monotonic() + _OPEN_DEADLINE_S
         while wanted:
             errors: dict[str, str | None] = {}
@@ -305,18 +305,20 @@ class RunDispatcher:
 
     def _start_thread(self, spec: SinkSpec, journal: JournalWriter) -> None:
         thread = ThreadedWorker(self._worker(spec, journal), journal)
-        self._threads.append(thread)  # first: Ctrl-C may come while it is started
+        self._threads.append(thread)  # first: Ctrl-C may come during the start
         fault = thread.start()
         if fault is None:
             return
         self._threads.remove(thread)
         self._waiting.append(thread)
         thread.worker.main.error = fault
-        owe(spec, journal.folder, self._run.attempt)
-        rest = "`trainbus replay` sends them" if spec.options is not None else "it gets them then"
+        reserve_cursor(spec, journal.folder, self._run.attempt)
+        rest = (
+            "`trainbus replay` sends them" if spec.options is not None else "it receives them then"
+        )
         logger.warning(
-            "sink %r (%s) has neither process nor thread (%s); its records wait in the journal for "
-            "the end of the run: if there is no thread either, %s",
+            "sink %r (%s) has neither process nor thread (%s); its records stay in the journal "
+            "until the end of the run: if there is still no thread, %s",
             spec.name,
             spec.kind,
             fault,
@@ -324,7 +326,7 @@ class RunDispatcher:
         )
 
     def _start_waiting(self) -> None:
-        """Start the threads that could not be started, now that the training may need less."""
+        """Start the threads that could not be started, now that training may need fewer."""
         for thread in list(self._waiting):
             if thread.start() is None:
                 self._waiting.remove(thread)

@@ -1,13 +1,13 @@
-"""The processes that deliver the runs of one bus, and outlive a training that is killed.
+"""The delivery processes of one bus, which outlive a training that is killed.
 
-One process serves all runs, one after another and several at once; it is started with the first
-run that has a sink for it, and ends with the bus. It is started with `subprocess`, never by a fork,
-in a session of its own, so that Ctrl-C does not reach it. Its standard input is the lifeline: when
-that closes, the training process is gone. What the two say to each other is in `protocol`; options
-may be secret and arguments are seen by everybody, so the arguments only tell where to read.
+One process serves all runs, one after another and several at once. It starts with the first run
+that has a sink for it, and ends with the bus. It is started with `subprocess`, never by a fork, in
+a session of its own, so that Ctrl-C does not reach it. Its standard input is the lifeline: when
+that closes, the training process is gone. Their messages are in `sidecar_protocol`; options may be
+secret and everybody can read arguments, so these only name the files with the messages.
 
-A sink can end the process that it runs in. One that was being called when the process died gets a
-process of its own, and one that ends that too is set aside; the others go on.
+A sink can end the process that it runs in. A sink that was being called when the process died gets
+a process of its own; if that dies too, the sink is disabled and the others continue.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from trainbus.delivery.sidecar_protocol import (
     anonymous_file,
 )
 from trainbus.delivery.spec import SinkSpec
-from trainbus.delivery.worker import POLL_S, owe, report_on_disk
+from trainbus.delivery.worker import POLL_S, report_on_disk, reserve_cursor
 from trainbus.delivery.worker_log import Output, append
 from trainbus.journal.directory import RunFolder
 
@@ -68,10 +68,10 @@ main()
 
 
 class Sidecar:
-    """The training process's end of it; needs no thread."""
+    """Starts, feeds and restarts the delivery processes; needs no thread."""
 
     def __init__(self, *, base: Path | None = None) -> None:
-        """Prepare; no process is started before there is a run for it.
+        """Prepare; the first run starts a process.
 
         Args:
             base: working directory of the processes, if it can be entered.
@@ -84,8 +84,8 @@ class Sidecar:
         self._numbers = itertools.count(1)
         self._deaths: Counter[str] = Counter()
         self._unexplained = 0
-        self._apart: set[str] = set()
-        self._aside: dict[str, str] = {}
+        self._isolated: set[str] = set()
+        self._disabled: dict[str, str] = {}
         self._finalizer = weakref.finalize(self, _release, self._children)
 
     @property
@@ -103,7 +103,7 @@ class Sidecar:
         config: str | None = None,
         replay: ReplayTask | None = None,
     ) -> SidecarRun:
-        """Have a run delivered; `refused` of what is returned says which sinks have no process.
+        """Deliver a run; `refused` of the result lists the sinks that have no process.
 
         Args:
             folder: the run's directory.
@@ -111,7 +111,7 @@ class Sidecar:
             specs: the sinks.
             flush_secs: how long the sinks may take once the training process is gone.
             config: file that the sinks are configured in, for the receipt.
-            replay: what is different for a run that is sent again.
+            replay: set for a replay.
         """
         if self._pid != os.getpid():
             self.abandon()
@@ -123,31 +123,31 @@ class Sidecar:
                 self.poll()
                 self._runs[run.number] = run
                 self._serve(run, [spec.name for spec in specs])
-                # What may have ended a process must not come into this one.
-                run.refused = [run.specs[n] for n in run.unserved if n not in self._apart]
-        except BaseException:  # Ctrl-C: the run is opened once more, and must not be served twice
+                # A sink that may have ended a process must not run in the training process.
+                run.refused = [run.specs[n] for n in run.unserved if n not in self._isolated]
+        except BaseException:  # Ctrl-C: the run will be opened again, and must not be served twice
             run.is_over = True
             self._runs.pop(run.number, None)
             for child in self._serving(run):
-                child.tell(StopRun(run=run.number, secs=0.0))
+                child.send(StopRun(run=run.number, secs=0.0))
             raise
         return run
 
     def poll(self) -> None:
-        """Hear what the processes have to say, and see to those that have died."""
+        """Read the messages of the processes, and restart those that have died."""
         if self._pid != os.getpid() or not self._lock.acquire(blocking=False):
             return
         try:
             for child in list(self._children):
-                self._hear(child)
+                self._receive(child)
                 if child.process.poll() is not None:
-                    self._hear(child)
-                    self._bury(child)
+                    self._receive(child)
+                    self._clean_up(child)
         finally:
             self._lock.release()
 
     def close(self) -> None:
-        """End the processes, which have no run left to deliver."""
+        """End the processes, which have no run left."""
         if self._pid != os.getpid():
             self.abandon()
             return
@@ -158,10 +158,10 @@ class Sidecar:
             _end(children, _EXIT_S)
         finally:
             for child in children:
-                child.let_go(kill=True)
+                child.release(kill=True)
 
     def abandon(self) -> None:
-        """Let go of everything in a forked child, whose parent has the processes."""
+        """Release everything in a forked child, whose parent has the processes."""
         if self._pid == os.getpid():
             return
         self._pid = os.getpid()
@@ -172,23 +172,23 @@ class Sidecar:
         self._children.clear()
 
     def finish(self, run: SidecarRun) -> None:
-        """Say that no more records of a run will come; called by the run."""
+        """Announce that no more records of a run will come; called by the run."""
         self.poll()
         with self._lock:
             for child in self._serving(run):
                 child.finish(run)
-            # There was no process for these when one was needed last.
+            # No process could be started for these before.
             waiting, run.unserved = run.unserved, {}
             refused = {spec.name for spec in run.refused}
             self._serve(run, [name for name in waiting if name not in refused])
 
     def stop(self, run: SidecarRun, secs: float) -> None:
-        """Have a run reported now, and end a process that does not do so; called by the run."""
+        """Request the reports of a run, and kill a process that does not answer; called by the run."""
         deadline = time.monotonic() + secs
         run.is_over = True
         with self._lock:
             for child in self._serving(run):
-                child.tell(StopRun(run=run.number, secs=secs * _ANSWER))
+                child.send(StopRun(run=run.number, secs=secs * _ANSWER))
         while not run.is_finished() and time.monotonic() < deadline:
             time.sleep(POLL_S / 10)
         with self._lock:
@@ -196,7 +196,7 @@ class Sidecar:
                 child.was_killed = True
                 with suppress(OSError):
                     child.process.kill()
-                self._bury(child)
+                self._clean_up(child)
             self._runs.pop(run.number, None)
 
     def is_serving(self, run: SidecarRun) -> bool:
@@ -211,39 +211,39 @@ class Sidecar:
         return [child for child in self._children if run.number in child.serves]
 
     def _serve(self, run: SidecarRun, names: Iterable[str]) -> None:
-        """Have sinks of a run delivered to, each by the process that it belongs in."""
+        """Give each sink of a run to the process that it belongs to."""
         groups: dict[str | None, list[str]] = {}
         for name in names:
-            if name in self._aside:
-                run.opened[name] = self._aside[name]
-                owe(run.specs[name], run.folder, run.attempt)
+            if name in self._disabled:
+                run.opened[name] = self._disabled[name]
+                reserve_cursor(run.specs[name], run.folder, run.attempt)
             else:
-                groups.setdefault(name if name in self._apart else None, []).append(name)
-        for apart, group in groups.items():
+                groups.setdefault(name if name in self._isolated else None, []).append(name)
+        for isolated, group in groups.items():
             try:
-                child = self._child(apart, run, group) or self._start(apart, run.folder)
-                child.open(run, group, self._aside)
+                child = self._child(isolated, run, group) or self._start(isolated, run.folder)
+                child.open(run, group, self._disabled)
             except (OSError, RuntimeError, ValueError, MemoryError) as error:
                 for name in group:
                     run.unserved[name] = f"no process can be started: {error}"
 
-    def _child(self, apart: str | None, run: SidecarRun, names: Sequence[str]) -> _Child | None:
-        """Return the process that is to deliver to some sinks of a run, if it is there."""
+    def _child(self, isolated: str | None, run: SidecarRun, names: Sequence[str]) -> _Child | None:
+        """Return the running process for some sinks of a run, if there is one."""
         alone = {run.specs[name].kind for name in names if not _shares_process(run.specs[name])}
         for child in self._children:
-            if child.apart != apart or child.is_retired or child.process.poll() is not None:
+            if child.isolated != isolated or child.is_retired or child.process.poll() is not None:
                 continue
             others = [self._runs[n] for n in child.serves if n in self._runs and n != run.number]
             if not alone & {spec.kind for other in others for spec in other.specs.values()}:
                 return child
         return None
 
-    def _start(self, apart: str | None, folder: RunFolder) -> _Child:
-        child = _Child(apart, folder, self._base)
+    def _start(self, isolated: str | None, folder: RunFolder) -> _Child:
+        child = _Child(isolated, folder, self._base)
         self._children.append(child)
         return child
 
-    def _hear(self, child: _Child) -> None:
+    def _receive(self, child: _Child) -> None:
         for message, _ in child.outbox.take():
             match message:
                 case LogWarning():
@@ -268,7 +268,7 @@ class Sidecar:
             run.changed_files += message.changed
             if not self._serving(run):
                 self._runs.pop(run.number, None)
-        if message.is_hung:  # what hangs there must not go on behind the next run
+        if message.is_hung:  # a blocked call must not continue beside the next run
             child.is_retired = True
         else:
             self._unexplained = 0
@@ -277,18 +277,18 @@ class Sidecar:
         if child.is_retired and not child.serves:
             child.close_lifeline()
 
-    def _bury(self, child: _Child) -> None:
-        """See to the runs of a process that is dead, and to what it died of."""
+    def _clean_up(self, child: _Child) -> None:
+        """Restart the delivery of the runs of a dead process, and find the sink that ended it."""
         if child in self._children:
             self._children.remove(child)
         called = {name for number in child.serves for name in child.called(number)}
         served = {number: list(slots) for number, slots in child.serves.items()}
         child.serves = {}
-        child.let_go(kill=False)
+        child.release(kill=False)
         runs = [run for number in served if (run := self._runs.get(number)) is not None]
         names = {name for run in runs for name in served[run.number]}
         if names and not child.was_killed:
-            text = self._judge(child, called & names, names)
+            text = self._blame(child, called & names, names)
             logger.warning("%s", text)
             for run in runs:
                 append(run.folder.log, f"trainbus: {text}\n".encode())
@@ -296,21 +296,21 @@ class Sidecar:
             if not run.is_over:
                 self._serve(run, [name for name in served[run.number] if name not in run.done])
 
-    def _judge(self, child: _Child, called: set[str], names: set[str]) -> str:
-        """Find out which sink may have ended a process; return what to say of it."""
+    def _blame(self, child: _Child, called: set[str], names: set[str]) -> str:
+        """Find the sink that may have ended a process; return a text about it."""
         how = _death(child.process.returncode)
-        suspects = called if child.apart is None else {child.apart}
+        suspects = called if child.isolated is None else {child.isolated}
         text = f"the delivery process died ({how})"
         if not suspects:
             self._unexplained += 1
-            if self._unexplained > 1:  # it may be any of them, with what it does in between
-                self._apart |= names
+            if self._unexplained > 1:  # it may be any of them, between two calls
+                self._isolated |= names
             return f"{text}; restarting it"
         for name in suspects:
             self._deaths[name] += 1
-            self._apart.add(name)
+            self._isolated.add(name)
         who = ", ".join(map(repr, sorted(suspects)))
-        text = f"the delivery process of {who} died ({how})" if child.apart else text
+        text = f"the delivery process of {who} died ({how})" if child.isolated else text
         ended = [name for name in suspects if self._deaths[name] >= _MAX_DEATHS]
         if not ended:
             return (
@@ -318,12 +318,14 @@ class Sidecar:
             )
         for name in ended:
             times = f"{self._deaths[name]} times"
-            self._aside[name] = f"set aside: it ended the delivery process {times}; see worker.log"
-        return f"{text}, too; the sink is set aside, the others go on"
+            self._disabled[name] = (
+                f"disabled: it ended the delivery process {times}; see worker.log"
+            )
+        return f"{text}, too; the sink is disabled, the others continue"
 
 
 class SidecarRun:
-    """One run, as the processes deliver it; made by `Sidecar.open`."""
+    """One run that the processes deliver; made by `Sidecar.open`."""
 
     def __init__(
         self,
@@ -344,7 +346,7 @@ class SidecarRun:
         self.config = config
         self.replay = replay
         self.opened: dict[str, str | None] = {}
-        """What is known of the sinks: None for one that is open, else why it is not."""
+        """Sinks whose opening was tried: None for one that is open, else the reason why not."""
         self.refused: list[SinkSpec] = []
         """Sinks for which no process could be started when the run was opened."""
         self.unserved: dict[str, str] = {}
@@ -353,7 +355,7 @@ class SidecarRun:
         """How many records of a replay a sink is done with."""
         self.final: tuple[FinishRun, Sequence[bytes]] | None = None
         self.is_over = False
-        """Whether nothing is to be started for the run any more."""
+        """Whether no process is to be started for the run any more."""
         self.done: dict[str, SinkReport] = {}
         self.emitted: int | None = None
         self.damaged: list[str] = []
@@ -362,16 +364,16 @@ class SidecarRun:
         self._sidecar = sidecar
 
     def poll(self) -> None:
-        """Hear what the processes have to say."""
+        """Read the messages of the processes."""
         self._sidecar.poll()
 
     def finish(self, lines: Sequence[bytes], emitted: int) -> None:
-        """Say that no more records will come, but for `lines` that the disk had no room for."""
+        """Announce that no more records will come, except `lines` that the disk had no room for."""
         self.final = (FinishRun(run=self.number, emitted=emitted), lines)
         self._sidecar.finish(self)
 
     def is_finished(self) -> bool:
-        """Return whether there is nothing more to wait for."""
+        """Return whether no process serves the run any more."""
         self._sidecar.poll()
         return not self._sidecar.is_serving(self)
 
@@ -380,11 +382,11 @@ class SidecarRun:
         return self._sidecar.is_calling(self)
 
     def stop(self, secs: float) -> None:
-        """End the delivery, and wait that long for what the sinks got."""
+        """End the delivery, and wait that long for the reports."""
         self._sidecar.stop(self, secs)
 
     def reports(self, emitted: int) -> list[SinkReport]:
-        """Return what each sink got, from its cursor where no process can say so."""
+        """Return a report for each sink, from its cursor if no process has reported it."""
         found = []
         refused = {spec.name for spec in self.refused}
         for name, spec in self.specs.items():
@@ -404,26 +406,26 @@ class SidecarRun:
         return found
 
     def abandon(self) -> None:
-        """Let go of it in a forked child."""
+        """Release it in a forked child."""
         self._sidecar.abandon()
 
 
 class _Child:
-    """One process, and the ways to talk with it."""
+    """One process, with its mailboxes."""
 
-    def __init__(self, apart: str | None, folder: RunFolder, base: Path | None) -> None:
+    def __init__(self, isolated: str | None, folder: RunFolder, base: Path | None) -> None:
         """Start a process.
 
         Args:
-            apart: the only sink that it delivers to, None for all others.
-            folder: directory of the run that it is started for, to be seen among its arguments.
+            isolated: the only sink that it delivers to, None for all others.
+            folder: directory of the run that it is started for, shown among its arguments.
             base: its working directory.
 
         Raises:
             OSError: none can be started, as is RuntimeError, ValueError or MemoryError.
         """
         self.owner = os.getpid()
-        self.apart = apart
+        self.isolated = isolated
         self.is_retired = False
         self.was_killed = False
         self.serves: dict[int, dict[str, int]] = {}
@@ -446,8 +448,8 @@ class _Child:
         assert self.process.stdin is not None
         os.set_blocking(self.process.stdin.fileno(), False)
 
-    def open(self, run: SidecarRun, names: Sequence[str], aside: Mapping[str, str]) -> None:
-        """Have a run delivered to some of its sinks.
+    def open(self, run: SidecarRun, names: Sequence[str], disabled: Mapping[str, str]) -> None:
+        """Deliver a run to some of its sinks.
 
         Raises:
             OSError: there is no memory for the message.
@@ -471,7 +473,7 @@ class _Child:
                     transforms=spec.transforms,
                     base=spec.base,
                     slot=slots.get(spec.name),
-                    error=aside.get(spec.name),
+                    error=disabled.get(spec.name),
                 )
                 for spec in run.specs.values()
             ],
@@ -499,8 +501,8 @@ class _Child:
                 self.inbox.put(message)
             self._ring()
 
-    def tell(self, message: ToSidecar) -> None:
-        """Say something to the process."""
+    def send(self, message: ToSidecar) -> None:
+        """Send a message to the process."""
         self.inbox.put(message)
         self._ring()
 
@@ -519,8 +521,8 @@ class _Child:
             with suppress(OSError):
                 self.process.stdin.close()
 
-    def let_go(self, *, kill: bool) -> None:
-        """Save what the process printed last, and close all there is of it."""
+    def release(self, *, kill: bool) -> None:
+        """Save what the process printed last, and close everything of it."""
         self.close_lifeline()
         if kill and self.process.poll() is None:
             self.process.kill()
@@ -533,7 +535,7 @@ class _Child:
         self._files.close()
 
     def abandon(self) -> None:
-        """Let go of the process without a word to it: it belongs to the parent of this fork."""
+        """Release the process without a message: it belongs to the parent of this fork."""
         self.close_lifeline()
         self.process.returncode = 0  # else its finalizer waits for it
         self._files.close()
@@ -563,14 +565,14 @@ class _Child:
         )
 
     def _ring(self) -> None:
-        """Wake the process; it looks for messages by itself, a little later."""
+        """Wake the process; without it, it reads its messages a little later."""
         if self.process.stdin is not None:
             with suppress(OSError, ValueError):
                 os.write(self.process.stdin.fileno(), b"\n")
 
 
 def _end(children: Sequence[_Child], secs: float) -> None:
-    """Let processes end by themselves, and wait for it."""
+    """Ask processes to end, and wait until they have."""
     for child in children:
         child.close_lifeline()
     deadline = time.monotonic() + secs
@@ -585,7 +587,7 @@ def _release(children: list[_Child]) -> None:
     ours = [child for child in children if child.owner == os.getpid()]
     _end(ours, _RELEASE_S)
     for child in ours:
-        child.let_go(kill=False)
+        child.release(kill=False)
 
 
 def _shares_process(spec: SinkSpec) -> bool:
@@ -608,13 +610,13 @@ def _environment() -> dict[str, str]:
     for entry in sys.path:
         with suppress(OSError, TypeError):  # a relative one, and the working directory is gone
             path.append(os.path.abspath(entry))
-    # What a launcher says of the training process is not true of this one.
+    # Variables of a launcher describe the training process, not this one.
     kept = {k: v for k, v in os.environ.items() if k not in _OF_TRAINING}
     return {**kept, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def apply_environment(changed: Mapping[str, str | None]) -> None:
-    """Make this process's environment what the training's has become."""
+    """Apply changes of the training's environment to this process."""
     for name, value in changed.items():
         if value is None:
             os.environ.pop(name, None)

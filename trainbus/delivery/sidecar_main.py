@@ -106,7 +106,7 @@ class _Host:
             for message, lines in self._inbox.take():
                 self._obey(message, lines)
             for number, run in list(self._runs.items()):
-                run.look()
+                run.poll()
                 if run.is_over():
                     del self._runs[number]
                     self.say(run.end())
@@ -172,8 +172,8 @@ class _Run:
         self._is_last = False
         self._is_stopped = False
         self._recover_until: float | None = None
-        self._said: set[str] = set()
-        self._told: dict[str, int] = {}
+        self._warned: set[str] = set()
+        self._reported: dict[str, int] = {}
         self._synced = (time.monotonic(), 0)
         self._tried_at = time.monotonic()
         self._threads = [
@@ -185,15 +185,15 @@ class _Run:
         if order.replay is not None:
             self.finish(None, [])
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Do what is to be done from time to time."""
         now = time.monotonic()
         if self._host.is_orphan:
-            self._look_after_orphan(now)
+            self._end_orphan(now)
         if self._waiting and now - self._tried_at >= _RETRY_S:
             self._tried_at = now
             self._waiting = [thread for thread in self._waiting if not self._start(thread)]
-        self._tell()
+        self._report()
         self._sync(now)
 
     def finish(self, emitted: int | None, lines: list[bytes]) -> None:
@@ -223,9 +223,9 @@ class _Run:
     def end(self) -> RunDone:
         """Return what each sink got; of a run without its training it is saved, too."""
         self.is_hung = any(
-            not thread.is_finished() or thread.worker.hung_for() for thread in self._started()
+            not thread.is_finished() or thread.worker.blocked_for() for thread in self._started()
         )
-        self._tell()
+        self._report()
         last = self._last()
         emitted = self._emitted
         if emitted is None:
@@ -292,12 +292,12 @@ class _Run:
     def _start(self, thread: ThreadedWorker) -> bool:
         fault = thread.start()
         name = thread.worker.spec.name
-        if fault is not None and f"{name} waits" not in self._said:
-            self._said.add(f"{name} waits")
+        if fault is not None and f"{name} waits" not in self._warned:
+            self._warned.add(f"{name} waits")
             logger.warning("sink %r waits until a thread can be started: %s", name, fault)
         return fault is None
 
-    def _look_after_orphan(self, now: float) -> None:
+    def _end_orphan(self, now: float) -> None:
         """Write the end that the training process could not write, once its file is closed."""
         if self._order.replay is not None:
             if not self._is_stopped:
@@ -320,20 +320,20 @@ class _Run:
         except (OSError, JournalError):  # the workers say what is wrong with the journal
             return None
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         for thread in self._threads:
             worker = thread.worker
             name, error = worker.spec.name, worker.main.error
-            if name not in self._said and (worker.opened is not None or error is not None):
-                self._said.add(name)
+            if name not in self._warned and (worker.opened is not None or error is not None):
+                self._warned.add(name)
                 error = None if worker.opened else error or ""
                 self._host.say(SinkOpened(run=self._order.run, sink=name, error=error))
             blocked = worker.blocked(_BLOCKED_S if worker.opened else _OPENING_S)
-            if blocked is not None and f"{name} is blocked" not in self._said:
-                self._said.add(f"{name} is blocked")
+            if blocked is not None and f"{name} is blocked" not in self._warned:
+                self._warned.add(f"{name} is blocked")
                 logger.warning("sink %r (%s) %s", name, worker.spec.kind, blocked)
-            if self._order.replay is not None and self._told.get(name) != worker.count:
-                count = self._told[name] = worker.count
+            if self._order.replay is not None and self._reported.get(name) != worker.count:
+                count = self._reported[name] = worker.count
                 self._host.say(RunProgress(run=self._order.run, sink=name, count=count))
 
     def _sync(self, now: float) -> None:

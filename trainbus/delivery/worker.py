@@ -1,8 +1,8 @@
-"""Takes the records of one run from its journal to one sink, and accounts for every one of them.
+"""Delivers the records of one run from its journal to one sink, and accounts for each of them.
 
-The same worker runs in a sidecar process, in a thread, inside `emit`, and as `trainbus replay`. Its
-cursor is saved after the sink has taken a batch, so that a record comes at least once after a crash
-and exactly once otherwise.
+The same worker runs in a delivery process, in a thread, inside `emit`, and in `trainbus replay`. It
+saves its cursor after the sink has accepted a batch: a record is delivered at least once after a
+crash, and exactly once otherwise.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _SAVE_S = 1.0
 _SYNC_S = 1.0
 _MAX_OFFSET = 2**60
 _BLOCKED_S = 0.1
-_TAKEN = "another process delivers to this sink"
+_LOCKED = "another process delivers to this sink"
 
 
 class SinkWorker:
-    """The way of one run's records to one sink; `step` is called by one thread at a time."""
+    """Delivers one run to one sink; only one thread at a time calls `step`."""
 
     def __init__(
         self,
@@ -62,15 +62,15 @@ class SinkWorker:
         clock: Callable[[], float] = time.monotonic,
         mark: Callable[[int, bool], None] = lambda lane, is_called: None,
     ) -> None:
-        """Prepare; nothing is opened before the first step that finds a record.
+        """Prepare; the first step that finds a record opens the sink.
 
         Args:
             spec: the sink.
             folder: the run's directory.
             files: which files records may name.
             attempt: the last attempt that is delivered, and the one that the report is about.
-            after: deliver what comes after this (attempt, seq), whatever the cursor says.
-            is_replay: a sink without a cursor gets the whole run, else this attempt alone.
+            after: deliver the records after this (attempt, seq), whatever the cursor says.
+            is_replay: a sink without a cursor receives the whole run, otherwise this attempt only.
             in_background: whether uploads may have a thread of their own.
             pid: the training process, where that is another one.
             clock: seconds, for retries.
@@ -78,9 +78,9 @@ class SinkWorker:
         """
         self.spec = spec
         self.done = False
-        """Whether the sink has the attempt's end and was closed."""
+        """Whether the sink received the end of the attempt and was closed."""
         self.opened: bool | None = None
-        """Whether the sink could be opened; None while it was not tried."""
+        """Whether the sink could be opened; None before the first try."""
         self._folder = folder
         self._files = files
         self._attempt = attempt
@@ -98,29 +98,29 @@ class SinkWorker:
         self._is_at_end = False
         self._lock_fd: int | None = None
         self.main = RetryQueue(
-            self._taken, self._bury, self._say, clock=clock, mark=functools.partial(mark, 0)
+            self._delivered, self._reject, self._warn, clock=clock, mark=functools.partial(mark, 0)
         )
         self._uploads: RetryQueue | None = None
         if in_background:
             self._uploads = RetryQueue(
                 self._ledger.finish_upload,
-                self._bury,
-                self._say,
+                self._reject,
+                self._warn,
                 clock=clock,
                 mark=functools.partial(mark, 1),
             )
         self._uploader: threading.Thread | None = None
         self._stop = threading.Event()
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     @property
     def interrupt(self) -> KeyboardInterrupt | None:
-        """The Ctrl-C that came in the sink, if one did; asking forgets it."""
+        """The Ctrl-C that came in the sink, if one did; reading it clears it."""
         found, self.main.interrupt = self.main.interrupt, None
         return found
 
     def add(self, lines: Sequence[bytes]) -> None:
-        """Take lines that the disk had no room for to be the last ones of the journal."""
+        """Append lines to the journal's records that the disk had no room for."""
         self._extra = list(lines)
         if self._reader is not None:
             self._reader.add(self._extra)
@@ -143,7 +143,7 @@ class SinkWorker:
                 return POLL_S
             self._dispatch()
             if not self.main.todo:  # uploads are under way
-                return 0.0 if self._staged and not self._is_held_up() else POLL_S
+                return 0.0 if self._staged and not self._must_wait() else POLL_S
             self.main.push(self._open_sink().write)
         except (OSError, JournalError) as error:  # of the journal, not of the sink
             self.main.error = f"the journal can't be read: {line(error)}"
@@ -151,18 +151,18 @@ class SinkWorker:
         return 0.0
 
     def finish(self) -> None:
-        """Try again at once what failed, and from here on wait for nothing but the network."""
+        """Retry at once what failed; from now on only network errors are waited for."""
         for lane in (self.main, self._uploads):
             if lane is not None:
                 lane.finish()
 
     @property
     def count(self) -> int:
-        """How many records of the attempt that it is at the sink is done with."""
+        """How many records of the current attempt were delivered, filtered out or rejected."""
         return self._ledger.cursor.taken + self._ledger.cursor.skipped + self._ledger.cursor.dead
 
     def is_idle(self) -> bool:
-        """Return whether nothing waits, neither to be sent nor to be tried again."""
+        """Return whether no record waits to be sent or retried."""
         lanes = [lane for lane in (self.main, self._uploads) if lane is not None]
         waits = self._staged or self._reader is None or any(lane.todo for lane in lanes)
         return not waits and not any(lane.wait() for lane in lanes)
@@ -172,16 +172,16 @@ class SinkWorker:
         return self._ledger.cursor.attempt == self._attempt and (self.done or self._is_at_end)
 
     def has_everything(self) -> bool:
-        """Return whether the sink was done with all there is when the last step began."""
+        """Return whether the sink was done with every record when the last step began."""
         return self.is_idle() and (self._is_replay or self.is_complete())
 
     def total(self) -> int:
-        """Return how many records the attempt has: counted on the way if all of it was read."""
+        """Return how many records the attempt has."""
         return self.count if self.is_complete() else count(self._folder, self._attempt)
 
     def missing(self) -> int:
-        """Return how many records the sink has not got, without touching anything."""
-        cursor = self._where_to_begin(self._ledger.read())
+        """Return how many records the sink has not received, without changing anything."""
+        cursor = self._start_cursor(self._ledger.read())
         reader = self._read_from(cursor)
         found = len(cursor.uploads)
         while entries := reader.read(_BATCH):
@@ -189,25 +189,25 @@ class SinkWorker:
         reader.close()
         return found
 
-    def hung_for(self) -> float:
+    def blocked_for(self) -> float:
         """Return the seconds that a call of the sink has taken so far."""
         since = [lane.busy_since for lane in (self.main, self._uploads) if lane is not None]
         return max((self._clock() - s for s in since if s is not None), default=0.0)
 
     def blocked(self, secs: float) -> str | None:
-        """Return what to say of a call that has taken that long, None if none has."""
-        hung = self.hung_for()
+        """Return a text about a call that has taken that long, None if there is none."""
+        hung = self.blocked_for()
         if hung < secs:
             return None
         took = f"{hung:.0f} s" if hung >= 10 else f"{hung:.1f} s"
         return f"has been blocked for {took}" if self.opened else f"is still opening after {took}"
 
     def close(self) -> None:
-        """Close the sink, save the cursor and let go of everything; no step may be under way."""
+        """Close the sink, save the cursor and release everything; no step may be running."""
         self._stop.set()
         if self._uploader is not None:
             self._uploader.join(POLL_S * 10)
-        self._leave()
+        self._close_sink()
         if self._reader is not None:
             self._reader.close()
         fd, self._lock_fd = self._lock_fd, None
@@ -215,12 +215,12 @@ class SinkWorker:
             os.close(fd)
 
     def report(self, emitted: int) -> SinkReport:
-        """Return what became of the attempt's records; may be called while a step hangs."""
+        """Return what became of the attempt's records; may be called while a step is blocked."""
         cursor = self._ledger.cursor
         counts = (cursor.taken, cursor.skipped, cursor.dead)
         taken, skipped, dead = counts if cursor.attempt == self._attempt else (0, 0, 0)
         with suppress(Exception):
-            if self._sink is not None and not self.hung_for():
+            if self._sink is not None and not self.blocked_for():
                 cursor.lost, cursor.location = self._sink.lost, self._sink.location
         pending = max(emitted - taken - skipped - dead, 0)
         errors = [
@@ -242,32 +242,32 @@ class SinkWorker:
         )
 
     def _begin(self) -> bool:
-        """Find out where to go on; False while another process delivers to this sink."""
+        """Read the cursor; False while another process delivers to this sink."""
         if self._lock_fd is None:
             path = self._folder.cursor(self.spec.key)
             self._lock_fd = open_lock(path.with_suffix(".lock"))
         if not try_lock(self._lock_fd):
-            self.main.error = _TAKEN
+            self.main.error = _LOCKED
             return False
         self.main.error = None
         found = self._ledger.read()
         self._known_attempt = found.attempt if found else 0
-        self._ledger.start(self._where_to_begin(found))
+        self._ledger.start(self._start_cursor(found))
         self._reader = self._read_from(self._ledger.cursor)
         self._reader.add(self._extra)
         if found is None:
-            # A sink that gets nothing of this attempt is owed it in the next one.
+            # A sink that receives nothing of this attempt must receive it in the next one.
             self._ledger.save(0.0)
         return True
 
-    def _where_to_begin(self, found: Cursor | None) -> Cursor:
+    def _start_cursor(self, found: Cursor | None) -> Cursor:
         if self._given_after is not None:
             attempt, seq = self._given_after
             return Cursor(attempt=attempt, seq=seq, skipped=seq)
         if found is None:
             return Cursor(attempt=0 if self._is_replay else self._attempt)
         if not found.closed and _is_durable_only_after_close(self.spec):
-            # What it took since it was opened may have died with its process.
+            # Records delivered since it was opened may be lost with its process.
             return Cursor(attempt=found.attempt, location=found.location)
         return found
 
@@ -289,22 +289,22 @@ class SinkWorker:
             return False
         attempt = self._staged[0].record.attempt
         if attempt != self._ledger.cursor.attempt:
-            self._leave()
+            self._close_sink()
             self._ledger.start(Cursor(attempt=attempt))
         return True
 
     def _dispatch(self) -> None:
-        """Put what was read into the lanes; a run's end waits until all the rest was taken."""
+        """Queue the records that were read; the end of a run waits for all others."""
         unfinished = set(self._ledger.cursor.uploads)
         sink = self._open_sink()
         uploads = self._uploads if type(sink).upload is not Sink.upload else None
-        while self._staged and not self._is_held_up():
+        while self._staged and not self._must_wait():
             entry = self._staged.popleft()
             record, is_superseded = entry.record, False
             if record.seq <= self._ledger.cursor.seq and record.seq not in unfinished:
                 continue
             if sink.reads_files:
-                record, is_superseded = self._files.take(entry, is_sent=_is_sent(sink, record))
+                record, is_superseded = self._files.take(entry, is_sent=_sends_file(sink, record))
             wanted = self._transform(record)
             is_superseded = is_superseded and wanted is not None
             item = QueuedRecord(record, None if is_superseded else wanted, is_superseded)
@@ -313,7 +313,7 @@ class SinkWorker:
             else:
                 self.main.todo.append(item)
 
-    def _is_held_up(self) -> bool:
+    def _must_wait(self) -> bool:
         uploads = self._uploads
         is_uploading = uploads is not None and bool(uploads.todo) and not uploads.stopped
         is_end = isinstance(self._staged[0].record.event, RunEnded)
@@ -343,7 +343,7 @@ class SinkWorker:
             base=self.spec.base,
         )
         self._ledger.cursor.closed = False
-        text = "can't be opened, training goes on without it"
+        text = "can't be opened; training continues without it"
         if not self.main.attempt(self._make_and_open, run, failure_text=text):
             self.opened = False
             return False
@@ -361,7 +361,7 @@ class SinkWorker:
             raise
         self._sink = sink
 
-    def _leave(self) -> None:
+    def _close_sink(self) -> None:
         """Flush and close the sink."""
         sink = self._sink
         if sink is None:
@@ -374,11 +374,11 @@ class SinkWorker:
         self._ledger.cursor.closed = True
         self._ledger.save(0.0)
 
-    def _taken(self, items: Sequence[QueuedRecord]) -> None:
+    def _delivered(self, items: Sequence[QueuedRecord]) -> None:
         is_all = not self.main.todo and not self._staged
         self._ledger.count_taken(items, self._reader.offset if is_all and self._reader else None)
         if isinstance(items[-1].record.event, RunEnded):
-            self._leave()
+            self._close_sink()
             self.done = items[-1].record.attempt >= self._attempt
         else:
             self._ledger.save(_SAVE_S)
@@ -393,8 +393,8 @@ class SinkWorker:
             try:
                 thread.start()
             except (RuntimeError, OSError, MemoryError) as error:
-                # `step` uploads until a thread can be started.
-                self._say_once(f"uploads have no thread of their own: {line(error)}")
+                # Until a thread can be started, `step` uploads.
+                self._warn_once(f"uploads have no thread of their own: {line(error)}")
             else:
                 self._uploader = thread
 
@@ -413,27 +413,27 @@ class SinkWorker:
         lane.push(sink.upload)
         return True
 
-    def _bury(self, record: Record, reason: str) -> None:
+    def _reject(self, record: Record, reason: str) -> None:
         self._ledger.count_rejected(record.seq)
         path = self._folder.dead(self.spec.key)
         about: Any = {"run": record.run, "attempt": record.attempt, "seq": record.seq}
-        with suppress(RecursionError):  # what is nested too deep to be written is still counted
+        with suppress(RecursionError):  # a record nested too deep to be written is still counted
             about = msgspec.Raw(encode(record))
         letter = msgspec.json.encode({"error": reason, "record": about})
         with suppress(OSError), open(open_private(path), "ab") as file:
             file.write(letter + b"\n")
         self._ledger.save(0.0)
         if isinstance(record.event, RunEnded):
-            self._leave()
+            self._close_sink()
             self.done = record.attempt >= self._attempt
 
-    def _say(self, text: str) -> None:
+    def _warn(self, text: str) -> None:
         logger.warning("sink %r (%s) %s", self.spec.name, self.spec.kind, text)
 
-    def _say_once(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            self._say(text)
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            self._warn(text)
 
 
 def count(folder: RunFolder, attempt: int) -> int:
@@ -450,14 +450,14 @@ def count(folder: RunFolder, attempt: int) -> int:
 def report_on_disk(
     spec: SinkSpec, folder: RunFolder, *, attempt: int, emitted: int, error: str | None
 ) -> SinkReport:
-    """Return what the cursor tells of a sink whose worker can't be asked.
+    """Return a report from the cursor of a sink whose worker can't be asked.
 
     Args:
         spec: the sink.
         folder: the run's directory.
         attempt: the attempt that the report is about.
         emitted: how many records it has.
-        error: why the worker can't be asked; left out where nothing is missing.
+        error: why the worker can't be asked; ignored if no record is pending.
     """
     cursor = Ledger(folder.cursor(spec.key), time.monotonic).read() or Cursor()
     if cursor.attempt != attempt or (not cursor.closed and _is_durable_only_after_close(spec)):
@@ -476,10 +476,10 @@ def report_on_disk(
     )
 
 
-def owe(spec: SinkSpec, folder: RunFolder, attempt: int) -> None:
-    """Note that a sink which nobody delivers to has got nothing of the attempt.
+def reserve_cursor(spec: SinkSpec, folder: RunFolder, attempt: int) -> None:
+    """Save an empty cursor for a sink to which nothing delivers in this attempt.
 
-    A later attempt that it gets would else be taken for the first one.
+    Otherwise a later delivery would start at the attempt of that time.
     """
     ledger = Ledger(folder.cursor(spec.key), time.monotonic)
     if ledger.read() is None:
@@ -487,11 +487,11 @@ def owe(spec: SinkSpec, folder: RunFolder, attempt: int) -> None:
         ledger.save(0.0)
 
 
-def _is_sent(sink: Sink, record: Record) -> bool:
+def _sends_file(sink: Sink, record: Record) -> bool:
     """Return whether a sink sends the file of a checkpoint."""
     try:
         return isinstance(record.event, CheckpointSaved) and sink.wants_files(record.event)
-    except Exception:  # then it is not known, and `write` will tell
+    except Exception:  # `write` will show what is wrong
         return True
 
 
@@ -501,7 +501,7 @@ def _is_durable_only_after_close(spec: SinkSpec) -> bool:
 
 
 delivering = threading.local()
-"""Marks the threads that deliver: what a sink emits from there would come back to it for ever."""
+"""Marks the threads that deliver: an event emitted by a sink would come back to it forever."""
 
 
 def drive(
@@ -546,7 +546,7 @@ class ThreadedWorker:
         self._thread: threading.Thread | None = None
 
     def start(self) -> str | None:
-        """Begin to deliver; return why no thread can be started, None if one was."""
+        """Start the thread; return why it can't be started, None if it was."""
         name = f"trainbus delivers to {self.worker.spec.name}"
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         try:
@@ -557,7 +557,7 @@ class ThreadedWorker:
         return None
 
     def finish(self, lines: Sequence[bytes] = ()) -> None:
-        """Say that no more records will come, but for `lines` that the disk had no room for."""
+        """Announce that no more records will come, except `lines` that the disk had no room for."""
         if lines:
             self.worker.add(lines)
         self.worker.finish()
@@ -565,17 +565,17 @@ class ThreadedWorker:
         self._wake.set()
 
     def halt(self) -> None:
-        """End soon, however much is left."""
+        """Stop soon, whatever is left."""
         self._stopping = True
         self._wake.set()
 
     def join(self, until: float) -> None:
-        """Wait for the end, at most until then (in the seconds of `time.monotonic`)."""
+        """Wait for the end, at most until then (seconds of `time.monotonic`)."""
         if self._thread is not None:
             self._thread.join(max(until - time.monotonic(), 0.0))
 
     def is_finished(self) -> bool:
-        """Return whether the sink has everything, or will never have more."""
+        """Return whether the thread has ended."""
         return self._thread is not None and not self._thread.is_alive()
 
     def _run(self) -> None:

@@ -1,7 +1,7 @@
-"""Turns the events of one trainer into the records of its runs, one run after another.
+"""Turns the events of one trainer into records, one run after another.
 
 Guarantees, whatever is called in whatever order: each run has one `run.started` first and one
-`run.ended` last, `seq` has no gaps, and nothing raised by a subscriber or a sink reaches training.
+`run.ended` last, `seq` has no gaps, and no exception of a subscriber or sink reaches the training.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _T = TypeVar("_T")
 
 
 class Emitter:
-    """What `attach` gives to an adapter, and what a plain loop emits through."""
+    """Records the events of one trainer: of an adapter, or of a plain loop."""
 
     def __init__(
         self,
@@ -81,11 +81,11 @@ class Emitter:
         self._journal: JournalWriter | NullJournal | None = None
         self._dispatcher: RunDispatcher | None = None
         self._owner = 0
-        self._helps: bool | None = False
+        self._is_helper_process: bool | None = False
         self._shares_run = False
         self._ended_once = False
         self._dropped = 0
-        self._is_kept = False
+        self._is_recorded = False
         self._warned: set[str] = set()
         self._left_out: set[str] = set()
         self._unrecorded = 0
@@ -105,16 +105,16 @@ class Emitter:
         return self._run.id if self._run else None
 
     def __call__(self, event: Event, /) -> None:
-        """Hand an event to the bus: it becomes the next record of the run.
+        """Record an event as the next record of the run.
 
         Raises:
             SinkError: a sink with `on_error: raise` can't be opened.
         """
         if os.getpid() != self._pid and not self._is_adopted():
             return
-        if self._helps is None:
-            self._helps = _is_helper()
-        if self._helps:
+        if self._is_helper_process is None:
+            self._is_helper_process = _is_helper()
+        if self._is_helper_process:
             return
         if getattr(delivering, "here", False):
             self._warn("sink", f"dropped {event_name(event)}: emitted by a sink")
@@ -132,36 +132,38 @@ class Emitter:
                 while self._pending:
                     following, nesting = self._pending.popleft()
                     self._nesting = nesting + 1
-                    self._is_kept = False
-                    self._take_or_count(following)
+                    self._is_recorded = False
+                    self._record_or_count(following)
             finally:
                 self._busy = False
                 self._nesting = 0
                 process_hooks.finish_sigterm()
 
     def failed_on(self, rank: int, error: BaseException) -> None:
-        """Tell what ended another rank, so that the run of rank 0 ends with the true cause."""
-        if ended_by(error).status != "failed":  # who leaves by an exit or by Ctrl-C is no cause
+        """Record what ended another rank, so that the run of rank 0 ends with the true cause."""
+        if ended_by(error).status != "failed":  # an exit or Ctrl-C is not a cause
             return
         try:
             if not peers.report(self.settings.journal_folders(), rank, error, time.time()):
-                self._warn("rank", f"rank {rank} found no run to tell its failure to: {error!r}")
+                self._warn(
+                    "rank", f"rank {rank} failed, but no run was found to record it in: {error!r}"
+                )
         except Exception as second:
-            self._warn("rank", f"the failure of rank {rank} can't be told: {second}")
+            self._warn("rank", f"the failure of rank {rank} can't be recorded: {second}")
 
     def leave_out(self, what: str) -> None:
-        """Say once what of this run can't be recorded, and count it."""
+        """Warn once about a value that can't be recorded, and count it."""
         if os.getpid() != self._pid or (self._run is None and self._ended_once):
             return
         self._unrecorded += 1
         if what not in self._left_out and len(self._left_out) <= _MAX_LEFT_OUT:
             self._left_out.add(what)
             is_last = len(self._left_out) > _MAX_LEFT_OUT
-            more = "more is left out, which the receipt counts"
+            more = "further values are only counted, in the receipt"
             logger.warning("not recorded: %s", more if is_last else redaction.text(what))
 
     def _is_adopted(self) -> bool:
-        """Return whether this forked process logs: it does if its parent had no run to go on with.
+        """Return whether this forked process logs: only if its parent has no run.
 
         A forked child shares the parent's files and must not write to them.
         """
@@ -169,54 +171,56 @@ class Emitter:
             self._warn("fork", "a forked process logs nothing: its parent has the run")
             return False
         self._pid = os.getpid()
-        self._helps = None
+        self._is_helper_process = None
         return True
 
     def may_be_helper(self) -> None:
-        """Find out, when the first event comes, whether this process only helps a training."""
-        self._helps = None
+        """At the first event, check whether this process is a helper, as workers of loaders are."""
+        self._is_helper_process = None
 
     def end(self, error: BaseException | None = None) -> None:
         """End the run that is open, if one is: as failed or stopped by `error`, else finished.
 
-        On another rank, where none is, the error is told to the run of rank 0.
+        On another rank, where no run is open, the error is recorded in the run of rank 0.
         """
         if self._run is not None:
             self(ended_by(error))
             return
         if error is not None and (rank := current_rank()):
             self.failed_on(rank, error)
-        self._try("the hooks for the end of the process stay", process_hooks.unwatch, self)
+        self._try(
+            "the hooks for the end of the process stay installed", process_hooks.unwatch, self
+        )
 
     def watch_other_rank(self) -> None:
-        """Have what ends this process told, if it is not the one that has the run."""
+        """On another rank than 0, record the error that ends this process in the run of rank 0."""
         if current_rank():
             watch = functools.partial(process_hooks.watch, self, of_signals=False)
-            self._try("an error that ends this process is not told to rank 0", watch)
+            self._try("an error that ends this process is not recorded by rank 0", watch)
 
     def interrupt(self, event: RunEnded, flush_secs: float) -> bool:
-        """End the run from a signal handler; False if that is done when the emit under way is over.
+        """End the run from a signal handler; False if the running `emit` does that.
 
-        The sinks are waited for no longer than `flush_secs`.
+        It waits at most `flush_secs` for the sinks.
         """
         if self._run is None or not self._lock.acquire(timeout=flush_secs):
             return True
         try:
             dispatcher, is_over = self._dispatcher, not self._busy
             if dispatcher is not None:
-                dispatcher.hurry(flush_secs)
+                dispatcher.limit_wait(flush_secs)
             self(event)
             return is_over
         finally:
             self._lock.release()
 
     def fail(self, error: BaseException, thread: int) -> None:
-        """End the run that a thread started and died in."""
+        """End the run if the thread that started it died."""
         if self._run is not None and self._owner == thread:
             self.end(error)
 
     def abandon(self) -> None:
-        """Let go of everything in a forked child, which shares the files of its parent."""
+        """Release everything in a forked child, which shares the files of its parent."""
         self._lock = threading.RLock()
         self._run, dispatcher = None, self._dispatcher
         self._shares_run = True
@@ -235,26 +239,26 @@ class Emitter:
         """Unpickle, in another process, to an emitter of a bus made from the same configuration."""
         return reopen, (self.settings.rebuild,)
 
-    def _take_or_count(self, event: Event) -> None:
-        """Take an event; what goes wrong is said once, and costs that event alone."""
+    def _record_or_count(self, event: Event) -> None:
+        """Record an event; an error is reported once and costs only that event."""
         try:
-            self._take(event)
+            self._record_or_drop(event)
         except SinkError:  # `on_error: raise`
             raise
         except Exception as error:
             if process_hooks.comes_from_handler(error):
                 raise
-            self._dropped += not self._is_kept
-            what = "handed on" if self._is_kept else "recorded"
+            self._dropped += not self._is_recorded
+            what = "handed on" if self._is_recorded else "recorded"
             text = f"{event_name(event)} could not be {what}: {error!r}"
-            self._warn(f"not {what}", f"training goes on, but {text}")
+            self._warn(f"not {what}", f"training continues, but {text}")
 
-    def _take(self, event: Event) -> None:
+    def _record_or_drop(self, event: Event) -> None:
         if isinstance(event, RunEnded):
             if self._run is not None:
                 self._finish(event)
             return
-        ready = self._ready(event)
+        ready = self._prepared(event)
         if ready is None:
             return
         if self._run is not None and type(ready) is not RunStarted:
@@ -268,8 +272,8 @@ class Emitter:
             self._start(RunStarted())
             self._record(ready)
 
-    def _ready(self, event: Event) -> Event | None:
-        """Return an event as it may be written, None for what is no event of the schema."""
+    def _prepared(self, event: Event) -> Event | None:
+        """Return an event with plain values and no secrets, None if it is none of the schema."""
         try:
             event_name(event)
             event, left_out = normalize.event(event)
@@ -285,7 +289,7 @@ class Emitter:
         return event
 
     def end_previous(self) -> None:
-        """End a run that a new one of the same trainer takes the place of."""
+        """End the run that is open because the same trainer starts another one."""
         if self._run is not None:
             self._finish(RunEnded(status="stopped", reason="another run started in its place"))
 
@@ -304,31 +308,33 @@ class Emitter:
             what = "a resumed training will not find this run again"
             self._try(what, mark, event.save_dir, run_id, attempt)
         record = self._journal.append(event, time.time())
-        self._is_kept = True
+        self._is_recorded = True
         folder = self._journal.folder
         if folder is not None:
-            self._try("failures of other ranks will not be told", peers.announce, folder, attempt)
+            self._try(
+                "failures of other ranks will not be recorded", peers.announce, folder, attempt
+            )
         dispatcher = self._deliver(self._run, self._journal)
         self._subscribers.send(record)
         if dispatcher is None:
             return
         try:
-            dispatcher.demand()
+            dispatcher.require_opened()
         except SinkError as error:
             self._finish(ended_by(error))
             raise
 
     def _with_defaults(self, event: RunStarted) -> RunStarted:
-        """Return a run's start with what the user sets for every run."""
+        """Return the start of a run with the user's defaults."""
         changed = self.settings.defaults.apply(event)
-        # Those that were not read from a file have types that nobody has looked at.
-        ready = event if changed is event else self._ready(changed)
+        # Defaults that were not read from a file have unchecked types.
+        ready = event if changed is event else self._prepared(changed)
         return ready if isinstance(ready, RunStarted) else event
 
     def _record(self, event: Event) -> None:
         run, journal = self._opened()
         record = journal.append(event, time.time())
-        self._is_kept = True
+        self._is_recorded = True
         if self._dispatcher is None:
             self._deliver(run, journal)
         self._subscribers.send(record)
@@ -343,15 +349,15 @@ class Emitter:
         record = None
         try:
             with process_hooks.signals_deferred():
-                ready = self._ready(event)
+                ready = self._prepared(event)
                 if not isinstance(ready, RunEnded):
                     return
                 if (folder := journal.folder) is not None:
-                    what = "what ended other ranks is not known"
+                    what = "failures of other ranks are unknown"
                     ready = self._try(what, end_with_cause, folder, run.attempt, ready) or ready
-                    self._try("the note of this job stays", peers.withdraw, folder)
+                    self._try("the note for other ranks stays", peers.withdraw, folder)
                 record = journal.append(ready, time.time())
-                self._is_kept = True
+                self._is_recorded = True
         finally:
             if record is not None:
                 try:
@@ -365,9 +371,9 @@ class Emitter:
         return self._run, self._journal
 
     def _deliver(self, run: RunInfo, journal: JournalWriter | NullJournal) -> RunDispatcher | None:
-        """Start what takes the run's records to the sinks; None if that failed before, or fails."""
-        # It is missing after a Ctrl-C too, that came while the run was started.
-        what = "no sink gets anything of this run before `trainbus replay`"
+        """Open the run's dispatcher; None if that fails or failed before."""
+        # It is also missing after a Ctrl-C during the start of the run.
+        what = "sinks receive nothing of this run before `trainbus replay`"
         if self._dispatcher is None and what not in self._warned:
             found = self._try(what, self._open_dispatcher, run, journal)
             if found is not None:
@@ -404,10 +410,12 @@ class Emitter:
             self._ended_once = True
             with suppress(ValueError):
                 self._open_runs.remove(self)
-            self._try("the hooks for the end of the process stay", process_hooks.unwatch, self)
+            self._try(
+                "the hooks for the end of the process stay installed", process_hooks.unwatch, self
+            )
 
     def _try(self, consequence: str, call: Callable[..., _T], *args: Any) -> _T | None:
-        """Return what a call returns; what it raises costs the run no more than a line says."""
+        """Return the result of a call, None if it raises; `consequence` is then reported once."""
         try:
             return call(*args)
         except Exception as error:
@@ -423,7 +431,7 @@ class Emitter:
 
 
 class NullEmitter:
-    """Stands where an emitter was, in a process that has no configuration to make a bus from."""
+    """Replaces an emitter in a process that has no configuration to make a bus from."""
 
     services: frozenset[str] = frozenset()
     run_id: str | None = None
@@ -432,7 +440,7 @@ class NullEmitter:
         """Do nothing."""
 
     def every(self, phase: str) -> int | None:
-        """Ask for nothing."""
+        """Return None."""
         return None
 
     def failed_on(self, rank: int, error: BaseException) -> None:
@@ -443,7 +451,7 @@ class NullEmitter:
 
 
 def reopen(rebuild: Callable[[], Bus] | None) -> Emitter | NullEmitter:
-    """Return an emitter for this process, of a bus made anew from the configuration."""
+    """Return an emitter for this process, of a new bus from the configuration."""
     if rebuild is None:
         logger.warning(
             "a callback of trainbus reached another process without its sinks: "
@@ -454,7 +462,7 @@ def reopen(rebuild: Callable[[], Bus] | None) -> Emitter | NullEmitter:
         emitter = rebuild().emitter(is_main=False)
         emitter.may_be_helper()
         return emitter
-    except Exception as error:  # a configuration fault must not end a training that runs elsewhere
+    except Exception as error:  # training runs elsewhere
         logger.warning("this process logs nothing: %s", error)
         return NullEmitter()
 
@@ -462,6 +470,6 @@ def reopen(rebuild: Callable[[], Bus] | None) -> Emitter | NullEmitter:
 def _is_helper() -> bool:
     """Return whether this is a daemonic child, such as a worker of a data loader or of a pool.
 
-    Frameworks train in children that are no daemons; at the time of unpickling it can't be told.
+    Frameworks don't train in daemonic children. Whether this is one is unknown while unpickling.
     """
     return bool(multiprocessing.current_process().daemon)
