@@ -65,7 +65,7 @@ def _kind(hint: Any) -> str:
     arms = []
     for arm in _arms(hint):
         plain = get_args(arm)[0] if hasattr(arm, "__metadata__") else arm
-        if plain is type(None):
+        if plain is type(None) or _is_union(plain):  # the members of a union follow it
             continue
         origin = get_origin(plain) or plain
         if origin is Literal:
