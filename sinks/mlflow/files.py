@@ -201,9 +201,8 @@ class Checkpoints:
     def _send(self, event: CheckpointSaved, before: str | None) -> str:
         """Send a checkpoint unless the same file is stored already, and return its path."""
         if event.kind == "periodic":
-            at = (
-                f"step-{event.step}" if event.epoch is None else f"epoch-{epochs_done(event.epoch)}"
-            )
+            epoch = epochs_done(event.epoch)
+            at = f"step-{event.step}" if epoch is None else f"epoch-{epoch}"
             place = f"{_CHECKPOINTS}/{at}/{Path(event.path).name}"
             self._files.send(event.path, f"{_CHECKPOINTS}/{at}")
             self._periodic = (event, place)
@@ -229,10 +228,9 @@ class Checkpoints:
 
 
 def _is_same(event: CheckpointSaved, other: CheckpointSaved) -> bool:
-    """Return whether two events name the same file, and nobody writes it again."""
-    is_final = event.final and other.final
+    """Return whether two events name the same file, which is never written again."""
     same = (event.path, event.epoch, event.step) == (other.path, other.epoch, other.step)
-    return is_final and same
+    return same and event.final and other.final
 
 
 def _digest(path: str) -> str | None:
