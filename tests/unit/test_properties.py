@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -238,11 +237,7 @@ class Deliveries(RuleBasedStateMachine):
     @rule()
     def crash(self) -> None:
         """Kill the worker's process, and start another one."""
-        fd, self.worker._lock_fd = self.worker._lock_fd, None
-        if fd is not None:
-            os.close(fd)
-        if self.worker._reader is not None:
-            self.worker._reader.close()
+        self.worker.release()
         self.worker = self.new_worker()
 
     def check(self, report: SinkReport) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -109,16 +108,12 @@ class Delivered:
 
     def crash(self) -> None:
         """Kill the worker's process: nothing is saved or closed, but the system lets go."""
-        fd, self.worker._lock_fd = self.worker._lock_fd, None
-        if fd is not None:
-            os.close(fd)
-        if self.worker._reader is not None:
-            self.worker._reader.close()
+        self.worker.release()
 
     @property
     def attempt(self) -> int:
         """The attempt that the worker counts."""
-        return self.worker._attempt
+        return self.worker.attempt
 
     def emitted(self) -> int:
         """Return the number of the records of that attempt."""

@@ -83,7 +83,7 @@ class SinkWorker:
         """Whether the sink could be opened; None before the first try."""
         self._folder = folder
         self._files = files
-        self._attempt = attempt
+        self.attempt = attempt
         self._given_after = after
         self._is_replay = is_replay
         self._pid = pid
@@ -169,7 +169,7 @@ class SinkWorker:
 
     def is_complete(self) -> bool:
         """Return whether the sink is done with every record of the attempt."""
-        return self._ledger.cursor.attempt == self._attempt and (self.done or self._is_at_end)
+        return self._ledger.cursor.attempt == self.attempt and (self.done or self._is_at_end)
 
     def has_everything(self) -> bool:
         """Return whether the sink was done with every record when the last step began."""
@@ -177,7 +177,7 @@ class SinkWorker:
 
     def total(self) -> int:
         """Return how many records the attempt has."""
-        return self.count if self.is_complete() else count(self._folder, self._attempt)
+        return self.count if self.is_complete() else count(self._folder, self.attempt)
 
     def missing(self) -> int:
         """Return how many records the sink has not received, without changing anything."""
@@ -208,6 +208,10 @@ class SinkWorker:
         if self._uploader is not None:
             self._uploader.join(POLL_S * 10)
         self._close_sink()
+        self.release()
+
+    def release(self) -> None:
+        """Close the journal and unlock the sink, and save nothing, as the end of a process does."""
         if self._reader is not None:
             self._reader.close()
         fd, self._lock_fd = self._lock_fd, None
@@ -218,7 +222,7 @@ class SinkWorker:
         """Return what became of the attempt's records; may be called while a step is blocked."""
         cursor = self._ledger.cursor
         counts = (cursor.taken, cursor.skipped, cursor.dead)
-        taken, skipped, dead = counts if cursor.attempt == self._attempt else (0, 0, 0)
+        taken, skipped, dead = counts if cursor.attempt == self.attempt else (0, 0, 0)
         with suppress(Exception):
             if self._sink is not None and not self.blocked_for():
                 cursor.lost, cursor.location = self._sink.lost, self._sink.location
@@ -265,7 +269,7 @@ class SinkWorker:
             attempt, seq = self._given_after
             return Cursor(attempt=attempt, seq=seq, skipped=seq)
         if found is None:
-            return Cursor(attempt=0 if self._is_replay else self._attempt)
+            return Cursor(attempt=0 if self._is_replay else self.attempt)
         if not found.closed and _is_durable_only_after_close(self.spec):
             # Records delivered since it was opened may be lost with its process.
             return Cursor(attempt=found.attempt, location=found.location)
@@ -277,7 +281,7 @@ class SinkWorker:
             self._folder,
             after=(cursor.attempt, first - 1),
             offset=0 if cursor.uploads or not 0 <= cursor.offset < _MAX_OFFSET else cursor.offset,
-            upto=self._attempt,
+            upto=self.attempt,
         )
 
     def _read(self) -> bool:
@@ -379,7 +383,7 @@ class SinkWorker:
         self._ledger.count_taken(items, self._reader.offset if is_all and self._reader else None)
         if isinstance(items[-1].record.event, RunEnded):
             self._close_sink()
-            self.done = items[-1].record.attempt >= self._attempt
+            self.done = items[-1].record.attempt >= self.attempt
         else:
             self._ledger.save(_SAVE_S)
 
@@ -425,7 +429,7 @@ class SinkWorker:
         self._ledger.save(0.0)
         if isinstance(record.event, RunEnded):
             self._close_sink()
-            self.done = record.attempt >= self._attempt
+            self.done = record.attempt >= self.attempt
 
     def _warn(self, text: str) -> None:
         logger.warning("sink %r (%s) %s", self.spec.name, self.spec.kind, text)
