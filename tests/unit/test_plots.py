@@ -1,4 +1,4 @@
-"""Pictures of what a tracker has no object for."""
+"""Pictures of events that a tracker has no object for."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def pixels(data: bytes) -> np.ndarray[Any, Any]:
 @pytest.mark.filterwarnings("ignore:Attempting to set identical:UserWarning")
 @pytest.mark.parametrize("name", EVENTS)
 def test_an_event_is_drawn(name: str) -> None:
-    """A PNG that shows something, the same one each time."""
+    """A PNG that is not blank, and is the same each time."""
     first, second = drawn(EVENTS[name]), drawn(EVENTS[name])
     assert first is not None
     assert first == second
@@ -68,7 +68,7 @@ def test_an_event_is_drawn(name: str) -> None:
 
 
 def test_other_events_are_not_drawn() -> None:
-    """What is no picture is None."""
+    """There is no picture of them."""
     assert drawn(TextLogged(key="k", text="t")) is None
 
 
@@ -82,20 +82,20 @@ def test_other_events_are_not_drawn() -> None:
     ],
 )
 def test_an_array_becomes_a_png(array: Any) -> None:
-    """Grey, RGB and RGBA, as bytes or as floats in 0…1, in the size that they have."""
+    """Grey, RGB and RGBA, as bytes or as floats in 0…1, in the same size."""
     found = pixels(png(array))
     assert (4, 6) == found.shape[:2]
     assert {128} == set(np.unique(found))
 
 
-def test_floats_are_cut_to_what_can_be_shown() -> None:
-    """What is not in 0…1, NaN included, is black or white."""
+def test_floats_are_clipped() -> None:
+    """Values outside 0…1, and NaN, are black or white."""
     found = pixels(png(np.array([[-1.0, 2.0, np.nan, np.inf]])))
     assert [0, 255, 0, 255] == found.ravel().tolist()
 
 
 def test_a_mask_is_black_and_white() -> None:
-    """What is true is white, so that a mask can be seen."""
+    """True is white, so that a mask is visible."""
     from PIL import Image
 
     mask = np.array([[True, False], [False, True]])
@@ -104,14 +104,14 @@ def test_a_mask_is_black_and_white() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3,), (0, 3), (2, 2, 7), (1, 2, 2, 3)])
-def test_what_is_no_picture_is_refused(shape: tuple[int, ...]) -> None:
+def test_an_array_that_is_no_picture_is_rejected(shape: tuple[int, ...]) -> None:
     """The error says what was found and expected."""
     with pytest.raises(ValueError, match=r"expected a picture \(H, W\) or \(H, W, C\), found"):
         png(np.zeros(shape))
 
 
-def test_the_trainings_own_plots_are_not_touched() -> None:
-    """No figure is open afterwards, and pyplot was not even imported."""
+def test_plots_of_the_training_are_unaffected() -> None:
+    """No figure is left open, and pyplot is not even imported."""
     code = (
         "import sys, numpy as np; from trainbus.toolkit.plots import drawn; "
         "from trainbus.events import CurveLogged; "
@@ -124,8 +124,8 @@ def test_the_trainings_own_plots_are_not_touched() -> None:
     assert "False" == done.stdout.strip()
 
 
-def test_every_event_to_be_seen_has_a_picture(tmp_path: Path) -> None:
-    """A file's bytes as they are, an array or a curve as a PNG; nothing else can be shown."""
+def test_the_picture_of_an_event(tmp_path: Path) -> None:
+    """The bytes of a file, or a PNG of an array or curve; other events have none."""
     (tmp_path / "a.jpg").write_bytes(b"jpeg")
     array = np.zeros((2, 2))
     assert (b"jpeg", ".jpg") == picture(ImageLogged(key="k", path=str(tmp_path / "a.jpg")))

@@ -86,18 +86,18 @@ def record(attempt: int, seq: int) -> Record:
 
 @pytest.mark.parametrize("pid", [None, os.getpid()], ids=["none", "own"])
 def test_only_the_parent_is_interrupted(pid: int | None) -> None:
-    """A sink that runs in the training, or whose training is gone, interrupts nobody."""
+    """A sink in the training process, or whose training has ended, interrupts nothing."""
     run = RunInfo(id="run", started=RunStarted(), pid=pid)
     assert not interrupt_training(run)
 
 
-def test_what_comes_again_is_left_out(tmp_path: Path) -> None:
-    """Within a batch, in a later one, and after the store was opened anew."""
+def test_repeated_records_are_skipped(tmp_path: Path) -> None:
+    """Within a batch, in a later one, and after the store was reopened."""
     path = tmp_path / "position.json"
-    taken = SeenRecords(path)
+    seen = SeenRecords(path)
     batch = [record(1, 1), record(1, 2), record(1, 2), record(1, 1)]
-    assert [(1, 1), (1, 2)] == [r.position for r in taken.new(batch)]
-    taken.save()
+    assert [(1, 1), (1, 2)] == [r.position for r in seen.new(batch)]
+    seen.save()
     again = SeenRecords(path)
     assert (1, 2) == again.last
     assert [(1, 3), (2, 1)] == [
@@ -105,22 +105,22 @@ def test_what_comes_again_is_left_out(tmp_path: Path) -> None:
     ]
 
 
-def test_what_could_not_be_stored_comes_again() -> None:
-    """A record whose storing raised is given out anew, and those before it are not."""
-    taken, batch = SeenRecords(), [record(1, 1), record(1, 2)]
+def test_a_record_whose_storing_failed_is_yielded_again() -> None:
+    """Only that record and those after it."""
+    seen, batch = SeenRecords(), [record(1, 1), record(1, 2)]
 
     def store() -> None:
-        for each in taken.new(batch):
+        for each in seen.new(batch):
             if each.seq == 2:
                 raise OSError("full")
 
     with pytest.raises(OSError, match="full"):
         store()
-    assert [(1, 2)] == [r.position for r in taken.new(batch)]
+    assert [(1, 2)] == [r.position for r in seen.new(batch)]
 
 
-def test_what_was_not_saved_comes_again(tmp_path: Path) -> None:
-    """A position is kept only once the store has what it stands for."""
+def test_an_unsaved_position_is_lost(tmp_path: Path) -> None:
+    """A position is saved only once the store has everything up to it."""
     path = tmp_path / "position.json"
     list(SeenRecords(path).new([record(1, 1)]))
     assert (0, 0) == SeenRecords(path).last
@@ -128,8 +128,8 @@ def test_what_was_not_saved_comes_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[1]", "5", "[1e400, 1]", '["a", 1]', "[" * 100_000])
-def test_a_position_that_is_nonsense_is_none(tmp_path: Path, text: str) -> None:
-    """Whatever stands in the file, the store begins, at worst with everything anew."""
+def test_an_invalid_position_is_ignored(tmp_path: Path, text: str) -> None:
+    """Whatever the file contains, the store opens, at worst as an empty one."""
     path = tmp_path / "position.json"
     path.write_text(text)
     assert (0, 0) == SeenRecords(path).last
@@ -137,7 +137,7 @@ def test_a_position_that_is_nonsense_is_none(tmp_path: Path, text: str) -> None:
 
 @given(st.lists(st.text(max_size=40), unique=True))
 def test_names_stay_apart(names: list[str]) -> None:
-    """Two names are never made one, and each is always made the same."""
+    """Different names never become equal, and each name always gets the same result."""
 
     def clean(name: str) -> str:
         return "".join(c if c.isascii() and c.isalnum() else "_" for c in name)
@@ -155,18 +155,18 @@ def test_names_stay_apart(names: list[str]) -> None:
     ("expected", "fields"),
     [(7, {"step": 7, "epoch": 1}), (0, {"step": 0, "epoch": 1}), (2, {"epoch": 1}), (0, {})],
 )
-def test_an_event_has_a_place_on_the_axis(expected: int, fields: dict[str, Any]) -> None:
-    """The step where there is one, else the epochs that are done."""
+def test_an_event_has_a_position_on_the_x_axis(expected: int, fields: dict[str, Any]) -> None:
+    """The step if there is one, else the number of epochs done."""
     assert expected == x_position(MetricsLogged(values={}, phase="train", **fields))
 
 
-def test_the_final_evaluation_is_set_apart() -> None:
-    """It is no further epoch."""
+def test_the_final_evaluation_has_a_prefix() -> None:
+    """It is not another epoch."""
     assert ("final/a/b", "a/b") == tuple(metric_name("a/b", final=f) for f in (True, False))
 
 
 def test_nested_parameters_get_dotted_names() -> None:
-    """An empty dict is a value; lists stay what they are."""
+    """An empty dict is a value; lists are unchanged."""
     nested = {"a": {"b": {"c": 1}, "d": {}}, "e": [{"f": 1}], "g": None}
     assert {"a.b.c": 1, "a.d": {}, "e": [{"f": 1}], "g": None} == flat(nested)
 
@@ -184,8 +184,8 @@ def saved(*kinds: Any) -> list[CheckpointSaved]:
         ("none", []),
     ],
 )
-def test_which_checkpoints_may_be_kept(wanted: Wanted, expected: list[str]) -> None:
-    """The last one may be all there is, where the best is wanted; artifacts are kept anyhow."""
+def test_which_checkpoints_are_wanted(wanted: Wanted, expected: list[str]) -> None:
+    """If the best is wanted, the last one may be the only one; artifacts are always wanted."""
     events = saved("periodic", "last", "best")
     assert expected == [event.kind for event in events if is_wanted(wanted, event)]
     assert is_wanted(wanted, ArtifactLogged(name="a", kind="data", paths=[]))
@@ -200,33 +200,33 @@ def test_which_checkpoints_may_be_kept(wanted: Wanted, expected: list[str]) -> N
         ("none", [], []),
     ],
 )
-def test_what_a_trainer_overwrites_is_stored_at_the_end(
+def test_overwritten_checkpoints_are_stored_at_the_end(
     wanted: Wanted, at_once: list[str], at_end: list[str]
 ) -> None:
-    """Periodic checkpoints are stored as they come, of the others the newest when all is over."""
-    overwritten = LatestCheckpoints(wanted)
+    """Periodic checkpoints are stored as they come, the newest of the others at the end."""
+    latest = LatestCheckpoints(wanted)
     events = saved("periodic", "last", "best", "periodic", "best", "last")
-    assert at_once == [event.path for event in events if not overwritten.put_off(event)]
-    assert at_end == [event.path for event in overwritten.at_end()]
+    assert at_once == [event.path for event in events if not latest.put_off(event)]
+    assert at_end == [event.path for event in latest.at_end()]
 
 
-def test_the_last_checkpoint_stands_in_for_the_best() -> None:
-    """Where a training names none its best, there is still one to go on with."""
-    overwritten = LatestCheckpoints("best")
+def test_the_last_checkpoint_replaces_a_missing_best_one() -> None:
+    """If a training names no best checkpoint, the last one is stored."""
+    latest = LatestCheckpoints("best")
     (last,) = saved("last")
-    assert overwritten.put_off(last)
-    assert [last] == overwritten.at_end()
+    assert latest.put_off(last)
+    assert [last] == latest.at_end()
 
 
-def test_what_is_known_of_a_model() -> None:
-    """What is not known is left out."""
+def test_the_values_of_a_model() -> None:
+    """Unknown values are omitted."""
     event = ModelDescribed(parameters=5, speed_ms={"inference": 2.5}, extra={"depth": 3.0})
     expected = {"model/parameters": 5, "model/speed_inference(ms)": 2.5, "model/depth": 3.0}
     assert expected == model_values(event)
 
 
 def test_an_option_names_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the run's id in it, and whole."""
+    """Absolute, and with the run's id."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/user")
     assert tmp_path / "runs" / "run_1" == folder_of("runs/{run}", "run_1")
@@ -242,13 +242,13 @@ def test_an_option_names_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ([], []),
     ],
 )
-def test_files_lie_side_by_side(paths: list[str], expected: list[str]) -> None:
-    """By their names, or by their folders too where two have one name."""
+def test_files_get_unique_names(paths: list[str], expected: list[str]) -> None:
+    """Their own names, or with their folders if two have the same name."""
     assert dict(zip(paths, expected, strict=True)) == side_by_side(paths)
 
 
-def test_what_has_no_place_stands_at_the_last_metric() -> None:
-    """A value with neither step nor epoch stands where the run is, and moves nothing."""
+def test_an_event_without_a_step_is_at_the_last_metric() -> None:
+    """A value with neither step nor epoch has the current position and doesn't change it."""
     timeline = Timeline(3)
     summary = MetricsLogged(values={"a": 1.0}, phase="train")
     final = MetricsLogged(values={"a": 1.0}, phase="test", epoch=1, final=True)
@@ -258,8 +258,8 @@ def test_what_has_no_place_stands_at_the_last_metric() -> None:
     assert [3, 2, 3, 40, 71, 40] == found
 
 
-def test_a_superseded_checkpoint_is_no_loss() -> None:
-    """What was gone is lost only where nothing newer of its kind is stored, and is told once."""
+def test_a_superseded_checkpoint_is_not_lost() -> None:
+    """A missing file is lost only if nothing newer of its kind is stored; it is counted once."""
     superseded = Superseded()
     best, last = (CheckpointSaved(path=k, kind=k) for k in ("best", "last"))
     superseded.missed(best)
@@ -278,7 +278,7 @@ def test_a_tracker_sink_has_a_location_once_it_is_open() -> None:
 
 
 def test_a_tracker_sink_counts_and_logs_losses(caplog: pytest.LogCaptureFixture) -> None:
-    """One line for each, that says what, where and why; `open` begins to count anew."""
+    """Each is logged with its name, tracker and reason; `open` resets the count."""
     sink = ExampleSink()
     sink.open(RUN)
     with sink.showing("a/curve"):
@@ -310,7 +310,7 @@ def test_other_errors_are_not_losses() -> None:
 
 
 def test_a_tracker_sink_wants_what_its_option_says() -> None:
-    """A sink without the option wants artifacts alone."""
+    """A sink without the option wants only artifacts."""
     periodic, _, best = saved("periodic", "last", "best")
     assert [False, True] == [ExampleSink().wants_files(event) for event in (periodic, best)]
     plain = ExampleSink(Options())
@@ -319,14 +319,14 @@ def test_a_tracker_sink_wants_what_its_option_says() -> None:
 
 
 def test_the_last_checkpoint_is_not_wanted_beside_the_best() -> None:
-    """It only stands in for it."""
+    """It only replaces a missing one."""
     (last,) = saved("last")
     assert [True, False] == [is_wanted("best", last, has_best=found) for found in (False, True)]
     assert is_wanted("all", last, has_best=True)
 
 
 def test_a_missing_package_is_named_with_its_extra() -> None:
-    """By an import and by a look alike, and an installed one is no error."""
+    """By an import and by a check; an installed package is no error."""
     with required_package("json"):
         import json  # noqa: F401
     check_package("json")
@@ -343,7 +343,7 @@ def test_a_missing_package_is_named_with_its_extra() -> None:
 
 
 def test_a_folder_is_created_or_its_option_named(tmp_path: Path) -> None:
-    """A folder that exists is left as it is."""
+    """An existing folder is unchanged."""
     folder = tmp_path / "a" / "b"
     assert folder == make_folder(folder) == make_folder(folder)
     assert folder.is_dir()
@@ -359,7 +359,7 @@ def test_a_folder_is_created_or_its_option_named(tmp_path: Path) -> None:
 def test_data_is_appended_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk writes short, without an error: what it wrote is removed again."""
+    """A full disk writes only a part, without an error; that part is removed."""
     path = tmp_path / "file"
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
@@ -375,7 +375,7 @@ def test_data_is_appended_whole_or_not_at_all(
 
 
 def test_the_best_value_of_a_run() -> None:
-    """With its epoch counted from 1, where it has one."""
+    """With its epoch counted from 1, if it has one."""
     best = Best(metric="a/b", value=0.5, epoch=2)
     expected = {"best/a/b": 0.5, "best/epoch": 3}
     assert expected == best_values(RunEnded(status="finished", best=best))
@@ -398,7 +398,7 @@ def test_epochs_are_counted_from_one() -> None:
 
 
 def test_a_lone_surrogate_is_escaped() -> None:
-    """Any other character stays."""
+    """Other characters are unchanged."""
     assert "métrique/µ漢\\ud800" == utf8("métrique/µ漢\ud800")
 
 
