@@ -1170,8 +1170,8 @@ def every_name(value: str) -> list[tuple[int, str]]:
 def precisely(event: Any, keys: frozenset[str] = frozenset()) -> Any:
     """Return what redaction makes of an event where nothing is skipped."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(redaction, "_may_hide", lambda value, keys: True)
-        patch.setattr(patterns, "may_hide", lambda value: True)
+        patch.setattr(redaction, "_may_contain_secret", lambda value, keys: True)
+        patch.setattr(patterns, "may_contain_secret", lambda value: True)
         patch.setattr(patterns, "_has_shape", lambda value: True)
         patch.setattr(patterns, "_AFTER_SIGNS", ("",))
         patch.setattr(patterns, "_names", every_name)
@@ -1188,9 +1188,9 @@ def test_no_secret_of_the_corpora_is_skipped() -> None:
         f"{name}={made(shape)}" for name, _, shape in (n.partition(" ") for n in lines(NAMED))
     ]
     names = [line.partition(" ")[0] for line in lines(NAMED)]
-    skipped = [each for each in [*texts, *names] if not patterns.may_hide(each)]
+    skipped = [each for each in [*texts, *names] if not patterns.may_contain_secret(each)]
     assert [] == skipped
-    assert [] == [each for each in texts if not patterns.may_hide(f"a b\n{each}\nc")]
+    assert [] == [each for each in texts if not patterns.may_contain_secret(f"a b\n{each}\nc")]
 
 
 @settings(max_examples=40, deadline=None)

@@ -161,7 +161,7 @@ def _on_exception(
 
 
 def _is_over() -> bool:
-    """Return whether the program is ending: only the interpreter calls the hook from no frame.
+    """Return whether the program is ending: the interpreter then calls the hook without a caller.
 
     C extensions also call the hook, to print an exception that they ignore.
     """

@@ -20,13 +20,13 @@ from trainbus.redaction.names import (
     NONE,
     PASSWORD,
     TOKEN,
-    hides,
-    is_odd,
+    is_secret,
     kind_of,
+    looks_random,
     named,
     squash,
 )
-from trainbus.redaction.patterns import REDACTED, may_hide, text
+from trainbus.redaction.patterns import REDACTED, may_contain_secret, text
 
 __all__ = ["REDACTED", "event", "params", "text"]
 
@@ -128,7 +128,7 @@ def _field(value: Any, field: str, old: Any, keys: frozenset[str]) -> Any:
     if field == "rows":  # a secret is recognized by its column, or by the cell before it
         return _rows(old, [named(column, keys) for column in value.columns], keys)
     kind = named(value.key, keys) if type(value) is events.TextLogged else NONE
-    if not kind and not _may_hide(old, keys):
+    if not kind and not _may_contain_secret(old, keys):
         return old
     return _walk(old, keys, kind, 0)
 
@@ -137,9 +137,11 @@ def _rows(old: list[Any], kinds: list[int], keys: frozenset[str]) -> list[Any]:
     """Return the rows of a table with secrets replaced; only suspicious rows are examined."""
     suspicious: set[str] | None = None
     if not any(kinds) and (texts := _cells(old)) is not None:
-        if not _may_hide(list(texts), keys):
+        if not _may_contain_secret(list(texts), keys):
             return old
-        suspicious = {cell for cell in texts if _may_hide(cell, keys) or named(cell, keys)}
+        suspicious = {
+            cell for cell in texts if _may_contain_secret(cell, keys) or named(cell, keys)
+        }
     new = [
         row
         if suspicious is not None and suspicious.isdisjoint(row)
@@ -157,7 +159,7 @@ def _cells(rows: list[Any]) -> set[str] | None:
     return {cell for row in rows for cell in row if type(cell) is str} if str in kinds else set()
 
 
-def _may_hide(value: Any, keys: frozenset[str]) -> bool:
+def _may_contain_secret(value: Any, keys: frozenset[str]) -> bool:
     """Return whether a value may contain a secret; a fast check in one scan."""
     texts: list[str] = []
     _gather(value, texts, 0)
@@ -166,7 +168,7 @@ def _may_hide(value: Any, keys: frozenset[str]) -> bool:
         squashed = squash(whole)
         if any(key in squashed for key in keys):
             return True
-    return bool(whole) and may_hide(whole)
+    return bool(whole) and may_contain_secret(whole)
 
 
 def _gather(value: Any, texts: list[str], depth: int) -> None:
@@ -188,8 +190,8 @@ def _walk(value: Any, keys: frozenset[str], kind: int, depth: int, name: Any = "
         if kind == ANY:
             return REDACTED
         if isinstance(value, str):
-            new = REDACTED if hides(kind, value) else text(value)
-            return REDACTED if new is not value and hides(kind, new) else new
+            new = REDACTED if is_secret(kind, value) else text(value)
+            return REDACTED if new is not value and is_secret(kind, new) else new
         if isinstance(value, dict | list | tuple):
             if depth > _MAX_DEPTH:
                 return REDACTED
@@ -230,11 +232,11 @@ def _list(
         here = max(kind, columns[index] if index < len(columns) else NONE)
         flag = _FLAG.match(old) if isinstance(old, str) else None
         if flag:
-            said = named(flag[1], keys)
-            mine = said == ANY and flag[2]
+            following = named(flag[1], keys)
+            mine = following == ANY and flag[2]
             new.append(flag[0] + REDACTED if mine else _walk(old, keys, here, depth, name))
-            before = NONE if flag[2] else said
-        elif login and isinstance(old, str) and len(old) >= 20 and is_odd(TOKEN, old):
+            before = NONE if flag[2] else following
+        elif login and isinstance(old, str) and len(old) >= 20 and looks_random(TOKEN, old):
             new.append(REDACTED)  # of `["login", KEY]`
             login = False
         else:
@@ -242,8 +244,9 @@ def _list(
             login = old == "login" if isinstance(old, str) else False
             before = NONE
             if index == 0 and len(value) == 2:
-                said = named(old, keys)
-                before = said if said == ANY or is_odd(said, str(value[1])) else NONE
+                following = named(old, keys)
+                is_sure = following == ANY or looks_random(following, str(value[1]))
+                before = following if is_sure else NONE
     return given if all(a is b for a, b in zip(new, given, strict=True)) else new
 
 

@@ -1,7 +1,7 @@
 """Decides from a name whether its value is a secret.
 
-`kind_of` splits a name into words and looks for one that means a secret; `hides` decides whether a
-value is one. To cover another name, add a word to the sets below.
+`kind_of` splits a name into words and looks for one that means a secret; `is_secret` decides
+whether a value is one. To cover another name, add a word to the sets below.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def kind_of(name: str) -> int:
     return NONE if front in _ABOUT or (kind < KEY and tail & _FORMS) else kind
 
 
-def hides(kind: int, value: str) -> bool:
+def is_secret(kind: int, value: str) -> bool:
     """Return whether a text is a secret if its name says `kind` about it."""
     value = value.strip() if kind else ""
     if not value or PLACEHOLDER.fullmatch(value) or _PLACE.fullmatch(value):
@@ -166,6 +166,6 @@ def hides(kind: int, value: str) -> bool:
     return kind >= KEY or (len(value) >= 8 and not _PIECE.search(value))
 
 
-def is_odd(kind: int, value: str) -> bool:
+def looks_random(kind: int, value: str) -> bool:
     """Return whether a text is more than a word, if it is uncertain that a name refers to it."""
     return bool(_RUN.search(value) if kind == TOKEN else MIXED.fullmatch(value))

@@ -21,9 +21,9 @@ from trainbus.redaction.names import (
     PLACEHOLDER,
     STOP,
     WORD,
-    hides,
-    is_odd,
+    is_secret,
     kind_of,
+    looks_random,
     squash,
 )
 
@@ -161,7 +161,7 @@ def text(value: str) -> str:
     if not isinstance(value, str):
         return value
     new = value if type(value) is str else str.__getitem__(value, slice(None))
-    if not may_hide(new):
+    if not may_contain_secret(new):
         return value
     for _ in range(3):  # replacing one secret can reveal the next
         old, new = new, _redact_once(new)
@@ -170,7 +170,7 @@ def text(value: str) -> str:
     return value if new == value else new
 
 
-def may_hide(value: str) -> bool:
+def may_contain_secret(value: str) -> bool:
     """Return whether a text may contain a secret, or the name of one; a fast check.
 
     If it is True for a text, it is also True for any lines that include the text.
@@ -279,12 +279,12 @@ def _value_of(found: re.Match[str], value: str) -> tuple[int, int] | None:
     end = after.end() if quoted else _end(pattern, value, at, at + 99)
     word = value[at:end] if quoted else value[at:end].rstrip(_CLOSING)
     first = _FIRST.match(word)
-    if first is None or (word if quoted else first[1]).lower() in STOP or not hides(kind, word):
+    if first is None or (word if quoted else first[1]).lower() in STOP or not is_secret(kind, word):
         return None
     if word == name or (kind < PASSWORD and len(word) < 10 and word.isdigit()):
         return None
     if found["prose"] or (quoted and not (sep or found["flag"])):
-        harmless = not is_odd(kind, word)
+        harmless = not looks_random(kind, word)
     elif quoted:
         harmless = _is_closed(found, after, value)
     elif PLACEHOLDER.fullmatch(value[at:end].rstrip(",;.")) or word.startswith(_NO_VALUE):
