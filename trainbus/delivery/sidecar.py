@@ -183,7 +183,7 @@ class Sidecar:
             self._serve(run, [name for name in waiting if name not in refused])
 
     def stop(self, run: SidecarRun, secs: float) -> None:
-        """Request the reports of a run, and kill a process that does not answer; called by the run."""
+        """Request the reports of a run, and kill a process that does not answer."""
         deadline = time.monotonic() + secs
         run.is_over = True
         with self._lock:
