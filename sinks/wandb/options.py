@@ -48,18 +48,26 @@ class WandbOptions(Options, frozen=True, kw_only=True):
     job_type: Annotated[str, Meta(description="Type of the run, such as `train`")] | None = None
     tags: Annotated[list[Tag], Meta(description="Tags; by default the training's")] | None = None
     notes: Annotated[str, Meta(description="Notes about the run")] | None = None
-    mode: Annotated[
-        Literal["online", "offline", "disabled", "shared"] | None,
-        Meta(description="Where to log the run; by default `WANDB_MODE`, else online"),
-    ] = None
+    # `| None` stays outside: Python reuses an equal union that was made before, for example by wandb,
+    # and literals are equal in any order.
+    mode: (
+        Annotated[
+            Literal["online", "offline", "disabled", "shared"],
+            Meta(description="Where to log the run; by default `WANDB_MODE`, else online"),
+        ]
+        | None
+    ) = None
     dir: Annotated[
         FilePath | None, Meta(description="Folder for wandb's files; by default the save directory")
     ] = None
     id: RunId | None = None
-    resume: Annotated[
-        Literal["allow", "never", "must", "auto"] | None,
-        Meta(description="What to do if W&B has the id; by default `allow` when resuming"),
-    ] = None
+    resume: (
+        Annotated[
+            Literal["allow", "never", "must", "auto"],
+            Meta(description="What to do if W&B has the id; by default `allow` when resuming"),
+        ]
+        | None
+    ) = None
     save_checkpoints: SaveCheckpoints = "best"
     curves: Annotated[
         Literal["per_class", "mean"],
