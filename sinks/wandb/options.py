@@ -48,7 +48,7 @@ class WandbOptions(Options, frozen=True, kw_only=True):
     job_type: Annotated[str, Meta(description="Type of the run, such as `train`")] | None = None
     tags: Annotated[list[Tag], Meta(description="Tags; by default the training's")] | None = None
     notes: Annotated[str, Meta(description="Notes about the run")] | None = None
-    # `| None` stays outside: Python reuses an equal union that was made before, for example by wandb,
+    # `| None` stays outside: Python reuses an equal union that was made before, as by wandb itself,
     # and literals are equal in any order.
     mode: (
         Annotated[
