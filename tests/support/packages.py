@@ -11,6 +11,7 @@ import pytest
 _OTHER_NAMES = {
     "comet": "comet_ml",
     "console": "rich",
+    "csv": "pandas",
     "html": "plotly",
     "jsonl": "msgspec",
     "memory": "msgspec",
@@ -53,7 +54,9 @@ class PackageModule(pytest.Module):
         return list(super().collect())
 
 
-def module_of(module_path: Path, parent: pytest.Collector) -> pytest.Module:
-    """Return the collector of a file in such a folder."""
+def module_of(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Return the collector of a file in such a folder, None for files elsewhere."""
+    if module_path.parents[1].name not in ("frameworks", "trackers"):
+        return None
     found: pytest.Module = PackageModule.from_parent(parent, path=module_path)
     return found
