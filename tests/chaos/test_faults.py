@@ -204,7 +204,7 @@ def test_f5_no_api_key_does_not_end_training(tmp_path: Path, data: Path) -> None
     options["environment"] = {"WANDB_MODE": "online"}
     trained = train_once(tmp_path / "ours", data, config=config, **options)
     check_training_completes(trained)
-    assert 1 == trained.process.stderr.count("can't be opened, training goes on without it")
+    assert 1 == trained.process.stderr.count("can't be opened; training continues without it")
     assert "wandb login" in trained.process.stderr
     theirs = train_once(tmp_path / "theirs", data, config=None, builtin=True, **options)
     with pytest.raises(AssertionError):
@@ -219,7 +219,7 @@ def test_f5_an_unwritable_directory_does_not_end_training(tmp_path: Path, data: 
         tmp_path / "ours", data, config=config, epochs=1, arguments=UNDRAWN, check=False
     )
     check_training_completes(trained)
-    assert 1 == trained.process.stderr.count("can't be opened, training goes on without it")
+    assert 1 == trained.process.stderr.count("can't be opened; training continues without it")
     assert f"{tmp_path}/file/x" in trained.process.stderr
 
 

@@ -736,7 +736,7 @@ def test_a_sink_that_always_fails_is_left_alone(
     assert 5 * 3 < sink.calls.count("write") < 5 * 3 + 10
     assert 1 == sink.calls.count("close")
     first, last = warnings_of(caplog)
-    assert "training goes on" in first
+    assert "training continues" in first
     assert "rejected 5 records in a row; the others wait in the journal" in last
     assert "to send the rest: trainbus replay" in str(receipt)
 
@@ -778,7 +778,7 @@ def test_a_sink_that_can_not_be_opened_is_left_out(
     assert ((0, 0, 0, 12), "can't log in") == (numbers(report), report.error)
     assert ["open", "close"] == sink.calls
     assert [
-        "sink 'tested' (failing) can't be opened, training goes on without it: can't log in"
+        "sink 'tested' (failing) can't be opened; training continues without it: can't log in"
     ] == warnings_of(caplog)
 
 

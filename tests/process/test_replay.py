@@ -38,6 +38,7 @@ from trainbus.events import (
     RunStarted,
     decode,
 )
+from trainbus.journal import locks
 from trainbus.journal.directory import RunFolder
 from trainbus.journal.writer import JournalWriter
 from trainbus.testing.samples import sample_events
@@ -519,7 +520,7 @@ def test_show_follows_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """`show -f` waits while the run continues, and ends with it."""
     journal = JournalWriter(folder_in(tmp_path))
     journal.append(RunStarted(name="followed"), 1.0)
-    waits, is_being_written = threading.Event(), shows.is_being_written
+    waits, is_being_written = threading.Event(), locks.is_being_written
 
     def watched(path: Path) -> bool:
         found = is_being_written(path)
