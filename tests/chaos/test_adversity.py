@@ -88,7 +88,7 @@ def trained(
         env={**os.environ, "PYTHONPATH": str(plugins)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
     assert 0 == done.returncode, done.stderr
@@ -192,7 +192,7 @@ def test_no_directory_at_all(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=400,
         check=False,
     )
     assert 0 == done.returncode, done.stderr

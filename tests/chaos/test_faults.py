@@ -152,7 +152,7 @@ def log_curves(root: Path, count: int, who: str) -> tuple[WandbRun, str]:
         check=True,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
     )
     (path,) = wandb_file.find_runs(root)
     return wandb_file.read_run(path), process.stderr

@@ -28,7 +28,7 @@ from trainbus.journal.file_access import FileResolver
 from trainbus.journal.writer import JournalWriter
 from trainbus.testing import MemorySink, check_grammar
 
-_DEADLINE_S = 60.0
+_DEADLINE_S = 240.0
 _KILLS = 200
 _SIDECAR_KILLS = 50
 

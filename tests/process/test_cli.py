@@ -56,7 +56,7 @@ def run_process(
         env={**os.environ, **env},
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=400,
         check=False,
     )
 

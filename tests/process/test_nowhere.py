@@ -60,7 +60,7 @@ def trained(folder: Path, scenario: str, **env: str) -> tuple[dict[str, Any], st
         env=os.environ | env,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
     assert 0 == done.returncode, done.stderr

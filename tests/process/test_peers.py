@@ -33,7 +33,7 @@ def cleaning_up(how):
     finally:
         if "clean up" in how:
             dist.destroy_process_group()
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 120
             while dist_rank == 0 and time.monotonic() < deadline:  # until rank 1 has told its error
                 if list(pathlib.Path("trainbus-runs").glob("*/r1-a1.jsonl")):
                     break
@@ -105,7 +105,7 @@ def start(folder: Path, how: str, *options: str) -> subprocess.CompletedProcess[
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=400,
         check=False,
     )
 

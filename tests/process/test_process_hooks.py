@@ -49,12 +49,12 @@ def ended(
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
     (path,) = (folder / "trainbus-runs").iterdir()
     run = RunFolder(path)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 240
     while not run.receipt.exists() and time.monotonic() < deadline and isolation != "thread":
         time.sleep(0.05)
     if isolation == "thread":
@@ -168,7 +168,7 @@ def test_handlers_of_others_stay(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
     assert 0 == done.returncode, done.stderr
@@ -237,7 +237,7 @@ def test_a_thread_that_dies_with_its_run(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
     assert 0 == done.returncode, done.stderr
@@ -282,7 +282,7 @@ def test_workers_of_a_data_loader_neither_hang_nor_write(method: str, tmp_path: 
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
     assert 0 == done.returncode, done.stderr

@@ -43,7 +43,7 @@ from trainbus.journal.directory import RunFolder
 from trainbus.journal.writer import JournalWriter
 from trainbus.testing.samples import sample_events
 
-_DEADLINE_S = 60.0
+_DEADLINE_S = 240.0
 
 
 class Live(NamedTuple):

@@ -45,7 +45,7 @@ def test_no_secret_is_written_or_shown(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
     assert 1 == done.returncode

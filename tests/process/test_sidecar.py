@@ -31,7 +31,7 @@ from trainbus.events import CheckpointSaved
 from trainbus.journal.file_access import FileResolver
 from trainbus.testing import MemorySink
 
-_DEADLINE_S = 120.0
+_DEADLINE_S = 240.0
 
 SINKS = """
     import ctypes, os, time
@@ -109,7 +109,7 @@ def plugins(tmp_path: Path) -> Path:
 def python(source: str, folder: Path, plugins: Path, *arguments: object) -> Any:
     """Run a program in a folder; return what it prints, from JSON, and what it says on stderr."""
     done = start(source, folder, plugins, *arguments)
-    out, errors = done.communicate(timeout=_DEADLINE_S * 2)
+    out, errors = done.communicate(timeout=_DEADLINE_S)
     assert 0 == done.returncode, errors
     return json.loads(out), errors
 
@@ -546,7 +546,8 @@ NOTHING = """
     memory = MemorySink()
     bus = trainbus.load("config.yaml")
     bus = trainbus.Bus(
-        {**{route.name: route for route in bus.settings.sinks}, "memory": memory}, journal=bus.settings.journal
+        {**{spec.name: spec for spec in bus.settings.sinks}, "memory": memory},
+        journal=bus.settings.journal,
     )
     if sys.argv[1] == "limit":
         os.environ["USER"] = "somebody"

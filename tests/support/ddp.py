@@ -83,6 +83,6 @@ def launch(
         cwd=folder,
         text=True,
         capture_output=True,
-        timeout=180,
+        timeout=400,
         check=False,
     )

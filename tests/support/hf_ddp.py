@@ -107,7 +107,7 @@ def launch(
         cwd=folder,
         text=True,
         capture_output=True,
-        timeout=180,
+        timeout=400,
         check=False,
     )
 

@@ -29,7 +29,7 @@ from trainbus.journal.reader import RunReader
 from trainbus.journal.recovery import recover
 from trainbus.testing import MemorySink
 
-_DEADLINE_S = 60.0
+_DEADLINE_S = 240.0
 
 
 def main() -> None:

@@ -841,7 +841,10 @@ def test_merge_keys() -> None:
           b: {<<: *a, path: two}
         """
     )
-    assert (["x"], "jsonl") == (bus.settings.sinks[1].transforms.exclude, bus.settings.sinks[1].kind)
+    assert (["x"], "jsonl") == (
+        bus.settings.sinks[1].transforms.exclude,
+        bus.settings.sinks[1].kind,
+    )
     assert ["one", "two"] == [Path(each.path).name for each in options(bus)]
 
 

@@ -29,7 +29,7 @@ from trainbus.journal.file_access import FileResolver
 from trainbus.journal.reader import RecordFile, RunReader
 from trainbus.journal.recovery import recover
 
-_DEADLINE_S = 60.0
+_DEADLINE_S = 240.0
 
 ESCAPES = [
     "../outside/secret",

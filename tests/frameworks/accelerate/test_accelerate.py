@@ -624,7 +624,7 @@ def launch(folder: Path, *arguments: str) -> tuple[int, list[Any], list[str]]:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=400,
         check=False,
     )
     (run,) = [p for p in (folder / "trainbus-runs").iterdir() if not p.name.startswith(".")]

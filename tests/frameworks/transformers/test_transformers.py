@@ -639,7 +639,7 @@ def test_a_hooked_trainer_reports_once(tmp_path: Path) -> None:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
     assert 0 == done.returncode, done.stderr[-4000:]

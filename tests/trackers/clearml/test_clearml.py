@@ -371,7 +371,7 @@ os._exit(9)
 def test_records_of_a_killed_process_are_stored_once(tmp_path: Path) -> None:
     """The archive of the next process replaces what a killed process left."""
     command = [sys.executable, "-c", _KILLED, str(tmp_path / "out")]
-    assert 9 == subprocess.run(command, timeout=60, check=False).returncode
+    assert 9 == subprocess.run(command, timeout=400, check=False).returncode
     assert ["r-1"] == [path.name for path in (tmp_path / "out").iterdir()]
     sink = ClearmlSink(ClearmlOptions(dir=str(tmp_path / "out")))
     sink.open(RunInfo(id="r", started=RunStarted(), reopened=True))

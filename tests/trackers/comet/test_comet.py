@@ -418,7 +418,7 @@ def test_the_process_is_left_as_it_was(tmp_path: Path) -> None:
         env=env,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
     assert 0 == done.returncode, done.stderr

@@ -524,7 +524,9 @@ def test_a_project_that_collides_is_refused(tmp_path: Path) -> None:
 
 def test_one_process_has_one_folder(tmp_path: Path) -> None:
     """Trackio can't store in a second folder, and that is said."""
-    with pytest.raises(trainbus.SinkError, match=r"already stores in .* in this process, not in .*isolation"):
+    with pytest.raises(
+        trainbus.SinkError, match=r"already stores in .* in this process, not in .*isolation"
+    ):
         opened(tmp_path / "a", dir=str(tmp_path / "b"))
 
 

@@ -45,7 +45,7 @@ def test_the_stop_button_stops_the_training(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert "trains\n" == process.stdout.readline()
         server.stop()
-        output, errors = process.communicate(timeout=240)
+        output, errors = process.communicate(timeout=400)
     assert "interrupted\n" == output
     assert "the run was stopped in W&B" in errors
     assert errors.endswith("KeyboardInterrupt\n")
