@@ -17,15 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trainbus.events import (
-    CheckpointSaved,
-    ImageLogged,
-    ParamsUpdated,
-    Resumed,
-    RunStarted,
-    TableLogged,
-    TextLogged,
-)
+from trainbus import events
 from trainbus.interfaces import Detach, Emit
 from trainbus.toolkit.adapters import (
     Hooks,
@@ -133,7 +125,7 @@ class _Hooks(Hooks):
     def reset(self) -> None:
         self.pending: dict[str, Any] | None = None
         """Project and parameters of the run that starts next, None if `init_trackers` is due."""
-        self.resumed: Resumed | None = None
+        self.resumed: events.Resumed | None = None
         """What the next run resumes."""
         self.accelerator: Any = None
         """The accelerator whose methods are wrapped."""
@@ -176,7 +168,7 @@ class _Hooks(Hooks):
     @guarded
     def store_init_configuration(self, values: Mapping[str, Any]) -> None:
         if self.pending is None:
-            self.report.record(ParamsUpdated(params=dict(values)))
+            self.report.record(events.ParamsUpdated(params=dict(values)))
         else:
             self.pending["params"] = dict(values)
 
@@ -185,7 +177,7 @@ class _Hooks(Hooks):
         self._begin()
         at, epoch = _counter(step), _counter(kwargs.get("epoch", values.get("epoch")))
         for name, text in _strings(values):
-            self.report.record(TextLogged(key=name, text=text, epoch=epoch, step=at))
+            self.report.record(events.TextLogged(key=name, text=text, epoch=epoch, step=at))
         for phase, measured in _phases(values, at).items():
             self.report.metrics(measured, phase, epoch=epoch, step=at)
 
@@ -196,7 +188,7 @@ class _Hooks(Hooks):
         at, epoch = _counter(step), _counter(kwargs.get("epoch"))
         is_chw = kwargs.get("dataformats") == "NCHW"
         for key, array in _images(values, is_chw=is_chw):
-            self.report.record(ImageLogged(key=key, array=array, epoch=epoch, step=at))
+            self.report.record(events.ImageLogged(key=key, array=array, epoch=epoch, step=at))
 
     @guarded
     def log_table(
@@ -213,7 +205,7 @@ class _Hooks(Hooks):
         names, rows = _table(columns, data, dataframe)
         at, epoch = _counter(step), _counter(kwargs.get("epoch"))
         self.report.record(
-            TableLogged(key=table_name, columns=names, rows=rows, epoch=epoch, step=at)
+            events.TableLogged(key=table_name, columns=names, rows=rows, epoch=epoch, step=at)
         )
 
     @guarded
@@ -295,13 +287,13 @@ class _Hooks(Hooks):
             return
         path = str(Path(path).absolute())
         kind: Literal["last", "periodic"] = "last" if path in self._paths else "periodic"
-        self.report.record(CheckpointSaved(path=path, kind=kind))
+        self.report.record(events.CheckpointSaved(path=path, kind=kind))
         self._paths.add(path)
 
     @guarded
     def _loaded(self, _: None, /, input_dir: Any = None, *args: Any, **kwargs: Any) -> None:
         if not self.report.is_open:  # else it loads weights, such as the best for an evaluation
-            self.resumed = Resumed(save_dir=_save_dir(input_dir))
+            self.resumed = events.Resumed(save_dir=_save_dir(input_dir))
 
     @guarded
     def _begin(self, *args: Any, **kwargs: Any) -> None:
@@ -312,7 +304,7 @@ class _Hooks(Hooks):
         accelerator = self.accelerator
         folder = getattr(accelerator, "project_dir", None)
         self.report.start(
-            RunStarted(
+            events.RunStarted(
                 project=pending.get("project"),
                 params=pending.get("params", {}) | {"accelerate": _settings(accelerator)},
                 framework="accelerate",

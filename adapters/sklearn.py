@@ -17,14 +17,7 @@ from functools import partial
 from itertools import count
 from typing import Any
 
-from trainbus.events import (
-    EpochEnded,
-    EpochStarted,
-    ModelDescribed,
-    Resumed,
-    RunStarted,
-    TableLogged,
-)
+from trainbus import events
 from trainbus.interfaces import Detach, Emit
 from trainbus.toolkit.adapters import (
     Hooks,
@@ -197,10 +190,10 @@ class _Hooks(Hooks):
     def _record_epoch(self, epoch: int, values: dict[str, Any]) -> None:
         """Record an epoch that ended, if scikit-learn calls no hook at its start."""
         began, self._epoch_began = self._epoch_began, time.monotonic()
-        self.report.record(EpochStarted(epoch=epoch))
+        self.report.record(events.EpochStarted(epoch=epoch))
         self.report.metrics(values, "train", epoch=epoch)
         seconds = self._epoch_began - began
-        self.report.record(EpochEnded(epoch=epoch, duration_s=seconds, outcome="completed"))
+        self.report.record(events.EpochEnded(epoch=epoch, duration_s=seconds, outcome="completed"))
 
     @guarded
     def _end_call(self, target: Any) -> None:
@@ -361,7 +354,7 @@ _RESULTS = {
 }
 
 
-def _started(target: Any, data: Any, done: int) -> RunStarted:
+def _started(target: Any, data: Any, done: int) -> events.RunStarted:
     """Return the start of a fit.
 
     Args:
@@ -375,12 +368,12 @@ def _started(target: Any, data: Any, done: int) -> RunStarted:
         **dict(zip(("n_samples", "n_features"), shape, strict=False)),
         **target.get_params(),
     }
-    return RunStarted(
+    return events.RunStarted(
         task=_task(target),
         params=params,
         framework="sklearn",
         framework_version=version("sklearn"),
-        resumed=Resumed(epoch=done - 1) if done else None,
+        resumed=events.Resumed(epoch=done - 1) if done else None,
         goals={"best_score_": "max"},
     )
 
@@ -423,16 +416,18 @@ def _offset(own: Mapping[str, Any]) -> int:
     return int("do_early_stopping_" in own)
 
 
-def _model_and_table(own: Mapping[str, Any]) -> Iterator[ModelDescribed | TableLogged]:
+def _model_and_table(
+    own: Mapping[str, Any],
+) -> Iterator[events.ModelDescribed | events.TableLogged]:
     """Yield the size of a model with coefficients, and the result table of a search."""
     weights = [own[n] for n in ("coef_", "intercept_", "coefs_", "intercepts_") if n in own]
     parts = [part for w in weights for part in (w if isinstance(w, list) else [w])]
     if parts:
-        yield ModelDescribed(parameters=sum(int(getattr(part, "size", 1)) for part in parts))
+        yield events.ModelDescribed(parameters=sum(int(getattr(part, "size", 1)) for part in parts))
     if own.get("cv_results_"):
         table = {n: list(v) for n, v in own["cv_results_"].items() if n != "params"}
         lines = [list(line) for line in zip(*table.values(), strict=True)]
-        yield TableLogged(key="cv_results_", columns=list(table), rows=lines)
+        yield events.TableLogged(key="cv_results_", columns=list(table), rows=lines)
 
 
 def _why_ended(own: Mapping[str, Any]) -> str | None:

@@ -12,18 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from msgspec import Meta
 
-from trainbus.events import (
-    AlertRaised,
-    Best,
-    CheckpointSaved,
-    EpochEnded,
-    EpochStarted,
-    MetricsLogged,
-    ParamsUpdated,
-    Record,
-    RunEnded,
-    RunStarted,
-)
+from trainbus import events
 from trainbus.interfaces import Options, RunInfo, Sink
 from trainbus.toolkit.sinks import required_package
 
@@ -72,10 +61,10 @@ class ConsoleSink(Sink):
         self._has_epochs = False
         self._goal_of = run.started.goal_of
         self._values: dict[str, dict[str, float]] = {}
-        self._best: Best | None = None
+        self._best: events.Best | None = None
         self._paths = {"saved in": run.started.save_dir} if run.started.save_dir else {}
 
-    def write(self, records: Sequence[Record]) -> None:
+    def write(self, records: Sequence[events.Record]) -> None:
         """Print the records that are new."""
         for record in records:
             if record.position > self._last:
@@ -91,20 +80,20 @@ class ConsoleSink(Sink):
         """Always: another process has no terminal."""
         return True
 
-    def _take(self, record: Record) -> None:
+    def _take(self, record: events.Record) -> None:
         match record.event:
-            case RunStarted() | ParamsUpdated() as event:
+            case events.RunStarted() | events.ParamsUpdated() as event:
                 epochs = event.params.get("epochs")
                 self._epochs = epochs if type(epochs) is int else self._epochs
-            case EpochStarted() as event:
+            case events.EpochStarted() as event:
                 self._has_epochs = True
                 self._values, self._begun = {}, record.time
                 self._live(event.epoch, record.time, {})
-            case MetricsLogged(final=True) as event:
+            case events.MetricsLogged(final=True) as event:
                 self._line(["final"], {event.phase: event.values})
-            case MetricsLogged(on_request=True) as event:
+            case events.MetricsLogged(on_request=True) as event:
                 self._live(event.epoch, record.time, {event.phase: event.values})
-            case MetricsLogged() as event:
+            case events.MetricsLogged() as event:
                 self._values.setdefault(event.phase, {}).update(event.values)
                 self._rank(event)
                 self._live(event.epoch, record.time, self._values)
@@ -112,29 +101,29 @@ class ConsoleSink(Sink):
                 if not self._has_epochs and record.time - self._begun >= _STEP_LINE_S:
                     self._begun = record.time
                     self._line([f"step {event.step or 0}"], self._values)
-            case EpochEnded() as event:
+            case events.EpochEnded() as event:
                 took = record.time - self._begun if event.duration_s is None else event.duration_s
                 outcome = [] if event.outcome == "completed" else [event.outcome]
                 head = [self._label(event.epoch), _duration(took), *outcome]
                 self._line(head, self._values)
-            case CheckpointSaved(kind="best" | "last") as event:
+            case events.CheckpointSaved(kind="best" | "last") as event:
                 self._paths[event.kind] = event.path
-            case AlertRaised() as event:
+            case events.AlertRaised() as event:
                 text = f"{event.title}: {event.text}" if event.text else event.title
                 self._print(event.level, f"  {text}")
-            case RunEnded() as event:
+            case events.RunEnded() as event:
                 self._end(event)
 
-    def _rank(self, event: MetricsLogged) -> None:
+    def _rank(self, event: events.MetricsLogged) -> None:
         """Keep the best value so far of the first metric that has a goal."""
         for name, value in event.values.items():
             goal, best = self._goal_of(name), self._best
             if goal is not None and (best is None or best.metric == name):
                 old = math.nan if best is None else best.value
                 if math.isnan(old) or (value > old if goal == "max" else value < old):
-                    self._best = Best(metric=name, value=value, epoch=event.epoch)
+                    self._best = events.Best(metric=name, value=value, epoch=event.epoch)
 
-    def _end(self, event: RunEnded) -> None:
+    def _end(self, event: events.RunEnded) -> None:
         reason = event.reason or (event.error and f"{event.error.type}: {event.error.message}")
         self._print(event.status, f"  {reason}" if reason else "")
         best = event.best or self._best

@@ -25,19 +25,8 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from trainbus import events
 from trainbus.errors import SinkError
-from trainbus.events import (
-    ConfusionMatrixLogged,
-    CurveLogged,
-    HistogramLogged,
-    MetricsLogged,
-    ModelDescribed,
-    ParamsUpdated,
-    Record,
-    RunEnded,
-    RunStarted,
-    TableLogged,
-)
 from trainbus.interfaces import FilePath, Options, RunInfo, Sink
 from trainbus.toolkit.sinks import (
     Names,
@@ -144,7 +133,7 @@ class CsvSink(Sink):
             raise SinkError(text) from error
         self._location = str(folder)
 
-    def write(self, records: Sequence[Record]) -> None:
+    def write(self, records: Sequence[events.Record]) -> None:
         """Write the rows of the records that are new.
 
         Raises:
@@ -182,36 +171,36 @@ class CsvSink(Sink):
         """Path of the folder."""
         return self._location
 
-    def _take(self, record: Record) -> None:
+    def _take(self, record: events.Record) -> None:
         match record.event:
-            case RunStarted() as event:
+            case events.RunStarted() as event:
                 about = {k: v for k, v in _fields(event).items() if k != "params"}
                 self._list("run", {"run": record.run, **about, "attempt": record.attempt})
                 stale = [n for n in self._table("run").names() if n.startswith(_ENDED)]
                 self._list("run", {**dict.fromkeys(stale), "status": "running"})
                 self._list("params", event.params)
-            case ParamsUpdated() as event:
+            case events.ParamsUpdated() as event:
                 self._list("params", event.params)
-            case ModelDescribed() as event:
+            case events.ModelDescribed() as event:
                 self._list("run", {"model": _fields(event)})
-            case MetricsLogged() as event if event.values:
+            case events.MetricsLogged() as event if event.values:
                 self._take_metrics(event, self._since(record))
-            case TableLogged() as event:
+            case events.TableLogged() as event:
                 self._sheet(event.key, event.columns, event.rows)
-            case CurveLogged() as event if len(event.y):
+            case events.CurveLogged() as event if len(event.y):
                 points = np.column_stack([event.x, np.asarray(event.y).T])
                 self._sheet(event.key, [event.x_label, *event.classes], points.tolist())
-            case ConfusionMatrixLogged() as event:
+            case events.ConfusionMatrixLogged() as event:
                 rows = zip(event.classes, np.asarray(event.matrix).tolist(), strict=False)
                 header = ["true/predicted", *event.classes]
                 self._sheet(event.key, header, [[name, *row] for name, row in rows])
-            case HistogramLogged() as event:
+            case events.HistogramLogged() as event:
                 bins = np.column_stack([event.edges[:-1], event.edges[1:], event.counts])
                 self._sheet(event.key, ["from", "to", "count"], bins.tolist())
-            case RunEnded() as event:
+            case events.RunEnded() as event:
                 self._list("run", {**_fields(event), "seconds": self._since(record)})
 
-    def _take_metrics(self, event: MetricsLogged, time: float) -> None:
+    def _take_metrics(self, event: events.MetricsLogged, time: float) -> None:
         epoch = "" if event.epoch is None else str(event.epoch + 1)
         row = {"epoch": epoch, "time": _number(time)}
         row |= {self._columns(name): _number(value) for name, value in event.values.items()}
@@ -224,7 +213,7 @@ class CsvSink(Sink):
         else:
             self._table(self._phases(event.phase)).put(row)
 
-    def _since(self, record: Record) -> float:
+    def _since(self, record: events.Record) -> float:
         return round(record.time - (self._began or 0.0), 6)
 
     def _table(self, name: str) -> _Table:

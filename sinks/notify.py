@@ -18,16 +18,8 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from msgspec import Meta
 
+from trainbus import events
 from trainbus.errors import SinkError
-from trainbus.events import (
-    AlertRaised,
-    Best,
-    Failure,
-    MetricsLogged,
-    Record,
-    RunEnded,
-    RunStarted,
-)
 from trainbus.interfaces import FilePath, Options, RunInfo, Sink
 from trainbus.toolkit.sinks import (
     SeenRecords,
@@ -157,7 +149,7 @@ class NotifySink(Sink):
                 "no metric has a goal, so best values are not sent; set `metric`, `goal`"
             )
 
-    def write(self, records: Sequence[Record]) -> None:
+    def write(self, records: Sequence[events.Record]) -> None:
         """Send the messages about the records that are new.
 
         Raises:
@@ -210,7 +202,7 @@ class _Messages:
         self._at: dict[str, float] = {}
         self._skipped: dict[str, int] = {}
         self._values: dict[str, float] = {}
-        self._best: Best | None = None
+        self._best: events.Best | None = None
 
     @property
     def has_goal(self) -> bool:
@@ -218,10 +210,10 @@ class _Messages:
         metric = self._options.metric
         return bool(self._goal(metric) if metric else self._started.goals)
 
-    def about(self, record: Record) -> _Message | None:
+    def about(self, record: events.Record) -> _Message | None:
         """Return the message about the next record, if there is one."""
         match record.event:
-            case RunStarted() as event:
+            case events.RunStarted() as event:
                 self._begun = record.time
                 about = {
                     "task": event.task,
@@ -230,23 +222,23 @@ class _Messages:
                     "resumes": "an earlier training" if event.resumed else None,
                 }
                 return self._wanted("start", record, "started", about, "info")
-            case MetricsLogged(final=False) as event:
+            case events.MetricsLogged(final=False) as event:
                 found = self._improved(event)
                 for name, value in event.values.items():
                     if event.phase != "system":
                         self._values.pop(name, None)  # the newest is last
                         self._values[name] = value
                 return None if found is None else self._wanted("best", record, *found, "success")
-            case AlertRaised() as event:
+            case events.AlertRaised() as event:
                 level = {"error": "failure"}.get(event.level, event.level)
                 return self._wanted("alert", record, event.title, {"": event.text}, level)
-            case RunEnded() as event:
+            case events.RunEnded() as event:
                 kind: _Kind = "failure" if event.status == "failed" else "end"
                 level = {"failed": "failure", "stopped": "warning"}.get(event.status, "success")
                 return self._wanted(kind, record, event.status, self._end(event, record), level)
         return None
 
-    def _end(self, event: RunEnded, record: Record) -> dict[str, str | None]:
+    def _end(self, event: events.RunEnded, record: events.Record) -> dict[str, str | None]:
         best, reason, error = event.best or self._best, event.reason, None
         if event.error is not None:
             error, kind, message = _error(event.error), event.error.type, event.error.message
@@ -262,14 +254,14 @@ class _Messages:
             "last": ", ".join(f"{name} {self._values[name]:.5g}" for name in names),
         }
 
-    def _improved(self, event: MetricsLogged) -> tuple[str, dict[str, str | None]] | None:
+    def _improved(self, event: events.MetricsLogged) -> tuple[str, dict[str, str | None]] | None:
         """Keep the best value of the metric; return the title and text about a better one."""
         for name, value in event.values.items():
             goal, best = self._goal(name), self._best
             if goal is None or math.isnan(value) or (best is not None and best.metric != name):
                 continue
             if best is None or (value > best.value if goal == "max" else value < best.value):
-                self._best = Best(metric=name, value=value, epoch=event.epoch)
+                self._best = events.Best(metric=name, value=value, epoch=event.epoch)
                 if best is not None:
                     text = f"{value:.5g}{_epoch(event.epoch)}, was {best.value:.5g}"
                     return f"new best {name} {value:.5g}", {name: text}
@@ -283,7 +275,12 @@ class _Messages:
         return given or self._started.goal_of(name)
 
     def _wanted(
-        self, kind: _Kind, record: Record, what: str, about: Mapping[str, str | None], level: str
+        self,
+        kind: _Kind,
+        record: events.Record,
+        what: str,
+        about: Mapping[str, str | None],
+        level: str,
     ) -> _Message | None:
         """Return a message, unless it is not wanted or comes too soon after one of its kind."""
         if kind not in self._options.when:
@@ -315,7 +312,7 @@ class _Messages:
         return _Message(title, filled(self._options.body), level)
 
 
-def _error(error: Failure) -> str:
+def _error(error: events.Failure) -> str:
     """Return type and message; a traceback in the message is cut to its last line."""
     lines = [line for line in error.message.splitlines() if line.strip()]
     traces = [at for at, line in enumerate(lines) if "Traceback (most recent call last)" in line]

@@ -19,19 +19,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from trainbus.events import (
-    AlertRaised,
-    ArtifactLogged,
-    CheckpointSaved,
-    ImageLogged,
-    MetricsLogged,
-    ModelDescribed,
-    ParamsUpdated,
-    Record,
-    RunEnded,
-    RunStarted,
-    TextLogged,
-)
+from trainbus import events
 from trainbus.interfaces import FilePath, Options, RunInfo
 from trainbus.toolkit.plots import picture
 from trainbus.toolkit.sinks import (
@@ -144,7 +132,7 @@ class ClearmlSink(TrackerSink):
         archive = shlex.quote(f"{self._folder}.zip")
         self._location = f"clearml-task --import-offline-session {archive}"
 
-    def write(self, records: Sequence[Record]) -> None:
+    def write(self, records: Sequence[events.Record]) -> None:
         """Report the records that are new."""
         for record in self._seen.new(records):
             self._write(record.event)
@@ -165,19 +153,19 @@ class ClearmlSink(TrackerSink):
 
     def _write(self, event: object) -> None:
         match event:
-            case RunStarted():
+            case events.RunStarted():
                 self._log_run(
                     set_fields(event, "group", "job_type", "task", "framework", "framework_version")
                 )
                 if event.notes:
                     self._task.set_comment(event.notes)
                 self._log_params(event.params)
-            case ParamsUpdated():
+            case events.ParamsUpdated():
                 self._log_params(event.params)
-            case ModelDescribed():
+            case events.ModelDescribed():
                 for name, value in model_values(event).items():
                     self._log_single(name, value)
-            case MetricsLogged():
+            case events.MetricsLogged():
                 at = self._timeline(event)
                 for name, value in event.values.items():
                     if event.final:
@@ -187,18 +175,18 @@ class ClearmlSink(TrackerSink):
                         self._logger.report_scalar(*place, value, at)
                     else:
                         self._log_text(f"{name} is {value} at {at}")
-            case TextLogged():
+            case events.TextLogged():
                 self._log_text(f"{event.key} at {self._timeline(event)}:\n{event.text}")
-            case AlertRaised():
+            case events.AlertRaised():
                 self._log_text(f"{event.title}: {event.text}", _LEVELS[event.level])
-            case CheckpointSaved():
+            case events.CheckpointSaved():
                 if not self._checkpoints.put_off(event):
                     self._log_checkpoint(event, f"periodic-{x_position(event)}")
-            case ArtifactLogged():
+            case events.ArtifactLogged():
                 metadata = {"kind": event.kind, **event.metadata}
                 for path, name in side_by_side(event.paths).items():
                     self._log_file(path, f"{event.name}/{name}", metadata)
-            case RunEnded():
+            case events.RunEnded():
                 self._end(event)
             case _ if hasattr(event, "key"):  # an image, chart or table
                 with self.showing(event.key):
@@ -223,7 +211,7 @@ class ClearmlSink(TrackerSink):
 
     def _show(self, event: Any) -> None:
         place, at = _title_and_series(self._names(event.key)), self._timeline(event)
-        if not isinstance(event, ImageLogged):
+        if not isinstance(event, events.ImageLogged):
             self._logger.report_plotly(*place, figure(event), at)
             return
         data, suffix = picture(event)
@@ -238,7 +226,7 @@ class ClearmlSink(TrackerSink):
         if event.caption:
             self._log_text(f"{event.key} at {at}: {event.caption}")
 
-    def _log_checkpoint(self, event: CheckpointSaved, name: str) -> None:
+    def _log_checkpoint(self, event: events.CheckpointSaved, name: str) -> None:
         epoch = epochs_done(event.epoch)
         self._log_file(event.path, name, {"epoch": epoch, **event.metrics, **event.metadata})
 
@@ -253,7 +241,7 @@ class ClearmlSink(TrackerSink):
         except (OSError, ValueError) as error:
             self.lose(name, error)
 
-    def _end(self, event: RunEnded) -> None:
+    def _end(self, event: events.RunEnded) -> None:
         values: dict[str, Any] = {"status": event.status, "ended": event.reason}
         if event.best is not None:
             self._log_single(f"best/{event.best.metric}", event.best.value)

@@ -19,23 +19,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from msgspec import Meta
 
-from trainbus.events import (
-    AlertRaised,
-    ArtifactLogged,
-    CheckpointSaved,
-    ConfusionMatrixLogged,
-    CurveLogged,
-    HistogramLogged,
-    ImageLogged,
-    MetricsLogged,
-    ModelDescribed,
-    ParamsUpdated,
-    Record,
-    RunEnded,
-    RunStarted,
-    TableLogged,
-    TextLogged,
-)
+from trainbus import events
 from trainbus.interfaces import FilePath, Options, RunInfo
 from trainbus.toolkit.plots import picture
 from trainbus.toolkit.sinks import (
@@ -161,7 +145,7 @@ class CometSink(TrackerSink):
             name = f"{key}-{self._experiment.offline_archive_name_suffix}.zip"
             self._location = f"comet upload {shlex.quote(str(folder / name))}"
 
-    def write(self, records: Sequence[Record]) -> None:
+    def write(self, records: Sequence[events.Record]) -> None:
         """Log the records that are new."""
         for record in self._seen.new(records):
             self._write(self._experiment, record.event)
@@ -188,34 +172,34 @@ class CometSink(TrackerSink):
 
     def _write(self, experiment: Any, event: object) -> None:
         match event:
-            case RunStarted():
+            case events.RunStarted():
                 names = ("group", "job_type", "notes", "task", "framework", "framework_version")
                 experiment.log_others(set_fields(event, *names))
                 self._log_params(experiment, event.params)
-            case ParamsUpdated():
+            case events.ParamsUpdated():
                 self._log_params(experiment, event.params)
-            case ModelDescribed():
+            case events.ModelDescribed():
                 for name, value in model_values(event).items():
                     experiment.log_other(self._names(name), to_json(value))
-            case MetricsLogged():
+            case events.MetricsLogged():
                 place = {"step": self._timeline(event), "epoch": epochs_done(event.epoch)}
                 for name, value in event.values.items():
                     key = self._names(metric_name(name, final=event.final))
                     experiment.log_metric(key, value, **place)
-            case TextLogged():
+            case events.TextLogged():
                 # Comet replaces a text that is the path of a file by the content of that file.
                 text = f"{event.text}\n" if os.path.isfile(event.text) else event.text
                 metadata = {"key": event.key}
                 experiment.log_text(text, step=self._timeline(event), metadata=metadata)
-            case AlertRaised():
+            case events.AlertRaised():
                 experiment.log_other(self._names(f"{event.level}: {event.title}"), event.text)
-            case CheckpointSaved():
+            case events.CheckpointSaved():
                 if not self._checkpoints.put_off(event):
                     self._log_checkpoint(experiment, event, f"periodic-{x_position(event)}")
-            case ArtifactLogged():
+            case events.ArtifactLogged():
                 for path, name in side_by_side(event.paths).items():
                     self._log_file(experiment, path, f"{_printable(event.name)}/{name}")
-            case RunEnded():
+            case events.RunEnded():
                 self._end(experiment, event)
             case _ if hasattr(event, "key"):  # an image, chart or table
                 with self.showing(event.key):
@@ -233,7 +217,7 @@ class CometSink(TrackerSink):
     def _show(self, experiment: Any, event: Any, step: int) -> None:
         name = _printable(event.key)
         match event:
-            case ConfusionMatrixLogged() if np.isfinite(event.matrix).all():
+            case events.ConfusionMatrixLogged() if np.isfinite(event.matrix).all():
                 experiment.log_confusion_matrix(
                     matrix=event.matrix.tolist(),
                     labels=event.classes,
@@ -242,31 +226,31 @@ class CometSink(TrackerSink):
                     max_categories=max(len(event.classes), 1),
                     step=step,
                 )
-            case ImageLogged() | ConfusionMatrixLogged():
+            case events.ImageLogged() | events.ConfusionMatrixLogged():
                 data, suffix = picture(event)
                 caption = getattr(event, "caption", None)
                 metadata = {"caption": caption} if caption else None
                 # Bytes instead of the path: Comet reads files later, when they may have changed.
                 image = io.BytesIO(data)
                 experiment.log_image(image, name=f"{name}{suffix}", step=step, metadata=metadata)
-            case CurveLogged():
+            case events.CurveLogged():
                 for label, values in zip(event.classes, event.y, strict=False):
                     points = np.array([event.x, values], dtype=float)
                     x, y = points[:, np.isfinite(points).all(axis=0)].tolist()
                     if x:
                         experiment.log_curve(self._names(f"{event.key}/{label}"), x, y, step=step)
-            case HistogramLogged():
+            case events.HistogramLogged():
                 from comet_ml.data_structure import Histogram
 
                 histogram, edges = Histogram(), np.asarray(event.edges, dtype=float)
                 histogram.add((edges[:-1] + edges[1:]) / 2, counts=event.counts)
                 experiment.log_histogram_3d(histogram, name=name, step=step)
-            case TableLogged():
+            case events.TableLogged():
                 text = io.StringIO()
                 csv.writer(text).writerows([event.columns, *event.rows])
                 experiment.log_asset_data(text.getvalue(), name=f"{name}.csv", step=step)
 
-    def _log_checkpoint(self, experiment: Any, event: CheckpointSaved, name: str) -> None:
+    def _log_checkpoint(self, experiment: Any, event: events.CheckpointSaved, name: str) -> None:
         metadata = {"epoch": epochs_done(event.epoch), "metrics": to_json(event.metrics)}
         self._log_file(experiment, event.path, name, metadata)
 
@@ -283,7 +267,7 @@ class CometSink(TrackerSink):
         else:
             experiment.log_asset(path, file_name=name)
 
-    def _end(self, experiment: Any, event: RunEnded) -> None:
+    def _end(self, experiment: Any, event: events.RunEnded) -> None:
         experiment.log_other("status", event.status)
         if event.reason:
             experiment.log_other("ended", event.reason)

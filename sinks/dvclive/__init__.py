@@ -16,22 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 from msgspec import Meta
 
-from trainbus.events import (
-    ArtifactLogged,
-    CheckpointSaved,
-    ConfusionMatrixLogged,
-    CurveLogged,
-    HistogramLogged,
-    ImageLogged,
-    MetricsLogged,
-    ModelDescribed,
-    ParamsUpdated,
-    Record,
-    RunEnded,
-    RunStarted,
-    TableLogged,
-    TextLogged,
-)
+from trainbus import events
 from trainbus.interfaces import FilePath, Options, RunInfo
 from trainbus.toolkit.plots import picture
 from trainbus.toolkit.sinks import (
@@ -127,7 +112,7 @@ class DvcliveSink(TrackerSink):
         self._seen, self._folder = SeenRecords(folder / ".trainbus-dvclive.json"), folder
         self._location = str(folder)
 
-    def write(self, records: Sequence[Record]) -> None:
+    def write(self, records: Sequence[events.Record]) -> None:
         """Write the records that are new.
 
         Raises:
@@ -150,34 +135,34 @@ class DvcliveSink(TrackerSink):
 
     def _write(self, event: object) -> None:
         match event:
-            case RunStarted():
+            case events.RunStarted():
                 description = set_fields(event, *_DESCRIPTION)
                 # A parameter named `run` takes precedence.
                 self._log_params({**({"run": description} if description else {}), **event.params})
-            case ParamsUpdated():
+            case events.ParamsUpdated():
                 self._log_params(event.params)
-            case ModelDescribed():
+            case events.ModelDescribed():
                 for name, value in model_values(event).items():
                     self._log_metric(name, value, plot=False)
-            case MetricsLogged():
+            case events.MetricsLogged():
                 if not event.final and (event.step is not None or event.epoch is not None):
                     self._live.step = x_position(event)
                 for name, value in event.values.items():
                     name = metric_name(name, final=event.final)
                     self._log_metric(name, value, plot=not event.final)
-            case ImageLogged() | TableLogged():
+            case events.ImageLogged() | events.TableLogged():
                 self._log_image(event)
-            case CurveLogged() | ConfusionMatrixLogged() | HistogramLogged():
+            case events.CurveLogged() | events.ConfusionMatrixLogged() | events.HistogramLogged():
                 self._log_plot(event)
-            case TextLogged():
+            case events.TextLogged():
                 path = self._file("texts", self._names.slide(event) + ".txt")
                 path.write_text(event.text, encoding="utf-8", errors="replace", newline="")
-            case CheckpointSaved():
+            case events.CheckpointSaved():
                 self._log_checkpoint(event)
-            case ArtifactLogged():
+            case events.ArtifactLogged():
                 for file, name in side_by_side(event.paths).items():
                     self._copy(file, f"artifacts/{self._names.file(event.name)}", name)
-            case RunEnded():
+            case events.RunEnded():
                 self.lose_superseded(self._superseded)
                 ended = {"run/status": event.status, "run/reason": event.reason}
                 for name, found in {**ended, **best_values(event)}.items():
@@ -198,7 +183,9 @@ class DvcliveSink(TrackerSink):
             path.write_bytes(picture(event)[0])
             self._live.log_image(f"{self._names.slide(event)}.png", path)
 
-    def _log_plot(self, event: CurveLogged | ConfusionMatrixLogged | HistogramLogged) -> None:
+    def _log_plot(
+        self, event: events.CurveLogged | events.ConfusionMatrixLogged | events.HistogramLogged
+    ) -> None:
         plot = plot_of(event)
         if plot is None:
             self._log_image(event)
@@ -208,7 +195,7 @@ class DvcliveSink(TrackerSink):
             name = f"{name}_{type(event).__name__.removesuffix('Logged').lower()}"
         self._live.log_plot(name, plot.points, **plot.settings)
 
-    def _log_checkpoint(self, event: CheckpointSaved) -> None:
+    def _log_checkpoint(self, event: events.CheckpointSaved) -> None:
         folder = self._folder / "artifacts/checkpoints"
         is_for_best = self.options.save_checkpoints == "best"
         # The last one is stored until the training names one best.

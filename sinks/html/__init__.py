@@ -17,16 +17,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from trainbus import events
 from trainbus.errors import SinkError
-from trainbus.events import (
-    AlertRaised,
-    EpochEnded,
-    EpochStarted,
-    ImageLogged,
-    Record,
-    RunEnded,
-    RunStarted,
-)
 from trainbus.interfaces import FilePath, Options, RunInfo, Sink
 from trainbus.toolkit.plots import png
 from trainbus.toolkit.sinks import (
@@ -50,7 +42,13 @@ REQUIRED_NAMES = ("plotly:offline.get_plotlyjs",)
 _PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".avif")
 """Types that browsers show and never execute."""
 
-_MILESTONES = RunStarted | EpochStarted | EpochEnded | AlertRaised | RunEnded
+_MILESTONES = (
+    events.RunStarted
+    | events.EpochStarted
+    | events.EpochEnded
+    | events.AlertRaised
+    | events.RunEnded
+)
 _COST = 20.0
 _PAUSE_S = 5.0
 """The page is rewritten at these events and otherwise every few seconds, and writing it takes at
@@ -120,7 +118,7 @@ class HtmlSink(Sink):
         self.lost = 0
         self._folder, self._location = folder, str(folder / "index.html")
 
-    def write(self, records: Sequence[Record]) -> None:
+    def write(self, records: Sequence[events.Record]) -> None:
         """Take the records that are new, and write the page if it is time.
 
         Raises:
@@ -131,7 +129,7 @@ class HtmlSink(Sink):
                 self._gatherer.take(record)
             except (ValueError, IndexError, TypeError) as error:  # such as a curve without its x
                 self._lose(repr(getattr(record.event, "key", "?")), error)
-            if isinstance(record.event, ImageLogged) and self.options.pictures:
+            if isinstance(record.event, events.ImageLogged) and self.options.pictures:
                 self._keep(record, record.event)
             self._is_new = True
             self._is_due = self._is_due or isinstance(record.event, _MILESTONES)
@@ -163,7 +161,7 @@ class HtmlSink(Sink):
         """Path of the page."""
         return self._location
 
-    def _keep(self, record: Record, event: ImageLogged) -> None:
+    def _keep(self, record: events.Record, event: events.ImageLogged) -> None:
         """Copy a picture into the folder, and drop the oldest one of its name."""
         suffix = Path(event.path or "").suffix.lower() if event.array is None else ".png"
         file = f"pictures/{record.attempt}-{record.seq}{suffix}"

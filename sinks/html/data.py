@@ -14,27 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from trainbus.events import (
-    AlertRaised,
-    ArtifactLogged,
-    CheckpointSaved,
-    ConfusionMatrixLogged,
-    CurveLogged,
-    EpochEnded,
-    EpochStarted,
-    Failure,
-    HistogramLogged,
-    MetricsLogged,
-    ModelDescribed,
-    ParamsUpdated,
-    Record,
-    RunEnded,
-    RunStarted,
-    TableLogged,
-    TextLogged,
-    UnknownEvent,
-    event_name,
-)
+from trainbus import events
 from trainbus.toolkit.sinks import flat
 
 from . import charts
@@ -162,7 +142,7 @@ class Data(msgspec.Struct):
     goals: dict[str, Literal["max", "min"]] = {}
     status: str = "running"
     reason: str | None = None
-    error: Failure | None = None
+    error: events.Failure | None = None
     best: dict[str, Any] | None = None
     worst: Worst | None = None
     first: float | None = None
@@ -216,63 +196,63 @@ class Gatherer:
         self._points = points
         self._curve_points = curve_points
         self._series = {(s.name, s.phase, s.axis): s for s in data.series}
-        self._goal_of = RunStarted(goals=data.goals).goal_of
+        self._goal_of = events.RunStarted(goals=data.goals).goal_of
 
-    def take(self, record: Record) -> None:
+    def take(self, record: events.Record) -> None:
         """Add a new record."""
         data, event = self.data, record.event
-        if isinstance(event, UnknownEvent):
+        if isinstance(event, events.UnknownEvent):
             return
         data.position = record.position
         self._clock(record)
-        name = event_name(event)
+        name = events.event_name(event)
         data.records[name] = data.records.get(name, 0) + 1
         match event:
-            case RunStarted():
+            case events.RunStarted():
                 self._start(event)
-            case ParamsUpdated():
+            case events.ParamsUpdated():
                 self._params(event.params)
-            case ModelDescribed():
+            case events.ModelDescribed():
                 data.model |= charts.model(event)
                 data.classes = list(event.classes) or data.classes
-            case EpochStarted():
+            case events.EpochStarted():
                 if data.resumes:
                     self._redo(event.epoch)
                 data.epoch, data.resumes = event.epoch, False
-            case EpochEnded():
+            case events.EpochEnded():
                 self._end_epoch(event, record)
-            case MetricsLogged(final=True):
+            case events.MetricsLogged(final=True):
                 data.final |= {name: number(value) for name, value in event.values.items()}
-            case MetricsLogged():
+            case events.MetricsLogged():
                 self._metrics(event, record)
-            case CurveLogged():
+            case events.CurveLogged():
                 data.curves[event.key] = charts.curve(event, self._curve_points)
-            case ConfusionMatrixLogged():
+            case events.ConfusionMatrixLogged():
                 data.matrices[event.key] = matrix = charts.matrix(event)
                 if data.worst is None or data.worst.key in data.matrices:
                     data.worst = worst_of_matrix(event.key, matrix) or data.worst
-            case HistogramLogged():
+            case events.HistogramLogged():
                 data.histograms[event.key] = charts.histogram(event)
-            case TableLogged():
+            case events.TableLogged():
                 data.tables[event.key] = table = charts.table(event)
                 if found := worst_of_table(event.key, table, event.rows):
                     table["by"], data.worst = found.metric, found
-            case TextLogged():
+            case events.TextLogged():
                 about = {"key": event.key, "text": event.text[:MAX_TEXT], "epoch": event.epoch}
                 _push(data.texts, {**about, "step": event.step, "length": len(event.text)})
-            case CheckpointSaved():
+            case events.CheckpointSaved():
                 kept = [c for c in data.checkpoints if c["path"] != event.path]
                 _push(kept, plain(msgspec.structs.asdict(event)))
                 data.checkpoints = kept
-            case ArtifactLogged():
+            case events.ArtifactLogged():
                 _push(data.artifacts, plain(msgspec.structs.asdict(event)))
-            case AlertRaised():
+            case events.AlertRaised():
                 about = {"title": event.title, "text": event.text[:MAX_TEXT], "level": event.level}
                 _push(data.alerts, {**about, "time": record.time})
-            case RunEnded():
+            case events.RunEnded():
                 self._end(event)
 
-    def _clock(self, record: Record) -> None:
+    def _clock(self, record: events.Record) -> None:
         data = self.data
         if record.attempt > data.attempt and data.first is not None and data.last is not None:
             data.earlier += max(data.last - data.first, 0.0)
@@ -281,7 +261,7 @@ class Gatherer:
         data.first = record.time if data.first is None else data.first
         data.last = record.time
 
-    def _start(self, event: RunStarted) -> None:
+    def _start(self, event: events.RunStarted) -> None:
         data = self.data
         names = ("name", "project", "group", "job_type", "task", "notes", "framework")
         about = {name: getattr(event, name) for name in (*names, "framework_version", "save_dir")}
@@ -312,7 +292,7 @@ class Gatherer:
         if isinstance(step, float | int):
             self.data.step = int(step)
 
-    def _end_epoch(self, event: EpochEnded, record: Record) -> None:
+    def _end_epoch(self, event: events.EpochEnded, record: events.Record) -> None:
         data = self.data
         if event.outcome != "completed":
             self._redo(event.epoch)
@@ -327,7 +307,7 @@ class Gatherer:
         mean = sum(data.took) / len(data.took) if data.took else None
         data.eta = None if left is None or mean is None else left * mean
 
-    def _metrics(self, event: MetricsLogged, record: Record) -> None:
+    def _metrics(self, event: events.MetricsLogged, record: events.Record) -> None:
         data = self.data
         if event.step is not None:
             data.step = max(event.step, data.step or 0)
@@ -362,7 +342,7 @@ class Gatherer:
         if old is None or (value > old["value"] if goal == "max" else value < old["value"]):
             data.best = {"metric": name, "value": value, "epoch": epoch, "reported": False}
 
-    def _end(self, event: RunEnded) -> None:
+    def _end(self, event: events.RunEnded) -> None:
         data = self.data
         data.status, data.reason, data.error = event.status, event.reason, event.error
         data.eta = None
@@ -370,7 +350,7 @@ class Gatherer:
             best = {"metric": event.best.metric, "value": number(event.best.value)}
             data.best = {**best, "epoch": event.best.epoch, "reported": True}
 
-    def _seconds(self, record: Record) -> float:
+    def _seconds(self, record: events.Record) -> float:
         first = self.data.first or 0.0
         return round(self.data.earlier + max(record.time - first, 0.0), 3)
 

@@ -13,24 +13,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from trainbus.events import (
-    AlertRaised,
-    ArtifactLogged,
-    CheckpointSaved,
-    ConfusionMatrixLogged,
-    CurveLogged,
-    HistogramLogged,
-    ImageLogged,
-    MetricsLogged,
-    ModelDescribed,
-    ParamsUpdated,
-    Record,
-    RunEnded,
-    RunStarted,
-    TableLogged,
-    TextLogged,
-    encode,
-)
+from trainbus import events
 from trainbus.interfaces import FilePath, Options, RunInfo
 from trainbus.toolkit.sinks import (
     SaveCheckpoints,
@@ -163,7 +146,7 @@ class MlflowSink(TrackerSink):
         if self._run.id is not None:
             self._location = self._store.address(self._experiment, self._run.id)
 
-    def write(self, records: Sequence[Record]) -> None:
+    def write(self, records: Sequence[events.Record]) -> None:
         """Log the records that are new.
 
         Raises:
@@ -189,44 +172,46 @@ class MlflowSink(TrackerSink):
             self.lose_superseded(self._superseded)
         self._client = None
 
-    def _take(self, record: Record) -> None:
+    def _take(self, record: events.Record) -> None:
         run, files, event = self._run, self._files, record.event
         match event:
-            case RunStarted():
+            case events.RunStarted():
                 self._start(event)
-            case ParamsUpdated():
+            case events.ParamsUpdated():
                 run.log_params(event.params)
-            case ModelDescribed():
+            case events.ModelDescribed():
                 values = model_values(event).items()  # MLflow allows no brackets in names
                 run.log(record, {k.replace("(ms)", "_ms"): float(v) for k, v in values}, 0)
                 if event.classes:
                     files.write("model", json.dumps({"classes": event.classes}), "classes.json")
-            case MetricsLogged():
+            case events.MetricsLogged():
                 named = {metric_name(k, final=event.final): v for k, v in event.values.items()}
                 run.log(record, named, run.timeline(event))
-            case ImageLogged():
+            case events.ImageLogged():
                 files.picture(record, event)
-            case CurveLogged() | ConfusionMatrixLogged() | HistogramLogged():
+            case events.CurveLogged() | events.ConfusionMatrixLogged() | events.HistogramLogged():
                 files.picture(record, event)
-                files.write(f"data/{event.key}", encode(record), f"{files.stamp(record)}.json")
-            case TableLogged():
+                files.write(
+                    f"data/{event.key}", events.encode(record), f"{files.stamp(record)}.json"
+                )
+            case events.TableLogged():
                 files.table(record, event)
-            case TextLogged():
+            case events.TextLogged():
                 files.write(f"text/{event.key}", event.text, f"{files.stamp(record)}.txt")
-            case CheckpointSaved():
+            case events.CheckpointSaved():
                 self._checkpoints.store(event)
-            case ArtifactLogged():
+            case events.ArtifactLogged():
                 about = to_json(set_fields(event, "kind", "aliases", "metadata"))
                 run.tag(f"artifact/{event.name}", json.dumps(about))
                 files.store(event.name, event.paths)
-            case AlertRaised():
+            case events.AlertRaised():
                 title = f"{event.level}: {event.title}"
                 run.tag("alert", title)
                 files.write("alerts", f"{title}\n{event.text}", f"{files.stamp(record)}.txt")
-            case RunEnded():
+            case events.RunEnded():
                 self._end(record, event)
 
-    def _start(self, event: RunStarted) -> None:
+    def _start(self, event: events.RunStarted) -> None:
         run = self._run
         run.untag("ended", "error")
         names = ("group", "job_type", "task", "framework", "framework_version", "save_dir")
@@ -241,7 +226,7 @@ class MlflowSink(TrackerSink):
             run.tag(name, value)
         run.log_params(event.params)
 
-    def _end(self, record: Record, event: RunEnded) -> None:
+    def _end(self, record: events.Record, event: events.RunEnded) -> None:
         run, best, error = self._run, event.best, event.error
         run.tag("ended", event.reason or event.status)
         if error is not None:

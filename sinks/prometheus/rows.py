@@ -9,18 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trainbus.events import (
-    AlertRaised,
-    CheckpointSaved,
-    EpochEnded,
-    EpochStarted,
-    MetricsLogged,
-    ModelDescribed,
-    Record,
-    RunEnded,
-    UnknownEvent,
-    event_name,
-)
+from trainbus import events
 from trainbus.interfaces import RunInfo
 from trainbus.toolkit.sinks import Names, metric_name, model_values, utf8
 
@@ -66,7 +55,7 @@ class Values:
         self._set("trainbus_run_info", 1, *info, str(run.attempt))
         self._set_status("running")
 
-    def take(self, record: Record) -> None:
+    def take(self, record: events.Record) -> None:
         """Take the values of a record."""
         with self._mutex:
             self._take(record)
@@ -83,34 +72,34 @@ class Values:
                     if sample.name == "trainbus_metric" and labels.get("run") == self._run:
                         series[labels["metric"], labels["phase"]] = sample.value
 
-    def _take(self, record: Record) -> None:
+    def _take(self, record: events.Record) -> None:
         event = record.event
-        if isinstance(event, UnknownEvent):
+        if isinstance(event, events.UnknownEvent):
             return
-        self._add("trainbus_records_total", event_name(event))
+        self._add("trainbus_records_total", events.event_name(event))
         self._set("trainbus_last_record_timestamp_seconds", record.time)
         match event:
-            case MetricsLogged():
+            case events.MetricsLogged():
                 self._take_metrics(event)
-            case ModelDescribed():
+            case events.ModelDescribed():
                 for name, value in list(model_values(event).items())[: self._max_metrics]:
                     self._set("trainbus_model", value, self._label(name.removeprefix("model/")))
-            case EpochStarted():
+            case events.EpochStarted():
                 self._set("trainbus_epoch", event.epoch + 1)
-            case EpochEnded(outcome="completed") if event.duration_s is not None:
+            case events.EpochEnded(outcome="completed") if event.duration_s is not None:
                 self._set("trainbus_epoch_duration_seconds", event.duration_s)
-            case CheckpointSaved():
+            case events.CheckpointSaved():
                 name = "trainbus_last_checkpoint_timestamp_seconds"
                 self._set(name, record.time, event.kind)
-            case AlertRaised():
+            case events.AlertRaised():
                 self._add("trainbus_alerts_total", event.level)
-            case RunEnded():
+            case events.RunEnded():
                 self._set_status(event.status)
                 if event.best is not None:
                     self._set("trainbus_best", event.best.value, self._label(event.best.metric))
                 self.is_over = True
 
-    def _take_metrics(self, event: MetricsLogged) -> None:
+    def _take_metrics(self, event: events.MetricsLogged) -> None:
         series = self._values.setdefault("trainbus_metric", {})
         phase, dropped = self._label(event.phase), 0
         for name, value in event.values.items():

@@ -19,22 +19,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from trainbus.events import (
-    AlertRaised,
-    ArtifactLogged,
-    CheckpointSaved,
-    ConfusionMatrixLogged,
-    CurveLogged,
-    HistogramLogged,
-    ImageLogged,
-    MetricsLogged,
-    ModelDescribed,
-    ParamsUpdated,
-    Record,
-    RunEnded,
-    TableLogged,
-    TextLogged,
-)
+from trainbus import events
 from trainbus.interfaces import FilePath, Options, RunInfo
 from trainbus.toolkit.sinks import (
     LatestCheckpoints,
@@ -153,7 +138,7 @@ class SwanlabSink(TrackerSink):
         self._configure(run.started.params if is_new else {})
         self._location = session.location(self._run, self._folder)
 
-    def write(self, records: Sequence[Record]) -> None:
+    def write(self, records: Sequence[events.Record]) -> None:
         """Log the records that are new."""
         for record in self._seen.new(records):
             self._write(record.event)
@@ -164,35 +149,35 @@ class SwanlabSink(TrackerSink):
 
     def _write(self, event: object) -> None:
         match event:
-            case ParamsUpdated():
+            case events.ParamsUpdated():
                 self._configure(event.params)
-            case ModelDescribed():
+            case events.ModelDescribed():
                 self._configure({"model": set_fields(event)})
-            case MetricsLogged():
+            case events.MetricsLogged():
                 for name, value in event.values.items():
                     self._log(metric_name(name, final=event.final), event, value)
             case (
-                ImageLogged()
-                | CurveLogged()
-                | ConfusionMatrixLogged()
-                | TableLogged()
-                | HistogramLogged()
-                | TextLogged()
+                events.ImageLogged()
+                | events.CurveLogged()
+                | events.ConfusionMatrixLogged()
+                | events.TableLogged()
+                | events.HistogramLogged()
+                | events.TextLogged()
             ):
                 shown: Any = None
                 with self.showing(event.key):
                     shown = media(event)
                 if shown is not None:
                     self._log(event.key, event, shown)
-            case CheckpointSaved() if not self._checkpoints.put_off(event):
+            case events.CheckpointSaved() if not self._checkpoints.put_off(event):
                 self._save_checkpoint(event, f"epoch-{epochs_done(event.epoch)}")
-            case ArtifactLogged():
+            case events.ArtifactLogged():
                 metadata = {"kind": event.kind, "aliases": event.aliases}
                 self._save(event.name, event.paths, {**metadata, "metadata": event.metadata})
-            case AlertRaised():
+            case events.AlertRaised():
                 text = f"[{event.level}] {event.title}\n{event.text}".rstrip()
                 self._log("alerts", event, self._swanlab.Text(utf8(text)))
-            case RunEnded():
+            case events.RunEnded():
                 if event.best is not None:
                     best = {event.best.metric: event.best.value}
                     self._configure({"best": {**best, "epoch": epochs_done(event.best.epoch)}})
@@ -225,7 +210,7 @@ class SwanlabSink(TrackerSink):
         steps[key] = max(at, steps.get(key, -1))
         self._run.log({key: value}, step=at)
 
-    def _save_checkpoint(self, event: CheckpointSaved, name: str) -> None:
+    def _save_checkpoint(self, event: events.CheckpointSaved, name: str) -> None:
         metadata = {"epoch": epochs_done(event.epoch), "step": event.step, "metrics": event.metrics}
         metadata["metadata"] = event.metadata
         self._save(f"checkpoints/{name}", [event.path], metadata)

@@ -8,14 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trainbus.events import (
-    ConfusionMatrixLogged,
-    CurveLogged,
-    HistogramLogged,
-    ImageLogged,
-    TableLogged,
-    TextLogged,
-)
+from trainbus import events
 from trainbus.toolkit.plots import png
 from trainbus.toolkit.sinks import to_json, utf8
 
@@ -33,22 +26,22 @@ def media(event: Any) -> Any:
     import swanlab
 
     match event:
-        case ImageLogged():
+        case events.ImageLogged():
             return swanlab.Image(_picture(event), caption=event.caption)
-        case TextLogged():
+        case events.TextLogged():
             return swanlab.Text(utf8(event.text))
-        case CurveLogged():
+        case events.CurveLogged():
             chart = _curve(swanlab.echarts, event)
-        case ConfusionMatrixLogged():
+        case events.ConfusionMatrixLogged():
             chart = _matrix(swanlab.echarts, event)
-        case TableLogged():
+        case events.TableLogged():
             chart = _table(swanlab.echarts, event)
         case _:
             chart = _histogram(swanlab.echarts, event)
     return swanlab.ECharts(chart)
 
 
-def _picture(event: ImageLogged) -> Any:
+def _picture(event: events.ImageLogged) -> Any:
     """Return the image as a path or an image of Pillow."""
     if event.path is not None:
         return event.path
@@ -60,7 +53,7 @@ def _picture(event: ImageLogged) -> Any:
     return Image.open(io.BytesIO(content))
 
 
-def _curve(echarts: Any, event: CurveLogged) -> Any:
+def _curve(echarts: Any, event: events.CurveLogged) -> Any:
     options = echarts.options
     chart = echarts.Line().add_xaxis(np.asarray(event.x).tolist())
     for name, values in zip(event.classes, event.y, strict=False):
@@ -75,7 +68,7 @@ def _curve(echarts: Any, event: CurveLogged) -> Any:
     return chart.set_series_opts(label_opts=options.LabelOpts(is_show=False))
 
 
-def _matrix(echarts: Any, event: ConfusionMatrixLogged) -> Any:
+def _matrix(echarts: Any, event: events.ConfusionMatrixLogged) -> Any:
     options, names = echarts.options, [utf8(name) for name in event.classes]
     shares = np.asarray(event.matrix, dtype=float)
     cells = [[column, row, value] for (row, column), value in np.ndenumerate(shares.round(4))]
@@ -92,13 +85,13 @@ def _matrix(echarts: Any, event: ConfusionMatrixLogged) -> Any:
     )
 
 
-def _table(echarts: Any, event: TableLogged) -> Any:
+def _table(echarts: Any, event: events.TableLogged) -> Any:
     names = [utf8(name) for name in event.columns]
     names = [n if names.index(n) == i else f"{n} ({i})" for i, n in enumerate(names)]
     return echarts.Table().add(names, [to_json(row) for row in event.rows])
 
 
-def _histogram(echarts: Any, event: HistogramLogged) -> Any:
+def _histogram(echarts: Any, event: events.HistogramLogged) -> Any:
     edges = [f"{edge:.4g}" for edge in np.asarray(event.edges).tolist()]
     bins = [f"{low} – {high}" for low, high in itertools.pairwise(edges)]
     chart = echarts.Bar().add_xaxis(bins)

@@ -23,23 +23,7 @@ from tensorboard.plugins.scalar import metadata as scalars
 from tensorboard.plugins.text import metadata as texts
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from trainbus.events import (
-    AlertRaised,
-    ArtifactLogged,
-    CheckpointSaved,
-    ConfusionMatrixLogged,
-    CurveLogged,
-    HistogramLogged,
-    ImageLogged,
-    MetricsLogged,
-    ModelDescribed,
-    ParamsUpdated,
-    Record,
-    RunEnded,
-    RunStarted,
-    TableLogged,
-    TextLogged,
-)
+from trainbus import events
 from trainbus.toolkit.plots import picture
 from trainbus.toolkit.sinks import (
     Names,
@@ -95,7 +79,7 @@ class Values:
             tag = f"{tag}_{kind}"
         return tag
 
-    def of(self, record: Record) -> list[tuple[int, list[Any]]]:
+    def of(self, record: events.Record) -> list[tuple[int, list[Any]]]:
         """Return the steps and values of the events that show a record; empty if nothing does."""
         found = []
         # Events about the whole run are numbered; others are at the run's current step or later.
@@ -108,55 +92,55 @@ class Values:
             found.append((step, values))
         return found
 
-    def _parts(self, record: Record) -> list[Part]:
+    def _parts(self, record: events.Record) -> list[Part]:
         event, time = record.event, record.time
         match event:
-            case RunStarted():
+            case events.RunStarted():
                 params = flat(event.params)
                 about = {k: v for k, v in set_fields(event).items() if k != "params"}
                 about = flat({"run": record.run, "attempt": record.attempt, **about})
                 shown = [self._text("run/about", _listed(about))]
                 shown += [self._text("run/params", _listed(params))] if params else []
                 return [(None, shown), (None, [_session_start(params, time)])]
-            case ParamsUpdated():
+            case events.ParamsUpdated():
                 return [(None, [self._text("run/params", _listed(flat(event.params)))])]
-            case ModelDescribed():
+            case events.ModelDescribed():
                 return [(None, [self._text("run/model", _listed(flat(set_fields(event))))])]
-            case MetricsLogged():
+            case events.MetricsLogged():
                 kind = "step" if event.step is not None else "epoch"
                 kind = "" if _step(event) is None else kind
                 self._timeline(event)
                 named = {metric_name(k, final=event.final): v for k, v in event.values.items()}
                 values = [self._scalar(name, kind, value) for name, value in named.items()]
                 return [(_step(event), values)] if values else []
-            case ImageLogged() if self._log_images:
+            case events.ImageLogged() if self._log_images:
                 return self._picture(event, event.key, event.caption or "")
-            case CurveLogged() if _is_precision_over_recall(event):
+            case events.CurveLogged() if _is_precision_over_recall(event):
                 return [(_step(event), list(self._pr_curves(event)))]
-            case CurveLogged():
+            case events.CurveLogged():
                 return self._picture(event, event.key, event.title)
-            case ConfusionMatrixLogged():
+            case events.ConfusionMatrixLogged():
                 header = ["true / predicted", *event.classes]
                 rows = np.asarray(event.matrix).tolist()
                 named_rows = [[n, *row] for n, row in zip(event.classes, rows, strict=False)]
                 text = self._text(f"{event.key}/table", _table(header, named_rows))
                 return [(_step(event), [text]), *self._picture(event, event.key, "")]
-            case TableLogged():
+            case events.TableLogged():
                 text = self._text(event.key, _table(event.columns, event.rows))
                 return [(_step(event), [text])]
-            case HistogramLogged():
+            case events.HistogramLogged():
                 return [(_step(event), [self._histogram(event)])]
-            case TextLogged():
+            case events.TextLogged():
                 return [(_step(event), [self._text(event.key, event.text)])]
-            case CheckpointSaved():
+            case events.CheckpointSaved():
                 text = self._text(f"checkpoint/{event.kind}", _listed(flat(set_fields(event))))
                 return [(_step(event), [text])]
-            case ArtifactLogged():
+            case events.ArtifactLogged():
                 return [(None, [self._text(f"artifact/{event.name}", _listed(set_fields(event)))])]
-            case AlertRaised():
+            case events.AlertRaised():
                 text = f"**{event.title}**\n\n{event.text}"
                 return [(None, [self._text(f"alert/{event.level}", text)])]
-            case RunEnded():
+            case events.RunEnded():
                 ended: list[Part] = [
                     (None, [self._text("run/end", _listed(flat(set_fields(event))))])
                 ]
@@ -175,13 +159,13 @@ class Values:
         tensor = make_tensor_proto(utf8(text).encode())
         return _value(self._tag(name, texts.PLUGIN_NAME), metadata, tensor=tensor)
 
-    def _histogram(self, event: HistogramLogged) -> Any:
+    def _histogram(self, event: events.HistogramLogged) -> Any:
         counts, edges = np.asarray(event.counts, float), np.asarray(event.edges, float)
         tensor = make_tensor_proto(np.stack([edges[:-1], edges[1:], counts], axis=1))
         metadata = histograms.create_summary_metadata(self._names(event.key), "")
         return _value(self._tag(event.key, histograms.PLUGIN_NAME), metadata, tensor=tensor)
 
-    def _pr_curves(self, event: CurveLogged) -> Iterator[Any]:
+    def _pr_curves(self, event: events.CurveLogged) -> Iterator[Any]:
         """Yield the mean over the classes under the key itself, and each class below it."""
         x, rows = np.asarray(event.x, float), np.atleast_2d(np.asarray(event.y, float))
         curves = {event.key: rows.mean(axis=0)} if len(rows) else {}
@@ -218,7 +202,7 @@ def _value(tag: str, metadata: Any, **content: Any) -> Any:
     return Summary.Value(tag=tag, metadata=metadata, **content)
 
 
-def _is_precision_over_recall(event: CurveLogged) -> bool:
+def _is_precision_over_recall(event: events.CurveLogged) -> bool:
     return (event.x_label.lower(), event.y_label.lower()) == ("recall", "precision")
 
 

@@ -14,23 +14,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from trainbus.events import (
-    AlertRaised,
-    ArtifactLogged,
-    CheckpointSaved,
-    ConfusionMatrixLogged,
-    CurveLogged,
-    HistogramLogged,
-    ImageLogged,
-    MetricsLogged,
-    ModelDescribed,
-    ParamsUpdated,
-    Record,
-    RunEnded,
-    RunStarted,
-    TableLogged,
-    TextLogged,
-)
+from trainbus import events
 from trainbus.interfaces import FilePath, Options, RunInfo
 from trainbus.toolkit.plots import picture
 from trainbus.toolkit.sinks import (
@@ -141,7 +125,7 @@ class TrackioSink(TrackerSink):
         prefix = f"TRACKIO_DIR={shlex.quote(str(utils.TRACKIO_DIR))} " if self.options.dir else ""
         self._location = prefix + command
 
-    def write(self, records: Sequence[Record]) -> None:
+    def write(self, records: Sequence[events.Record]) -> None:
         """Store the records that are new.
 
         Raises:
@@ -171,46 +155,48 @@ class TrackioSink(TrackerSink):
             if self._database is not None:
                 self.lose_superseded(self._superseded)
 
-    def _take(self, database: Database, record: Record) -> None:
+    def _take(self, database: Database, record: events.Record) -> None:
         trackio, event = self._trackio, record.event
         match event:
-            case RunStarted():
+            case events.RunStarted():
                 database.config.setdefault("_Created", iso(record.time))
                 database.config["_Group"] = event.group
                 names = ("tags", "notes", "job_type", "task", "framework", "framework_version")
                 about = {f"trainbus.{k}": v for k, v in set_fields(event, *names).items()}
                 database.configure(record, {**flat(event.params), **about})
-            case ParamsUpdated():
+            case events.ParamsUpdated():
                 database.configure(record, flat(event.params))
-            case ModelDescribed():
+            case events.ModelDescribed():
                 classes = {"model/classes": event.classes} if event.classes else {}
                 database.configure(record, {**model_values(event), **classes})
-            case MetricsLogged():
+            case events.MetricsLogged():
                 self._log_metrics(database, record, event)
-            case ImageLogged() | CurveLogged() | ConfusionMatrixLogged():
+            case events.ImageLogged() | events.CurveLogged() | events.ConfusionMatrixLogged():
                 self._show(database, record, event)
-            case TableLogged():
+            case events.TableLogged():
                 given = event.columns
                 columns = [n if given.index(n) == i else f"{n} ({i})" for i, n in enumerate(given)]
                 table = trackio.Table(columns, event.rows)
                 self._log_object(database, record, table._to_dict("", ""))
-            case HistogramLogged():
+            case events.HistogramLogged():
                 histogram = trackio.Histogram(np_histogram=(event.counts, event.edges))
                 self._log_object(database, record, histogram._to_dict())
-            case TextLogged():
+            case events.TextLogged():
                 self._log_object(database, record, trackio.Markdown(event.text)._to_dict())
-            case CheckpointSaved():
+            case events.CheckpointSaved():
                 self._take_checkpoint(database, event)
-            case ArtifactLogged():
+            case events.ArtifactLogged():
                 self._artifacts.store(event)
-            case AlertRaised():
+            case events.AlertRaised():
                 database.alert(record, event)
-            case RunEnded():
+            case events.RunEnded():
                 self.lose_superseded(self._superseded)
                 about = {"status": event.status, "reason": event.reason, **best_values(event)}
                 database.configure(record, {f"trainbus.{k}": v for k, v in about.items()})
 
-    def _log_metrics(self, database: Database, record: Record, event: MetricsLogged) -> None:
+    def _log_metrics(
+        self, database: Database, record: events.Record, event: events.MetricsLogged
+    ) -> None:
         values = {
             self._names(metric_name(name, final=event.final)): to_json(value)
             for name, value in event.values.items()
@@ -220,11 +206,13 @@ class TrackioSink(TrackerSink):
         elif values:
             database.log(record, database.place(event), values)
 
-    def _log_object(self, database: Database, record: Record, value: Mapping[str, Any]) -> None:
+    def _log_object(
+        self, database: Database, record: events.Record, value: Mapping[str, Any]
+    ) -> None:
         event: Any = record.event
         database.log(record, database.place(event), {self._names(event.key): to_json(value)})
 
-    def _show(self, database: Database, record: Record, event: Any) -> None:
+    def _show(self, database: Database, record: events.Record, event: Any) -> None:
         """Store a picture in Trackio's media folder, under the same name in a replay."""
         from trackio.media import get_project_media_path
         from trackio.utils import MEDIA_DIR
@@ -241,7 +229,7 @@ class TrackioSink(TrackerSink):
             }
             self._log_object(database, record, shown)
 
-    def _take_checkpoint(self, database: Database, event: CheckpointSaved) -> None:
+    def _take_checkpoint(self, database: Database, event: events.CheckpointSaved) -> None:
         wanted = self.options.save_checkpoints
         if not is_wanted(wanted, event, has_best=self._has_best):
             return
@@ -252,7 +240,7 @@ class TrackioSink(TrackerSink):
         is_for_best = self._has_best and wanted == "best"
         self._superseded.stored(event.kind, *(["last"] if is_for_best else []))
         about = {"epoch": event.epoch, "step": event.step, "metrics": event.metrics}
-        artifact = ArtifactLogged(
+        artifact = events.ArtifactLogged(
             name=f"{database.run}-{event.kind}",
             kind="model",
             paths=[event.path],

@@ -15,25 +15,8 @@ from functools import partial
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
+from trainbus import events
 from trainbus.errors import SinkError
-from trainbus.events import (
-    AlertRaised,
-    ArtifactLogged,
-    CheckpointSaved,
-    ConfusionMatrixLogged,
-    CurveLogged,
-    EpochEnded,
-    EpochStarted,
-    HistogramLogged,
-    ImageLogged,
-    MetricsLogged,
-    ModelDescribed,
-    ParamsUpdated,
-    Record,
-    RunEnded,
-    TableLogged,
-    TextLogged,
-)
 from trainbus.interfaces import RunInfo
 from trainbus.toolkit.sinks import (
     LatestCheckpoints,
@@ -120,7 +103,7 @@ class WandbSink(TrackerSink):
         self._curves = Curves(self._run)
         self._location = session.location(self._run)
 
-    def write(self, records: Sequence[Record]) -> None:
+    def write(self, records: Sequence[events.Record]) -> None:
         """Log the records that are new.
 
         Raises:
@@ -134,7 +117,7 @@ class WandbSink(TrackerSink):
         if self._run is not None:
             self._save_position(self._run, self._sent)
 
-    def upload(self, records: Sequence[Record]) -> None:
+    def upload(self, records: Sequence[events.Record]) -> None:
         """Take checkpoints and artifacts, which may be large, in another thread than rows.
 
         Raises:
@@ -174,44 +157,44 @@ class WandbSink(TrackerSink):
         from . import charts
 
         match event:
-            case MetricsLogged(final=True):
+            case events.MetricsLogged(final=True):
                 run.summary.update({f"final/{k}": v for k, v in event.values.items()})
-            case MetricsLogged(step=None):
+            case events.MetricsLogged(step=None):
                 self._rows.log(event.values, event.epoch)
-            case MetricsLogged():
+            case events.MetricsLogged():
                 self._rows.log_step(event)
-            case ParamsUpdated():
+            case events.ParamsUpdated():
                 run.config.update(event.params, allow_val_change=True)  # type: ignore[no-untyped-call]
-            case ModelDescribed():
+            case events.ModelDescribed():
                 self._rows.log(model_values(event), None)
-            case EpochStarted():
+            case events.EpochStarted():
                 self._rows.start_epoch(event.epoch)
-            case EpochEnded():
+            case events.EpochEnded():
                 self._rows.end_epoch(event)
-            case ImageLogged() if self.options.log_images:
+            case events.ImageLogged() if self.options.log_images:
                 self._show(event, partial(charts.image, event))
-            case CurveLogged():
+            case events.CurveLogged():
                 self._log_curve(event)
-            case ConfusionMatrixLogged():
+            case events.ConfusionMatrixLogged():
                 size, rest = event.matrix.size, ", the largest"
                 self._log_cut(event.key, size, charts.ROW_LIMIT, "cells", rest)
                 self._show(event, partial(charts.confusion_matrix, event))
-            case TableLogged():
+            case events.TableLogged():
                 self._log_cut(event.key, len(event.rows), charts.ROW_LIMIT, "rows")
                 self._show(event, partial(charts.table, event))
-            case HistogramLogged():
+            case events.HistogramLogged():
                 self._show(event, partial(charts.histogram, event))
-            case TextLogged():
+            case events.TextLogged():
                 self._show(event, partial(charts.text, event))
-            case CheckpointSaved():
+            case events.CheckpointSaved():
                 if not self._checkpoints.put_off(event):
                     self._log_checkpoint(run, event, f"epoch-{epochs_done(event.epoch)}")
-            case ArtifactLogged():
+            case events.ArtifactLogged():
                 about = event.kind, event.paths, event.aliases, event.metadata
                 log_files(run, artifact_name(event.name), *about, self.lose)
-            case AlertRaised():
+            case events.AlertRaised():
                 run.alert(event.title, event.text or event.title, level=_LEVELS[event.level])
-            case RunEnded():
+            case events.RunEnded():
                 self._end(run, event)
 
     def _show(self, event: Any, build: Callable[[], Any]) -> None:
@@ -222,7 +205,7 @@ class WandbSink(TrackerSink):
         if value is not None:
             self._rows.show(event.key, event.epoch, value)
 
-    def _log_curve(self, event: CurveLogged) -> None:
+    def _log_curve(self, event: events.CurveLogged) -> None:
         from . import charts
 
         x, y = charts.curve_arrays(event)
@@ -235,12 +218,12 @@ class WandbSink(TrackerSink):
             rest = f" per class; artifact {name!r} has all points of all curves"
             self._log_cut(event.key, points, shown, "points", rest)
 
-    def _log_checkpoint(self, run: WandbRun, event: CheckpointSaved, alias: str) -> None:
+    def _log_checkpoint(self, run: WandbRun, event: events.CheckpointSaved, alias: str) -> None:
         about = {"epoch": epochs_done(event.epoch), "metrics": event.metrics, **event.metadata}
         name = artifact_name(f"run_{run.id}_model")
         log_files(run, name, "model", [event.path], [alias], about, self.lose)
 
-    def _end(self, run: WandbRun, event: RunEnded) -> None:
+    def _end(self, run: WandbRun, event: events.RunEnded) -> None:
         try:
             self._rows.end(is_cut_short=event.status != "finished")
             if best := best_values(event):

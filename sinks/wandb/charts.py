@@ -16,14 +16,7 @@ import numpy as np
 import wandb
 from numpy.typing import NDArray
 
-from trainbus.events import (
-    ConfusionMatrixLogged,
-    CurveLogged,
-    HistogramLogged,
-    ImageLogged,
-    TableLogged,
-    TextLogged,
-)
+from trainbus import events
 
 ROW_LIMIT = 10_000
 _BIN_LIMIT = 512
@@ -31,13 +24,13 @@ _BIN_LIMIT = 512
 Floats = NDArray[np.float64]
 
 
-def points_shown(event: CurveLogged, points: int, *, per_class: bool) -> int:
+def points_shown(event: events.CurveLogged, points: int, *, per_class: bool) -> int:
     """Return how many of the requested `points` per class W&B can show."""
     curves = 1 + len(event.classes) if per_class else 1
     return min(points, max(ROW_LIMIT // curves, 2))
 
 
-def curve(event: CurveLogged, points: int, *, per_class: bool) -> Any:
+def curve(event: events.CurveLogged, points: int, *, per_class: bool) -> Any:
     """Return the chart of a curve: the mean over the classes first, then each class.
 
     Every curve is interpolated at `points` evenly spaced positions from x[0] to x[-1].
@@ -69,12 +62,12 @@ def curve(event: CurveLogged, points: int, *, per_class: bool) -> Any:
     )
 
 
-def curve_arrays(event: CurveLogged) -> tuple[Floats, Floats]:
+def curve_arrays(event: events.CurveLogged) -> tuple[Floats, Floats]:
     """Return x (N,) and y (C, N) of a curve as floats."""
     return np.asarray(event.x, dtype=float), np.atleast_2d(np.asarray(event.y, dtype=float))
 
 
-def write_curve(event: CurveLogged, path: Path) -> None:
+def write_curve(event: events.CurveLogged, path: Path) -> None:
     """Write a whole curve as CSV: a row for each of its N points, a column for each class."""
     x, y = curve_arrays(event)
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -83,7 +76,7 @@ def write_curve(event: CurveLogged, path: Path) -> None:
         writer.writerows(np.vstack([x, y.mean(axis=0), y]).T.tolist())
 
 
-def confusion_matrix(event: ConfusionMatrixLogged) -> Any:
+def confusion_matrix(event: events.ConfusionMatrixLogged) -> Any:
     """Return the chart of a confusion matrix; if not all cells fit, of the largest ones."""
     matrix = np.asarray(event.matrix, dtype=float)
     flat = np.arange(matrix.size)
@@ -104,7 +97,7 @@ def confusion_matrix(event: ConfusionMatrixLogged) -> Any:
     )
 
 
-def image(event: ImageLogged) -> Any:
+def image(event: events.ImageLogged) -> Any:
     """Return a picture; floats are in 0…1, unlike in wandb itself."""
     if event.array is None:
         if event.path is None or not Path(event.path).is_file():
@@ -117,17 +110,17 @@ def image(event: ImageLogged) -> Any:
     return wandb.Image(pixels, caption=event.caption)
 
 
-def table(event: TableLogged) -> Any:
+def table(event: events.TableLogged) -> Any:
     """Return a table, whose columns may have values of mixed types."""
     return wandb.Table(columns=list(event.columns), data=event.rows, allow_mixed_types=True)
 
 
-def text(event: TextLogged) -> Any:
+def text(event: events.TextLogged) -> Any:
     """Return a preformatted text."""
     return wandb.Html(f"<pre>{html.escape(event.text)}</pre>", inject=False)
 
 
-def histogram(event: HistogramLogged) -> Any:
+def histogram(event: events.HistogramLogged) -> Any:
     """Return a histogram of at most 512 bins, the limit of W&B; neighbouring bins are merged."""
     counts, edges = np.asarray(event.counts), np.asarray(event.edges)
     width = -(-len(counts) // _BIN_LIMIT)
