@@ -1,1 +1,1 @@
-"""Adapters: one file for each framework, named after it."""
+"""Adapters: one file or package for each framework, named after it."""

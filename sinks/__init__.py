@@ -1,1 +1,1 @@
-"""Sinks: one file for each tracker, named after it."""
+"""Sinks: one file or package for each tracker, named after it."""

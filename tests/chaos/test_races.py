@@ -30,9 +30,8 @@ sys.path.insert(0, {TESTS!r})
 from pathlib import Path
 from support.journals import SAMPLE
 from trainbus.events import Record, RunEnded
-from trainbus.journal.writer import Journal
-from trainbus.journal.encoding import write_end
-from trainbus.journal.recovery import recover
+from trainbus.journal.writer import JournalWriter
+from trainbus.journal.recovery import recover, write_end
 from trainbus.journal.directory import RunFolder
 folder = RunFolder(sys.argv[1])
 print("ready", flush=True)
@@ -40,7 +39,7 @@ sys.stdin.readline()
 """
 MANY_JOURNALS = """
 for _ in range(10):
-    journal = Journal(folder)
+    journal = JournalWriter(folder)
     print(journal.attempt, journal.append(SAMPLE[0], 1.0).attempt, flush=True)
     journal.close()
 """
@@ -51,7 +50,7 @@ for attempt in range(1, 101):
         print(attempt, flush=True)
 """
 ONE_LIVE_JOURNAL = """
-journal = Journal(folder)
+journal = JournalWriter(folder)
 journal.append(SAMPLE[0], 1.0)
 print("open", flush=True)
 sys.stdin.readline()

@@ -1,4 +1,4 @@
-"""Sends a run that is on disk to sinks, and checks what is on disk: `trainbus replay` and `verify`.
+"""Sends a run that is on disk to sinks: `trainbus replay`.
 
 The journal may come from anywhere: only the operator's configuration decides where records go, and
 files outside of the run's directory are sent only from folders that the operator names.

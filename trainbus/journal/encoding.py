@@ -5,8 +5,7 @@
 
 `crc` is the CRC-32 of the bytes after it, from the quote of the next key to the closing brace.
 The line of a record that names files has two more fields before `seq`: `blobs` lists the copies in
-the run's directory, `files` the size and modification time of the files without a copy. All that
-depends on this format is in this module.
+the run's directory, `files` the size and modification time of the files without a copy.
 """
 
 from __future__ import annotations

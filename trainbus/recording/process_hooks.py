@@ -8,7 +8,7 @@ program handles itself is left to it.
     normal exit     `atexit`: the run ends as finished
     SIGTERM         a handler, if there was none: the run ends as stopped, then the process dies
     os.fork         the child releases what belongs to its parent
-    os._exit, SIGKILL, a crash    no hook runs; the sidecar ends the run
+    os._exit, SIGKILL, a crash    no hook runs; the delivery process ends the run
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The receivers of a bus's records: blinker signals, one for each event type and one for all.
 
 Whatever in this process consumes records is a receiver of these signals: the subscribers of the
-user, and the dispatcher of each open run, which wakes the workers of its sinks.
+user, and the dispatcher of each open run, which runs its inline sinks.
 """
 
 from __future__ import annotations
