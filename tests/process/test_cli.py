@@ -381,7 +381,7 @@ def test_validate_check_tries_every_kind_of_sink(folder: Path) -> None:
         ),
         pytest.param(
             "{type: notify, urls: ['nonsense://x']}",
-            "found a URL that Apprise does not take",
+            "found a URL that Apprise does not accept",
             marks=pytest.mark.needs("apprise"),
         ),
         pytest.param(

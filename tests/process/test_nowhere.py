@@ -235,9 +235,9 @@ def _no(*args: object, **named: object) -> Any:
         "trainbus.recording.emitter.peers.withdraw",
         "trainbus.recording.emitter.end_with_cause",
         "trainbus.recording.emitter.normalize.event",
-        "trainbus.bus.Delivery",
-        "trainbus.bus.RunFolder.create",
-        "trainbus.bus.Journal",
+        "trainbus.recording.emitter.RunDispatcher",
+        "trainbus.recording.settings.RunFolder.create",
+        "trainbus.recording.settings.JournalWriter",
     ],
 )
 def test_no_part_of_it_ends_a_training(

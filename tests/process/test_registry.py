@@ -107,13 +107,14 @@ def test_an_object_without_an_adapter_is_named() -> None:
 
 @pytest.mark.parametrize(("group", "folder"), [(SINKS, "sinks"), (ADAPTERS, "adapters")])
 def test_a_built_in_plugin_has_one_name_everywhere(group: str, folder: str) -> None:
-    """File, entry point and extra bear the same name."""
+    """File or package, entry point and extra have the same name."""
     found = {
         name: point.value.partition(":")[0]
         for name, point in plugins(group).items()
         if point.value.startswith("trainbus.")
     }
-    files = {path.stem for path in (ROOT / folder).glob("*.py") if path.stem[0] != "_"}
+    packages = {path.parent.name for path in (ROOT / folder).glob("*/__init__.py")}
+    files = packages | {p.stem for p in (ROOT / folder).glob("*.py") if p.stem[0] != "_"}
     # The package has been called by two names.
     assert "trainbus.adapters.lightning" == found.pop("pytorch_lightning", "") or folder == "sinks"
     assert files == set(found)

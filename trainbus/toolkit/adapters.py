@@ -425,7 +425,6 @@ class Reporter:
             rank: rank of this process; default: `self.rank()`. Only the main rank has a run open.
             best: the best value; default: `self.best`.
         """
-        rank, best = self.rank() if rank is None else rank, best or self.best
         try:
             self._fail(error, rank, best)
         except SinkError:
@@ -434,11 +433,12 @@ class Reporter:
             # A signal handler may raise anywhere in this thread, but only once.
             self._fail(error, rank, best)
 
-    def _fail(self, error: BaseException, rank: int, best: Best | None) -> None:
+    def _fail(self, error: BaseException, rank: int | None, best: Best | None) -> None:
+        rank = self.rank() if rank is None else rank
         if rank and self.active and self.emit is not None:
             self.emit.failed_on(rank, error)
         else:
-            self._end(ended_by(error, best=best))
+            self._end(ended_by(error, best=best or self.best))
 
     def watch(
         self,
