@@ -213,10 +213,11 @@ def test_all_open_runs_of_a_killed_training_get_their_end(plugins: Path, tmp_pat
     wait_for(lambda: not is_alive(sidecar))
     for run in found["runs"]:
         receipt = json.loads((tmp_path / "trainbus-runs" / run / "receipt.json").read_text())
-        assert ("failed", 3, [3]) == (
+        assert ("failed", 3, [3], str(tmp_path / "config.yaml")) == (
             receipt["status"],
             receipt["emitted"],
             [sink["taken"] for sink in receipt["sinks"]],
+            receipt["config"],
         )
         assert [1, 2, 3] == seqs(tmp_path / "kept.jsonl", run)
 
