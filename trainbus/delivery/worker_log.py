@@ -42,6 +42,8 @@ class Output:
         """Append the output since the last call to the logs."""
         at, size = self._marks.saved, os.fstat(self.fd).st_size
         if size <= at:
+            if size > _NEWEST:  # nothing was printed since the last call
+                self._empty()
             return
         if size - at <= _HEAD + _NEWEST:
             data = os.pread(self.fd, size - at, at)
@@ -50,12 +52,14 @@ class Output:
             data = os.pread(self.fd, _HEAD, at) + _OMITTED + newest
         for log in logs:
             append(log, data)
-        # Truncating loses output printed at the same time, so wait for a pause, up to a limit.
-        is_quiet = os.fstat(self.fd).st_size == size
-        if size > _NEWEST and (is_quiet or size > _MOST):
-            os.ftruncate(self.fd, 0)
-            size = 0
         self._marks.saved = size
+        if size > _MOST:
+            self._empty()
+
+    def _empty(self) -> None:
+        """Empty the file; output printed at this moment is lost, so a pause is waited for."""
+        os.ftruncate(self.fd, 0)
+        self._marks.saved = 0
 
 
 def append(log: Path, data: bytes) -> None:
