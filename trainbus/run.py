@@ -38,8 +38,8 @@ class Run:
     The run ends with the `with` block: finished, or failed or stopped by the exception that leaves
     it, which passes through unchanged. Nothing that is logged raises, whatever it is: it becomes
     what can be recorded, or is left out, said once and counted in the receipt. Only a sink with
-    `on_error: raise` stops a training. In a distributed training rank 0 logs; the other ranks tell
-    only what ends them.
+    `on_error: raise` stops a training. In a distributed training rank 0 logs; the other ranks
+    record only the error that ends them.
     """
 
     def __init__(self, emit: Emitter, started: RunStarted) -> None:

@@ -224,7 +224,7 @@ def replay(
                 after=after,
                 trusted=trusted,
                 config=bus.settings.config,
-                tell=lambda at: progress(f"to {at.sink}", at.done, at.total),
+                on_progress=lambda at: progress(f"to {at.sink}", at.done, at.total),
             )
     typer.echo(str(receipt))
     faults = [*files.damaged, *files.changed]

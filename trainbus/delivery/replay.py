@@ -51,18 +51,18 @@ def replay(
     trusted: Sequence[str] = (),
     flush_secs: float = 60.0,
     config: str | None = None,
-    tell: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> tuple[Receipt, FileResolver]:
-    """Send to each sink what it has not got, and return what became of it.
+    """Send to each sink the records that it has not received, and return the receipt.
 
     Args:
         folder: the run's directory.
         specs: the sinks.
         after: send what comes after this (attempt, seq), whatever was sent before.
         trusted: folders outside of the run's directory whose files may be sent.
-        flush_secs: how long a network that is down is waited for, each time anew.
+        flush_secs: how long to wait for a network that is down, counted from the last progress.
         config: file that the sinks are configured in.
-        tell: called with the progress.
+        on_progress: called with the progress of each sink.
 
     Returns:
         The receipt of the last attempt, and the files that records named.
@@ -84,7 +84,7 @@ def replay(
     if last is None:
         raise JournalError(f"found no whole record in {folder.path}")
     files = FileResolver(folder, trusted)
-    task = _Task(folder, attempts[-1], after, files, trusted, flush_secs, tell, last.seq)
+    task = _Task(folder, attempts[-1], after, files, trusted, flush_secs, on_progress, last.seq)
     sidecar = Sidecar()
     try:
         found = [task.send(spec, sidecar) for spec in specs]
@@ -124,7 +124,7 @@ def plan(
 
 
 class _Task(NamedTuple):
-    """What is sent, and to whom progress is told."""
+    """What a replay sends, and who hears of its progress."""
 
     folder: RunFolder
     attempt: int
@@ -132,7 +132,7 @@ class _Task(NamedTuple):
     files: FileResolver
     trusted: Sequence[str]
     flush_secs: float
-    tell: Callable[[Progress], None]
+    on_progress: Callable[[Progress], None]
     expected: int
 
     def send(self, spec: SinkSpec, sidecar: Sidecar) -> tuple[SinkReport, int | None]:
@@ -153,7 +153,7 @@ class _Task(NamedTuple):
             count = run.progress.get(spec.name, 0)
             if count != known or run.is_calling():
                 known, patience = count, time.monotonic() + self.flush_secs
-            self.tell(Progress(spec.name, count, self.expected))
+            self.on_progress(Progress(spec.name, count, self.expected))
             time.sleep(POLL_S / 5)
         run.stop(_HALT_S)
         self.files.damaged += run.damaged
@@ -161,7 +161,9 @@ class _Task(NamedTuple):
         self.files.add_changed(run.changed_files)
         emitted = run.emitted
         (report,) = run.reports(self.expected if emitted is None else emitted)
-        self.tell(Progress(spec.name, report.taken + report.skipped + report.dead, self.expected))
+        self.on_progress(
+            Progress(spec.name, report.taken + report.skipped + report.dead, self.expected)
+        )
         return report, emitted
 
     def _drain(self, spec: SinkSpec) -> tuple[SinkReport, int | None]:
@@ -180,7 +182,7 @@ class _Task(NamedTuple):
             nonlocal patience, known
             if worker.count != known:
                 known, patience = worker.count, time.monotonic() + self.flush_secs
-            self.tell(Progress(spec.name, known, self.expected))
+            self.on_progress(Progress(spec.name, known, self.expected))
             return time.monotonic() >= patience
 
         worker.finish()
