@@ -1355,9 +1355,19 @@ def test_a_trainer_that_is_gone_has_its_run_ended(tmp_path: Path) -> None:
     assert [] == check_grammar(listener.records)
 
 
-def test_trainers_in_a_loop_are_attached_each_and_none_is_kept(tmp_path: Path) -> None:
+def test_trainers_in_a_loop_are_attached_each_and_none_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An object at the address of an earlier one is another one; emitters do not pile up."""
     listener = Listener()
+    kept: weakref.WeakSet[Emitter] = weakref.WeakSet()
+
+    class CountedEmitter(Emitter):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            kept.add(self)
+
+    monkeypatch.setattr(Bus, "emitter_type", CountedEmitter)
     with tiny_adapter(), listener.bus as bus:
         for fold in range(5):
             trainer = tinytrainer.Trainer(tmp_path / str(fold), 1)
@@ -1369,7 +1379,7 @@ def test_trainers_in_a_loop_are_attached_each_and_none_is_kept(tmp_path: Path) -
                 pass
         gc.collect()
         assert 10 == listener.names.count("run.ended")
-        assert ([], 0, {}) == (bus.open_runs, len(bus._idle), bus._attached)
+        assert ([], 0) == (bus.open_runs, len(kept))
 
 
 def test_an_exception_ends_the_run_of_a_trainer(tmp_path: Path) -> None:

@@ -1164,20 +1164,20 @@ nested = st.dictionaries(
 
 def every_name(value: str) -> list[tuple[int, str]]:
     """Return where names begin, found without any sign of them."""
-    return [(found.start(), found["name"]) for found in patterns._NAME.finditer(value)]
+    return [(found.start(), found["name"]) for found in patterns.NAME.finditer(value)]
 
 
 def precisely(event: Any, keys: frozenset[str] = frozenset()) -> Any:
     """Return what redaction makes of an event where nothing is skipped."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(redaction, "_may_contain_secret", lambda value, keys: True)
+        patch.setattr(redaction, "value_may_contain_secret", lambda value, keys: True)
         patch.setattr(patterns, "may_contain_secret", lambda value: True)
-        patch.setattr(patterns, "_has_shape", lambda value: True)
-        patch.setattr(patterns, "_AFTER_SIGNS", ("",))
-        patch.setattr(patterns, "_names", every_name)
-        redaction._has_secret.cache_clear()
+        patch.setattr(patterns, "has_shape", lambda value: True)
+        patch.setattr(patterns, "AFTER_SIGNS", ("",))
+        patch.setattr(patterns, "find_names", every_name)
+        redaction.has_secret.cache_clear()
         found = redaction.event(event, keys)
-        redaction._has_secret.cache_clear()
+        redaction.has_secret.cache_clear()
         return found
 
 

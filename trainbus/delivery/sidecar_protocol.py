@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import msgspec
 
@@ -134,13 +134,6 @@ ToTraining: TypeAlias = SinkOpened | LogWarning | RunProgress | RunDone
 T = TypeVar("T")
 
 
-class Received(NamedTuple, Generic[T]):
-    """A message, and the journal lines sent with it."""
-
-    message: T
-    lines: list[bytes]
-
-
 class Mailbox(Generic[T]):
     """Messages in one direction between two processes.
 
@@ -178,9 +171,9 @@ class Mailbox(Generic[T]):
             self._is_writing = False
         return True
 
-    def take(self) -> list[Received[T]]:
-        """Return the messages that have arrived."""
-        found: list[Received[T]] = []
+    def take(self) -> list[tuple[T, list[bytes]]]:
+        """Return the messages that have arrived, each with the journal lines sent with it."""
+        found: list[tuple[T, list[bytes]]] = []
         at = self._at
         while len(head := os.pread(self.fd, _HEAD, at)) == _HEAD:
             size, more = int(head[:16], 16), int(head[16:], 16)
@@ -189,7 +182,7 @@ class Mailbox(Generic[T]):
             body = _read(self.fd, at + _HEAD, size)
             lines = _read(self.fd, at + _HEAD + size, more).splitlines(keepends=True)
             message: T = msgspec.convert(json.loads(body), self._kind)
-            found.append(Received(message, lines))
+            found.append((message, lines))
             if more > _BIG:
                 _free(self.fd, at, at + _HEAD + size + more)
             at += _HEAD + size + more

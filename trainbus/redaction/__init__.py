@@ -76,7 +76,7 @@ def params(values: Any, keys: frozenset[str] = frozenset()) -> Any:
 def event(value: Any, keys: frozenset[str] = frozenset()) -> Any:
     """Return the event with secrets replaced in params, texts and names; the same if none."""
     kind = type(value)
-    if kind is events.MetricsLogged and not _has_secret((value.phase, *value.values)):
+    if kind is events.MetricsLogged and not has_secret((value.phase, *value.values)):
         return value
     names = frozenset(map(squash, keys))
     changed: dict[str, Any] = {}
@@ -97,7 +97,7 @@ def event(value: Any, keys: frozenset[str] = frozenset()) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _has_secret(names: tuple[str, ...]) -> bool:
+def has_secret(names: tuple[str, ...]) -> bool:
     """Return whether metric names contain a secret; cached, as they rarely change."""
     return any(text(name) is not name for name in names)
 
@@ -128,7 +128,7 @@ def _field(value: Any, field: str, old: Any, keys: frozenset[str]) -> Any:
     if field == "rows":  # a secret is recognized by its column, or by the cell before it
         return _rows(old, [named(column, keys) for column in value.columns], keys)
     kind = named(value.key, keys) if type(value) is events.TextLogged else NONE
-    if not kind and not _may_contain_secret(old, keys):
+    if not kind and not value_may_contain_secret(old, keys):
         return old
     return _walk(old, keys, kind, 0)
 
@@ -137,10 +137,10 @@ def _rows(old: list[Any], kinds: list[int], keys: frozenset[str]) -> list[Any]:
     """Return the rows of a table with secrets replaced; only suspicious rows are examined."""
     suspicious: set[str] | None = None
     if not any(kinds) and (texts := _cells(old)) is not None:
-        if not _may_contain_secret(list(texts), keys):
+        if not value_may_contain_secret(list(texts), keys):
             return old
         suspicious = {
-            cell for cell in texts if _may_contain_secret(cell, keys) or named(cell, keys)
+            cell for cell in texts if value_may_contain_secret(cell, keys) or named(cell, keys)
         }
     new = [
         row
@@ -159,7 +159,7 @@ def _cells(rows: list[Any]) -> set[str] | None:
     return {cell for row in rows for cell in row if type(cell) is str} if str in kinds else set()
 
 
-def _may_contain_secret(value: Any, keys: frozenset[str]) -> bool:
+def value_may_contain_secret(value: Any, keys: frozenset[str]) -> bool:
     """Return whether a value may contain a secret; a fast check in one scan."""
     texts: list[str] = []
     _gather(value, texts, 0)

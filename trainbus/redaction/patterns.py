@@ -4,7 +4,7 @@ Training waits for this, and most texts have no secret. So each pattern has sign
 every match contains at least one. Searching for them first is a hundred times faster.
 
 To recognize a new kind of token, add a line to `_TOKENS`. A secret that follows a fixed text
-belongs in `_AFTER` and `_AFTER_SIGNS`, and one that follows a name in `names.py`.
+belongs in `_AFTER` and `AFTER_SIGNS`, and one that follows a name in `names.py`.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ _BASIC = _re(r"([Bb]asic\s{1,4})([A-Za-z0-9+/]{8,}={0,2})")
 
 # A name, its closing characters (`cfg["password"]`), and the separator before its value. The whole
 # name is matched, so that a text is scanned once. The value of a flag may follow a space.
-_NAME = _re(r"""
+NAME = _re(r"""
     (?<![\w./-])(?P<flag>--?(?=[A-Za-z]))?-{0,9}(?P<name>[\w./][\w./-]*)(?:
     (?P<close>\\{0,3}["'\]]{0,3})[ \t]{0,9}
         (?P<sep>:[ ]?(?:str|bytes|[Aa]ny|Secret\w+|Optional\[\w+\])(?:[ ]\|[ ]None)?[ ]=(?=[ ])
@@ -114,7 +114,7 @@ _NAME = _re(r"""
     |["'],[ ]?(?=["']) | (?(flag)[ \t]{1,9}(?!-)|(?!)))""")
 
 # Signs: strings without which a pattern can't match. Those of names are in lower case.
-_AFTER_SIGNS = (
+AFTER_SIGNS = (
     *("ig=", "ignature=", "pass=", "code=", "key=", "earer", "EARER", "BasicAuth", "webhook"),
     *("login", "hooks.slack", "sshpass", "mysql ", "curl "),
 )
@@ -177,9 +177,9 @@ def may_contain_secret(value: str) -> bool:
     """
     if "PRIVATE KEY" in value or "asic" in value or ("://" in value and "@" in value):
         return True
-    if any(sign in value for sign in _AFTER_SIGNS) or _has_shape(value):
+    if any(sign in value for sign in AFTER_SIGNS) or has_shape(value):
         return True
-    return any(_names(value)) or _has_two_words(value.lower())
+    return any(find_names(value)) or _has_two_words(value.lower())
 
 
 def _has_two_words(lowered: str) -> bool:
@@ -187,13 +187,14 @@ def _has_two_words(lowered: str) -> bool:
     return is_signed and bool(_TWO_WORDS.search(lowered))
 
 
-def _has_shape(value: str) -> bool:
+def has_shape(value: str) -> bool:
+    """Return whether the text contains a token that has a format of its own."""
     is_signed = any(sign in value for sign in _SHAPE_SIGNS) or _DOTTED.search(value)
     # A sign also occurs in harmless words, such as `sk-` in `task-`.
     return bool(is_signed and _SHAPES.search(value))
 
 
-def _names(value: str) -> Iterator[tuple[int, str]]:
+def find_names(value: str) -> Iterator[tuple[int, str]]:
     """Yield the position and text of each name that can precede a secret."""
     lowered = value.lower()
     if len(lowered) != len(value):  # some letters have more than one character in lower case
@@ -221,16 +222,16 @@ def _redact_once(value: str) -> str:
         value = _PEM.sub(REDACTED, value)
     if "://" in value and "@" in value:
         value = _URL.sub(_login, value)
-    if _has_shape(value):
+    if has_shape(value):
         value = _SHAPES.sub(REDACTED, value)
-    if any(sign in value for sign in _AFTER_SIGNS):
+    if any(sign in value for sign in AFTER_SIGNS):
         value = _AFTER.sub(rf"\1{REDACTED}", value)
     if "asic" in value:
         value = _BASIC.sub(_basic, value)
     parts: list[str] = []
     done = 0
-    for start, _ in _names(value):
-        found = _NAME.match(value, start) if start >= done else None
+    for start, _ in find_names(value):
+        found = NAME.match(value, start) if start >= done else None
         name = "" if found is None else found["name"]
         if not kind_of(name[-80:]) and name.lower() not in _BEFORE:
             continue
