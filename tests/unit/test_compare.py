@@ -14,6 +14,8 @@ from trainbus import Bus, JournalSpec
 from trainbus.cli.app import app
 from trainbus.config import loads
 
+pytestmark = pytest.mark.needs("plotly")
+
 
 def trained(folder: Path, lr: float) -> Path:
     """Log a short run, and return its directory."""

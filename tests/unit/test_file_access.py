@@ -327,6 +327,7 @@ def run(*args: object) -> tuple[int, list[str]]:
     return done.exit_code, done.stderr.splitlines()
 
 
+@pytest.mark.needs("dvclive")
 def test_a_changed_file_is_told_and_the_exit_code_is_1(work: Path, tmp_path: Path) -> None:
     """`trainbus replay` names the file that it did not send, even from a trusted folder."""
     (work / "m.pt").write_text("of this run")
