@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from shutil import copytree, ignore_patterns
 
@@ -48,8 +49,9 @@ def run_script(script: Path, folder: Path) -> subprocess.CompletedProcess[str]:
         copytree(ROOT / name, folder / name, ignore=ignore_patterns("__pycache__"))
     if "ultralytics" in script.read_text(encoding="utf-8"):
         train.save_below(folder)
+    shim = [str(SHIM)] if find_spec("torch") else []
     return subprocess.run(
-        [sys.executable, str(SHIM), str(script)],
+        [sys.executable, *shim, str(script)],
         cwd=folder,
         env=train.hermetic(folder) | {"KERAS_BACKEND": "torch", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
