@@ -35,7 +35,7 @@ def make_dataset(
     Args:
         root: Folder to write to; it may exist, but must not contain a data set.
         task: One of `TASKS`.
-        images: Number of training pictures; with at least as many as classes, every class occurs.
+        images: Number of training pictures; every class occurs if there are at least as many.
         val_images: Number of validation pictures.
         size: Side of the square pictures in pixels.
         names: The classes, by index; their hues are evenly spaced, starting with red.
@@ -87,7 +87,7 @@ def _example(
     picture = Image.fromarray(rng.integers(0, 64, (size, size, 3), dtype=np.uint8))
     label = ""
     # A single shape fills the picture, so that even an untrained detector hits some at imgsz=256.
-    # Several shapes have a quarter each: nothing overlaps, so every label is exact.
+    # Several shapes get a quarter each, so that nothing overlaps and every label is exact.
     count = 1 if task == "classify" else int(rng.integers(1, 4))
     parts = 1 if count == 1 else 2
     for part in rng.permutation(parts**2)[:count]:

@@ -1,4 +1,4 @@
-"""Trains gradient boosting with scikit-learn, logged with trainbus; each stage is an epoch."""
+"""Trains gradient boosting in scikit-learn, logged with trainbus; each stage is an epoch."""
 
 import numpy as np
 from sklearn.ensemble import GradientBoostingRegressor

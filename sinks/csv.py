@@ -77,7 +77,7 @@ class CsvOptions(Options, frozen=True, kw_only=True):
         Meta(
             pattern=r"\{run\}",
             extra={"expected": "a path with `{run}` in it: each run has a folder of its own"},
-            description="Folder of the files; `{run}` is replaced by the run's id",
+            description="Folder for the files; `{run}` is replaced by the run's id",
         ),
     ] = "trainbus-runs/{run}-csv"
     escape_formulas: Annotated[

@@ -53,7 +53,8 @@ class NotifyOptions(Options, frozen=True, kw_only=True):
         list[Annotated[str, Meta(min_length=1)]],
         Meta(
             min_length=1,
-            description="Apprise URLs of the services; keep them in variables: `${SLACK_URL}`",
+            description="Apprise URLs of the services; keep them in "
+            "environment variables: `${SLACK_URL}`",
         ),
     ]
     when: Annotated[
@@ -78,19 +79,30 @@ class NotifyOptions(Options, frozen=True, kw_only=True):
         | None
     ) = None
     title: Annotated[
-        str, Meta(description="Title, with {name} {run} {project} {kind} {what} {details}")
+        str,
+        Meta(
+            description="Title of a message; may contain {name} {run} "
+            "{project} {kind} {what} {details}"
+        ),
     ] = "{name}: {what}"
-    body: Annotated[str, Meta(min_length=1, description="Text, with the same fields")] = "{details}"
+    body: Annotated[
+        str, Meta(min_length=1, description="Body of a message; may contain the same fields")
+    ] = "{details}"
     min_interval_secs: Annotated[
         float,
-        Meta(ge=0, description="Minimum time between two alerts, or two best values"),
+        Meta(ge=0, description="Minimum time between two alerts, starts or best values"),
     ] = 60.0
-    max_age_secs: Annotated[float, Meta(ge=0, description="Skip older records, as in a replay")] = (
-        3600.0
-    )
+    max_age_secs: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="Maximum age of a record that sends a message; a "
+            "replay sends none for older ones",
+        ),
+    ] = 3600.0
     state: Annotated[
         FilePath,
-        Meta(min_length=1, description="Folder that stores which messages were sent"),
+        Meta(min_length=1, description="Folder for the list of messages that were sent"),
     ] = "trainbus-runs/.notify"
 
     def __post_init__(self) -> None:

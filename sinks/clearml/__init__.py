@@ -69,15 +69,18 @@ class ClearmlOptions(Options, frozen=True, kw_only=True):
     """Options of the `clearml` sink; it needs neither a server nor credentials."""
 
     project: (
-        Annotated[str, Meta(min_length=1, description="Project; by default the trainer's")] | None
+        Annotated[str, Meta(min_length=1, description="Project; by default the run's")] | None
     ) = None
     task_name: (
-        Annotated[str, Meta(min_length=1, description="Task name; by default the trainer's")] | None
+        Annotated[str, Meta(min_length=1, description="Task name; by default the run's name")]
+        | None
     ) = None
-    tags: Annotated[tuple[str, ...], Meta(description="Tags to add to the trainer's")] = ()
+    tags: Annotated[tuple[str, ...], Meta(description="Tags to add to the run's")] = ()
     dir: Annotated[
         FilePath,
-        Meta(min_length=1, description="Folder of archives; `{run}` is replaced by the run id"),
+        Meta(
+            min_length=1, description="Folder for the archives; `{run}` is replaced by the run's id"
+        ),
     ] = "clearml"
     save_checkpoints: SaveCheckpoints = "best"
 

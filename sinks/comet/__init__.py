@@ -77,16 +77,18 @@ class CometOptions(Options, frozen=True, kw_only=True):
         Meta(description="Send to Comet directly, or write an archive for `comet upload`"),
     ] = "online"
     project: (
-        Annotated[str, Meta(min_length=1, description="Project; by default the trainer's")] | None
+        Annotated[str, Meta(min_length=1, description="Project; by default the run's")] | None
     ) = None
     workspace: Annotated[str, Meta(min_length=1, description="Workspace")] | None = None
-    name: Annotated[str, Meta(description="Experiment name; by default the trainer's")] | None = (
+    name: Annotated[str, Meta(description="Experiment name; by default the run's name")] | None = (
         None
     )
-    tags: Annotated[tuple[str, ...], Meta(description="Tags to add to the trainer's")] = ()
+    tags: Annotated[tuple[str, ...], Meta(description="Tags to add to the run's")] = ()
     dir: Annotated[
         FilePath,
-        Meta(min_length=1, description="Folder of archives; `{run}` is replaced by the run id"),
+        Meta(
+            min_length=1, description="Folder for the archives; `{run}` is replaced by the run's id"
+        ),
     ] = "comet"
     save_checkpoints: SaveCheckpoints = "best"
 

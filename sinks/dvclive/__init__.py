@@ -58,7 +58,7 @@ class DvcliveOptions(Options, frozen=True, kw_only=True):
 
     dir: Annotated[
         FilePath,
-        Meta(min_length=1, description="Folder of the files; `{run}` is replaced by the run id"),
+        Meta(min_length=1, description="Folder for the files; `{run}` is replaced by the run's id"),
     ] = "dvclive/{run}"
     dvcyaml: (
         Annotated[

@@ -63,12 +63,14 @@ class HtmlOptions(Options, frozen=True, kw_only=True):
         Meta(
             pattern=r"\{run\}",
             extra={"expected": "a folder with {run} in it, so that each run has its own"},
-            description="Folder of the page; `{run}` is replaced by the run's id",
+            description="Folder for the page; `{run}` is replaced by the run's id",
         ),
     ] = "trainbus-pages/{run}"
-    points: Annotated[int, Meta(ge=10, le=100_000, description="Maximum values of a metric")] = 2000
+    points: Annotated[
+        int, Meta(ge=10, le=100_000, description="Maximum number of values per metric")
+    ] = 2000
     curve_points: Annotated[
-        int, Meta(ge=2, le=100_000, description="Maximum points of a curve")
+        int, Meta(ge=2, le=100_000, description="Maximum number of points per curve")
     ] = 200
     pictures: Annotated[
         int, Meta(ge=0, le=10_000, description="Number of latest pictures to keep per name")

@@ -67,7 +67,7 @@ Experiment = Annotated[
         max_length=500,
         extra={"expected": "an MLflow experiment name: 1 to 500 characters, not blank"},
         description="Experiment; by default `MLFLOW_EXPERIMENT_NAME` or `_ID`, else the "
-        "project of the training, else `Default`",
+        "run's project, else `Default`",
     ),
 ]
 RunName = Annotated[str, Meta(min_length=1, max_length=250, description="Run name")]
@@ -75,8 +75,8 @@ Location = Annotated[
     FilePath,
     Meta(
         min_length=1,
-        description="Where files are stored if this sink creates the experiment; by "
-        "default MLflow decides: the server's store, or `./mlruns` beside a database",
+        description="Where files are stored if this sink creates the experiment; by default the "
+        "server's store, or, with a database, `mlruns` in the folder of the configuration file",
     ),
 ]
 
@@ -89,7 +89,7 @@ class MlflowOptions(Options, frozen=True, kw_only=True):
     run_name: RunName | None = None
     artifact_location: Location | None = None
     save_checkpoints: SaveCheckpoints = "best"
-    tags: Annotated[dict[str, str], Meta(description="Tags and their values")] | None = None
+    tags: Annotated[dict[str, str], Meta(description="Further tags: name → value")] | None = None
 
 
 class MlflowSink(TrackerSink):

@@ -52,14 +52,17 @@ class PrometheusOptions(Options, frozen=True, kw_only=True):
             Meta(
                 ge=0,
                 le=65535,
-                description="Port to be scraped at, 0 for any free one; by default 9464, or none "
+                description="Port to listen on, 0 for any free one; by default 9464, or none "
                 "if `textfile` or `pushgateway` is set",
             ),
         ]
         | None
     ) = None
     next_ports: Annotated[
-        int, Meta(ge=0, le=1000, description="Number of next ports to try if it is in use")
+        int,
+        Meta(
+            ge=0, le=1000, description="How many of the following ports to try if `port` is in use"
+        ),
     ] = 0
     address: Annotated[
         str, Meta(min_length=1, description="Address to listen on; `0.0.0.0` for all networks")
@@ -100,7 +103,8 @@ class PrometheusOptions(Options, frozen=True, kw_only=True):
         bool, Meta(description="Whether to keep the file and the pushed group after the run")
     ] = True
     max_metrics: Annotated[
-        int, Meta(ge=1, description="Maximum series of metrics of a run; further ones are dropped")
+        int,
+        Meta(ge=1, description="Maximum number of metric series per run; further ones are dropped"),
     ] = 500
 
 

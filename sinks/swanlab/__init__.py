@@ -64,7 +64,7 @@ class SwanlabOptions(Options, frozen=True, kw_only=True):
                 pattern=r"^[0-9a-zA-Z_+.-]+$",
                 max_length=100,
                 extra={"expected": "a SwanLab project name: 1 to 100 letters, digits, _ - + and ."},
-                description="Project; by default the trainer's, with invalid characters replaced",
+                description="Project; by default the run's, with invalid characters replaced",
             ),
         ]
         | None
@@ -73,7 +73,7 @@ class SwanlabOptions(Options, frozen=True, kw_only=True):
     mode: (
         Annotated[
             Literal["cloud", "offline", "local", "disabled"],
-            Meta(description="Mode; by default `SWANLAB_MODE`, else `cloud`"),
+            Meta(description="Where to log the run; by default `SWANLAB_MODE`, else `cloud`"),
         ]
         | None
     ) = None
@@ -82,7 +82,7 @@ class SwanlabOptions(Options, frozen=True, kw_only=True):
             FilePath,
             Meta(
                 min_length=1,
-                description="Folder of SwanLab's files; `{run}` is replaced by the run id; by "
+                description="Folder for SwanLab's files; `{run}` is replaced by the run's id; by "
                 "default `SWANLAB_LOG_DIR`, else `swanlog`",
             ),
         ]

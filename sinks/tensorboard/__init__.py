@@ -60,7 +60,7 @@ class TensorboardOptions(Options, frozen=True, kw_only=True):
         Meta(
             pattern=r"\{run\}",
             extra={"expected": "a path with `{run}` in it: TensorBoard needs a folder per run"},
-            description="Folder of the run; `{run}` is replaced by the run's id",
+            description="Folder for the run; `{run}` is replaced by the run's id",
         ),
     ] = "trainbus-runs/tensorboard/{run}"
     log_images: Annotated[bool, Meta(description="Whether to write logged pictures")] = True

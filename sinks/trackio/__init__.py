@@ -61,14 +61,15 @@ Project = Annotated[
             "expected": "a Trackio project name: letters, digits, _ - . and spaces, not "
             "beginning with `registry-`"
         },
-        description="Project; by default that of the training, made valid",
+        description="Project; by default the run's, made valid",
     ),
 ]
 Folder = Annotated[
     FilePath,
     Meta(
         min_length=1,
-        description="Folder of the databases, one per process; by default Trackio's own: "
+        description="Folder for the databases; a process can use only one "
+        "folder; by default Trackio's own: "
         "`TRACKIO_DIR`, else `trackio` in Hugging Face's cache",
     ),
 ]

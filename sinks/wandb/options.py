@@ -20,7 +20,7 @@ Project = Annotated[
         pattern=r"^[^/\\#?%:]+$",
         max_length=128,
         extra={"expected": r"a W&B project name: 1 to 128 characters, none of / \ # ? % :"},
-        description="Project; by default that of the training, made valid",
+        description="Project; by default the run's, made valid",
     ),
 ]
 RunId = Annotated[
@@ -46,7 +46,7 @@ class WandbOptions(Options, frozen=True, kw_only=True):
     name: Annotated[str, Meta(max_length=128, description="Run name")] | None = None
     group: Annotated[str, Meta(description="Group of related runs")] | None = None
     job_type: Annotated[str, Meta(description="Type of the run, such as `train`")] | None = None
-    tags: Annotated[list[Tag], Meta(description="Tags; by default the training's")] | None = None
+    tags: Annotated[list[Tag], Meta(description="Tags; by default the run's")] | None = None
     notes: Annotated[str, Meta(description="Notes about the run")] | None = None
     # `| None` stays outside: Python reuses an equal union that was made before, as by wandb itself,
     # and literals are equal in any order.
@@ -58,13 +58,17 @@ class WandbOptions(Options, frozen=True, kw_only=True):
         | None
     ) = None
     dir: Annotated[
-        FilePath | None, Meta(description="Folder for wandb's files; by default the save directory")
+        FilePath | None,
+        Meta(description="Folder for wandb's files; by default the run's `save_dir`"),
     ] = None
     id: RunId | None = None
     resume: (
         Annotated[
             Literal["allow", "never", "must", "auto"],
-            Meta(description="What to do if W&B has the id; by default `allow` when resuming"),
+            Meta(
+                description="What to do if W&B already has a run with this id; by "
+                "default `allow` when resuming"
+            ),
         ]
         | None
     ) = None
@@ -75,9 +79,9 @@ class WandbOptions(Options, frozen=True, kw_only=True):
     ] = "per_class"
     curve_points: Annotated[int, Meta(ge=2, le=10_000, description="Points per curve")] = 100
     log_images: Annotated[bool, Meta(description="Whether to log pictures")] = True
-    init_timeout_secs: Annotated[float, Meta(gt=0, description="Maximum time to start the run")] = (
-        30.0
-    )
+    init_timeout_secs: Annotated[
+        float, Meta(gt=0, description="Maximum time that starting the W&B run may take")
+    ] = 30.0
 
 
 def project_name(name: str) -> str:

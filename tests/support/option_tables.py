@@ -71,7 +71,8 @@ def _kind(hint: Any) -> str:
         if origin is Literal:
             arms += [f"`{value}`" for value in get_args(plain)]
         elif origin in (list, tuple, Sequence):
-            arms.append(f"list of {_kind(get_args(plain)[0])}s")
+            items = _kind(get_args(plain)[0])
+            arms.append(f"list of {items}" if items.startswith("`") else f"list of {items}s")
         else:
             arms.append(KINDS[origin])
     return ", ".join(dict.fromkeys(arms))

@@ -1214,6 +1214,15 @@ def _loads(text: str) -> bool:
     return True
 
 
+def test_a_default_that_is_spelled_out_names_no_other_cursor() -> None:
+    """A replay finds the cursor whether a key is left out or has its default; other values differ."""
+    keys = [
+        trainbus.config.loads(f"sinks: {{a: {{type: html{more}}}}}").settings.sinks[0].key
+        for more in ("", ", points: 2000", ", points: 1000")
+    ]
+    assert [True, False] == [key == keys[0] for key in keys[1:]]
+
+
 def test_schema_is_json() -> None:
     """The schema with the real sinks is plain JSON, and every reference in it has its aim."""
     schema = json_schema()

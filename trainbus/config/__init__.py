@@ -114,9 +114,24 @@ def _sink_spec(name: str, sink: ConfigValue, base: Path | None) -> SinkSpec | No
         service=cls.service,
         transforms=msgspec.convert(common, TransformSpec),
         on_error=given.get("on_error", "warn"),
-        options=msgspec.to_builtins(options),
+        options=_without_defaults(options),
         isolation=given.get("isolation"),
     )
+
+
+def _without_defaults(options: Options) -> dict[str, Any]:
+    """Return options as plain values.
+
+    The name of a sink's cursor depends on them: without defaults, a new option renames no cursor.
+    """
+    found = {}
+    for field in msgspec.structs.fields(options):
+        value = getattr(options, field.name)
+        factory = field.default_factory
+        default = field.default if factory is msgspec.NODEFAULT else factory()
+        if value != default:
+            found[field.encode_name] = msgspec.to_builtins(value)
+    return found
 
 
 def _class_of(sink: ConfigValue) -> type[Sink] | None:

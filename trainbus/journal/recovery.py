@@ -19,28 +19,6 @@ from trainbus.journal.encoding import MAX_LINE, seal
 from trainbus.journal.locks import is_being_written
 from trainbus.journal.reader import RecordFile
 
-
-def write_end(folder: RunFolder, record: Record) -> bool:
-    """Write the end of an attempt whose process is gone; return False if it already has one.
-
-    Raises:
-        OSError: it can't be written.
-    """
-    path = folder.end(record.attempt, record.rank)
-    fd, temporary = tempfile.mkstemp(dir=folder.path, prefix=".tmp-")
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(seal(Codec().encode(record)))
-            file.flush()
-            os.fsync(fd)
-        os.link(temporary, path)  # unlike a rename, this fails if another process was first
-    except FileExistsError:
-        return False
-    finally:
-        os.unlink(temporary)
-    return True
-
-
 logger = logging.getLogger("trainbus")
 
 _TAIL = 2 * MAX_LINE
@@ -128,3 +106,24 @@ def _lost_connection(error: Failure) -> bool:
     """Return whether a failure looks like the loss of the connection to another rank."""
     text = f"{error.type}: {error.message}"
     return re.search(r"\b(gloo|NCCL|Dist\w*Error|[Cc]onnection \w+)\b", text) is not None
+
+
+def write_end(folder: RunFolder, record: Record) -> bool:
+    """Write the end of an attempt whose process is gone; return False if it already has one.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    path = folder.end(record.attempt, record.rank)
+    fd, temporary = tempfile.mkstemp(dir=folder.path, prefix=".tmp-")
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(seal(Codec().encode(record)))
+            file.flush()
+            os.fsync(fd)
+        os.link(temporary, path)  # unlike a rename, this fails if another process was first
+    except FileExistsError:
+        return False
+    finally:
+        os.unlink(temporary)
+    return True
