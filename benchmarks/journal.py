@@ -61,13 +61,14 @@ def main() -> None:
         tracker = wandb.init(project="benchmark")
         journals = os.path.join(folder, "journals")
         bus = Bus(journal=JournalSpec(dir=journals, max_bytes=2**40), on_receipt=lambda _: None)
-        bus.emit(RunStarted(name="benchmark"))
+        emitter = bus.emitter()
+        emitter(RunStarted(name="benchmark"))
 
         def write(step: int) -> None:
             os.write(fd, encoder.encode({"seq": step, "values": metrics(step)}))
 
         def emit(step: int) -> None:
-            bus.emit(MetricsLogged(values=metrics(step), phase="train", step=step))
+            emitter(MetricsLogged(values=metrics(step), phase="train", step=step))
 
         def log(step: int) -> None:
             tracker.log(metrics(step))

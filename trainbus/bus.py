@@ -36,7 +36,7 @@ from trainbus.recording import process_hooks
 from trainbus.recording.emitter import Emitter
 from trainbus.recording.settings import RunDefaults, RunSettings
 from trainbus.recording.subscribers import Subscribers
-from trainbus.run import Run
+from trainbus.run import AttachedRun, LoopRun
 from trainbus.toolkit.patching import weakly, when_gone
 
 logger = logging.getLogger("trainbus")
@@ -106,16 +106,9 @@ class Bus:
         self._idle: weakref.WeakSet[Emitter] = weakref.WeakSet()
         self._attached: dict[int, weakref.ref[_Handle]] = {}
         """Id of a target → what its hooks emit by. The target keeps it alive, not the bus."""
-        self._main: Emitter | None = None
 
-    def emit(self, event: Event) -> None:
-        """Hand an event to the bus's own run; the first one starts it."""
-        if self._main is None:
-            self._main = self.emitter()
-        self._main(event)
-
-    def attach(self, target: object) -> Detach:
-        """Hang the framework's hooks into `target`, so that its training reports to this bus.
+    def attach(self, target: object) -> AttachedRun:
+        """Register the adapter's hooks in `target`, so that its trainings are recorded.
 
         The bus does not keep the target alive. A run whose hooks no longer exist ends as stopped.
 
@@ -123,8 +116,8 @@ class Bus:
             target: what the framework trains with, such as a `YOLO` model or a trainer.
 
         Returns:
-            A function that takes the hooks out again. Attaching the same object twice is the same
-            as attaching it once.
+            A handle to log with into the run of `target`, and to detach it again. Attaching the
+            same object twice is the same as attaching it once.
 
         Raises:
             NoAdapterError: no installed adapter knows the object's framework.
@@ -133,11 +126,13 @@ class Bus:
         key = id(target)
         known = self._attached[key]() if key in self._attached else None
         if known is None or known.target() is not target:
-            known = _Handle(self.emitter(), target)
+            emitter = self.emitter()
+            known = _Handle(emitter, target)
             known.detach_hooks = registry.adapter_for(target)(target, known)
-            known.detach = self._detach(found := weakref.ref(known, partial(self._forget, key)))
+            found = weakref.ref(known, partial(self._forget, key))
+            known.run = AttachedRun(emitter, self._detach(found))
             self._attached[key] = found
-        return known.detach
+        return known.run
 
     def run(
         self,
@@ -146,7 +141,7 @@ class Bus:
         project: str | None = None,
         params: Any = None,
         **started: Any,
-    ) -> Run:
+    ) -> LoopRun:
         """Return a run for a training loop of your own, to be used in a `with` statement.
 
         Args:
@@ -167,7 +162,7 @@ class Bus:
             msgspec.convert(msgspec.to_builtins(fields, enc_hook=repr), RunStarted)
         except msgspec.ValidationError as error:
             raise TypeError(f"bus.run: {error}") from error
-        return Run(self.emitter(), event)
+        return LoopRun(self.emitter(), event)
 
     def subscribe(
         self, receiver: Callable[[Record], object], *events: type[Any]
@@ -247,7 +242,7 @@ class _Handle:
         self.key = id(target)
         self.target = weakly(target)
         self.detach_hooks: Detach = lambda: None
-        self.detach: Detach = lambda: None
+        self.run = AttachedRun(emitter, lambda: None)
         when_gone(self, partial(_end, emitter), if_due=lambda: emitter.run_id is not None)
 
     def __call__(self, event: Event, /) -> None:

@@ -1,4 +1,9 @@
-"""The plain loop: a run for trainings without a framework, and an example for adapter authors."""
+"""What users log with: handles on runs that an adapter opens, and runs of loops of their own.
+
+Guarantees: nothing that is logged raises, whatever it is. It becomes what can be recorded, or is
+left out, reported once and counted in the receipt. Only a sink with `on_error: raise` stops a
+training. In a distributed training rank 0 logs.
+"""
 
 from __future__ import annotations
 
@@ -28,67 +33,42 @@ from trainbus.events import (
     TextLogged,
     ended_by,
 )
+from trainbus.interfaces import Detach
+from trainbus.recording import current
+from trainbus.recording.current import UserEmitter
 from trainbus.recording.emitter import Emitter
 from trainbus.toolkit import plots, splitting
 
 
 class Run:
-    """One training, logged by hand; made by `bus.run(…)` and used in a `with` statement.
+    """A handle on a run: what is logged with it joins what the adapter records.
 
-    The run ends with the `with` block: finished, or failed or stopped by the exception that leaves
-    it, which passes through unchanged. Nothing that is logged raises, whatever it is: it becomes
-    what can be recorded, or is left out, said once and counted in the receipt. Only a sink with
-    `on_error: raise` stops a training. In a distributed training rank 0 logs; the other ranks
-    record only the error that ends them.
+    Values belong to the epoch in progress, or to the last one between two epochs, unless an epoch
+    is given. What is logged before the run opens is recorded once it opens. On other ranks than 0
+    nothing is recorded.
     """
 
-    def __init__(self, emit: Emitter, started: RunStarted) -> None:
-        self._emitter = emit
-        self._started = started
-        self._unsaid: RunStarted | None = started
-        self._epoch: int | None = None
-        self._left: EpochEnded | None = None
+    def __init__(self, emitter: UserEmitter) -> None:
+        self._emitter = emitter
         self._rank: int | None = None
-
-    def __enter__(self) -> Run:
-        self._unsaid, self._left = self._started, None
-        self._rank = current_rank()
-        self._emit()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is not None:
-            self._left = None
-        if self._rank and error is not None:
-            self._emitter.failed_on(self._rank, error)
-        self._emit(ended_by(error))
 
     @property
     def id(self) -> str | None:
-        """Id of the run while it is open."""
+        """Id of the run while it is open, else None."""
         return self._emitter.run_id
 
-    def epochs(self, count: int, *, start: int = 0) -> Iterator[int]:
-        """Yield the epochs `start` to `count` - 1; what is logged meanwhile belongs to them."""
-        for epoch in range(start, count):
-            self._epoch = epoch
-            self._emit(EpochStarted(epoch=epoch))
-            begun = time.monotonic()
-            try:
-                yield epoch
-            finally:
-                self._epoch = None
-                # An exception leaves the loop like `break` does, and only `__exit__` knows which it
-                # was: the epoch's end waits for the next event.
-                self._left = EpochEnded(
-                    epoch=epoch, duration_s=time.monotonic() - begun, outcome="completed"
-                )
-            self._emit()
+    @property
+    def name(self) -> str | None:
+        """Name of the run while it is open, else None."""
+        return self._emitter.run_name
+
+    @property
+    def links(self) -> dict[str, str]:
+        """Where each sink shows the run, for the sinks that are open: name → URL, path or command.
+
+        Sinks open in the background: shortly after the start of the run there may be none.
+        """
+        return self._emitter.links()
 
     def log(
         self,
@@ -109,7 +89,7 @@ class Run:
         Args:
             values: name → value. A name without a `/` gets the phase before it: `loss` becomes
                 `train/loss`.
-            epoch: counts from 0; by default the epoch of `epochs`.
+            epoch: counts from 0; by default the current epoch.
             step: optimizer updates done.
             phase: `train`, `validation`, `test`, `system`, or a name of your own.
             final: the numbers are an evaluation of the chosen weights after training.
@@ -138,7 +118,7 @@ class Run:
                 array or tensor (H, W), (H, W, C), or (C, H, W) with 1, 3 or 4 channels. Values are
                 0…255 or 0…1; floats beyond are scaled from the least to the greatest.
             caption: a line of text below it.
-            epoch: counts from 0; by default the epoch of `epochs`.
+            epoch: counts from 0; by default the current epoch.
             step: optimizer updates done.
         """
 
@@ -200,7 +180,7 @@ class Run:
             columns: names of the columns. Without `rows`, the whole table: a data frame of pandas
                 or polars, an Arrow table, a two-dimensional array, or a list of mappings.
             rows: one list of cells a row.
-            epoch: counts from 0; by default the epoch of `epochs`.
+            epoch: counts from 0; by default the current epoch.
         """
 
         def make() -> Event:
@@ -300,7 +280,6 @@ class Run:
             self._emit(event)
 
     def _leave_out(self, what: str) -> None:
-        self._emit()
         if not self._is_other_rank():
             self._emitter.leave_out(what)
 
@@ -311,6 +290,90 @@ class Run:
         return bool(self._rank)
 
     def _emit(self, *events: Event) -> None:
+        if not self._is_other_rank():
+            for event in events:
+                self._emitter.log(event)
+
+    def _at(self, epoch: int | None) -> int | None:
+        return self._emitter.epoch if epoch is None else epoch
+
+
+class AttachedRun(Run):
+    """The handle that `bus.attach` returns: on the run of one trainer, or on its next one."""
+
+    def __init__(self, emitter: UserEmitter, detach: Detach) -> None:
+        super().__init__(emitter)
+        self._detach = detach
+
+    def detach(self) -> None:
+        """Remove the hooks from the trainer; a second call does nothing."""
+        self._detach()
+
+
+class LoopRun(Run):
+    """A run for a training loop of your own, made by `bus.run(…)`.
+
+    In a `with` statement the run ends with the block: finished, or failed or stopped by the
+    exception that leaves it, which passes through unchanged. In a notebook, where a training spans
+    several cells, `start` and `finish` take its place.
+    """
+
+    def __init__(self, emitter: Emitter, started: RunStarted) -> None:
+        super().__init__(emitter)
+        self._own_emitter = emitter
+        self._started = started
+        self._unsaid: RunStarted | None = started
+        self._epoch: int | None = None
+        self._left: EpochEnded | None = None
+
+    def start(self) -> LoopRun:
+        """Open the run, and return it; it stays open until `finish` or the end of the bus."""
+        self._unsaid, self._left = self._started, None
+        self._rank = current_rank()
+        self._emit()
+        return self
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """End the run: as failed or stopped by `error` if one is given, else as finished."""
+        if error is not None:
+            self._left = None
+        if self._rank and error is not None:
+            self._own_emitter.failed_on(self._rank, error)
+        self._emit(ended_by(error))
+
+    def __enter__(self) -> LoopRun:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.finish(error)
+
+    def epochs(self, count: int, *, start: int = 0) -> Iterator[int]:
+        """Yield the epochs `start` to `count` - 1; what is logged meanwhile belongs to them."""
+        for epoch in range(start, count):
+            self._epoch = epoch
+            self._emit(EpochStarted(epoch=epoch))
+            begun = time.monotonic()
+            try:
+                yield epoch
+            finally:
+                self._epoch = None
+                # An exception leaves the loop like `break` does, and only `__exit__` knows which it
+                # was: the epoch's end waits for the next event.
+                self._left = EpochEnded(
+                    epoch=epoch, duration_s=time.monotonic() - begun, outcome="completed"
+                )
+            self._emit()
+
+    def _leave_out(self, what: str) -> None:
+        self._emit()
+        super()._leave_out(what)
+
+    def _emit(self, *events: Event) -> None:
         if self._is_other_rank():
             return
         # A run that is used without `with` starts with what is first said of it.
@@ -318,10 +381,20 @@ class Run:
         left, self._left = self._left, None
         for event in (started, left, *events):
             if event is not None:
-                self._emitter(event)
+                self._own_emitter(event)
 
     def _at(self, epoch: int | None) -> int | None:
         return self._epoch if epoch is None else epoch
+
+
+def current_run() -> Run:
+    """Return a handle on the run that is open in this process, for code that has no bus.
+
+    If several are open, it is the newest one that this thread started, else the newest of all. If
+    none is open, the handle logs to the run that is open when it is used; without one, it drops
+    what is logged, and says so once. So the same code works with and without trainbus.
+    """
+    return Run(current.find() or current.CurrentEmitter())
 
 
 def _numbers(value: Any) -> Array:

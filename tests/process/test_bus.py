@@ -32,6 +32,7 @@ import pytest
 import yaml
 
 from support import tinytrainer
+from support.emitting import emit
 from support.plugins import make_plugin
 from trainbus import (
     Bus,
@@ -112,8 +113,8 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_a_subscriber_hears_everything(listener: Listener) -> None:
     """A function is called with every record, in order."""
     with listener.bus as bus:
-        bus.emit(RunStarted(name="a"))
-        bus.emit(METRICS)
+        emit(bus, RunStarted(name="a"))
+        emit(bus, METRICS)
     assert ["run.started", "metrics.logged", "run.ended"] == listener.names
     assert [] == check_grammar(listener.records)
 
@@ -135,10 +136,10 @@ def test_a_subscription_can_be_ended() -> None:
     bus = Bus()
     heard: list[Record] = []
     unsubscribe = bus.subscribe(heard.append)
-    bus.emit(METRICS)
+    emit(bus, METRICS)
     unsubscribe()
     unsubscribe()
-    bus.emit(METRICS)
+    emit(bus, METRICS)
     assert 2 == len(heard)
 
 
@@ -151,7 +152,7 @@ def test_a_subscriber_can_end_its_subscription_while_it_is_called(listener: List
         unsubscribe()
 
     unsubscribe = listener.bus.subscribe(once)
-    listener.bus.emit(METRICS)
+    emit(listener.bus, METRICS)
     assert 1 == len(calls)
     assert 2 == len(listener.records)
 
@@ -160,7 +161,7 @@ def test_subscribers_are_not_forgotten() -> None:
     """A lambda that nobody else holds stays subscribed."""
     bus, heard = Bus(), []
     bus.subscribe(lambda record: heard.append(record.seq))
-    bus.emit(METRICS)
+    emit(bus, METRICS)
     assert [1, 2] == heard
 
 
@@ -209,7 +210,7 @@ def test_a_raising_subscriber_is_muted(
 
     listener.bus.subscribe(broken)
     for _ in range(10):
-        listener.bus.emit(METRICS)
+        emit(listener.bus, METRICS)
     assert 5 == len(calls)
     assert 11 == len(listener.records)
     texts = warnings_of(caplog)
@@ -229,7 +230,7 @@ def test_a_subscriber_that_recovers_is_not_muted(listener: Listener) -> None:
 
     listener.bus.subscribe(sometimes)
     for _ in range(19):
-        listener.bus.emit(METRICS)
+        emit(listener.bus, METRICS)
     assert 20 == len(calls)
 
 
@@ -243,14 +244,14 @@ def test_events_of_a_subscriber_come_after_the_one_it_heard() -> None:
 
     def answer(record: Record) -> None:
         if isinstance(record.event, EpochStarted):
-            bus.emit(TextLogged(key="answer", text="1"))
-            bus.emit(TextLogged(key="answer", text="2"))
+            emit(bus, TextLogged(key="answer", text="1"))
+            emit(bus, TextLogged(key="answer", text="2"))
 
     bus.subscribe(lambda record: heard[0].append(record.seq))
     bus.subscribe(answer)
     bus.subscribe(lambda record: heard[1].append(record.seq))
-    bus.emit(EpochStarted(epoch=0))
-    bus.emit(METRICS)
+    emit(bus, EpochStarted(epoch=0))
+    emit(bus, METRICS)
     assert [1, 2, 3, 4, 5] == heard[0] == heard[1]
 
 
@@ -258,9 +259,9 @@ def test_a_subscriber_that_answers_itself_is_stopped(
     listener: Listener, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An endless echo ends after a few rounds, with one line in the log."""
-    listener.bus.subscribe(lambda record: listener.bus.emit(METRICS), MetricsLogged)
-    listener.bus.emit(METRICS)
-    listener.bus.emit(METRICS)
+    listener.bus.subscribe(lambda record: emit(listener.bus, METRICS), MetricsLogged)
+    emit(listener.bus, METRICS)
+    emit(listener.bus, METRICS)
     assert ["run.started", *["metrics.logged"] * 6] == listener.names
     assert ["dropped metrics.logged: emitted by its own subscribers"] == warnings_of(caplog)
 
@@ -271,13 +272,13 @@ def test_threads_may_emit_at_once() -> None:
     listener = Listener({"memory": memory})
     barrier = threading.Barrier(16)
 
-    def emit(thread: int) -> None:
+    def emit_all(thread: int) -> None:
         barrier.wait(timeout=60)
         for step in range(100):
-            listener.bus.emit(MetricsLogged(values={str(thread): 1.0}, phase="t", step=step))
+            emit(listener.bus, MetricsLogged(values={str(thread): 1.0}, phase="t", step=step))
 
     with listener.bus, contextlib.ExitStack() as stack:
-        threads = [threading.Thread(target=emit, args=(n,), daemon=True) for n in range(16)]
+        threads = [threading.Thread(target=emit_all, args=(n,), daemon=True) for n in range(16)]
         for thread in threads:
             thread.start()
             stack.callback(thread.join, timeout=60)
@@ -304,18 +305,19 @@ def test_a_forked_child_is_silent(tmp_path: Path) -> None:
         bus = Bus({"file": JsonlSink(JsonlOptions(path="out.jsonl"))})
         event = MetricsLogged(values={"loss": 1.0}, phase="train")
         with bus:
-            bus.emit(event)
+            emit = bus.emitter()
+            emit(event)
             def forked(record):
                 if record.seq == 3:
                     child = os.fork()
                     if child == 0:
-                        bus.emit(event)
+                        emit(event)
                         bus.close()
                         os._exit(7)
                     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
             bus.subscribe(forked)
-            bus.emit(event)
-            bus.emit(event)
+            emit(event)
+            emit(event)
         """
     )
     done = subprocess.run(
@@ -334,9 +336,9 @@ def test_two_buses_do_not_mix() -> None:
     """What is emitted on one bus is not heard on another."""
     one, two = Listener(), Listener()
     with one.bus, two.bus:
-        one.bus.emit(RunStarted(name="one"))
-        two.bus.emit(RunStarted(name="two"))
-        one.bus.emit(METRICS)
+        emit(one.bus, RunStarted(name="one"))
+        emit(two.bus, RunStarted(name="two"))
+        emit(one.bus, METRICS)
     for listener, count in ((one, 3), (two, 2)):
         assert count == len(listener.records)
         assert [] == check_grammar(listener.records)
@@ -383,7 +385,7 @@ def test_the_block_supplies_the_end(
     raised: BaseException | None = None
     try:
         with listener.bus as bus:
-            bus.emit(METRICS)
+            emit(bus, METRICS)
             if error is not None:
                 raise error
     except BaseException as caught:
@@ -398,9 +400,9 @@ def test_the_block_supplies_the_end(
 def test_an_end_that_was_emitted_is_the_only_one(listener: Listener) -> None:
     """A run that its trainer ended is not ended again, however the block is left."""
     with contextlib.suppress(ValueError), listener.bus as bus:
-        bus.emit(METRICS)
-        bus.emit(RunEnded(status="finished", reason="early stopping"))
-        bus.emit(RunEnded(status="failed"))
+        emit(bus, METRICS)
+        emit(bus, RunEnded(status="finished", reason="early stopping"))
+        emit(bus, RunEnded(status="failed"))
         raise ValueError("later")
     bus.close()
     assert ["run.started", "metrics.logged", "run.ended"] == listener.names
@@ -411,21 +413,21 @@ def test_what_comes_after_the_end_is_dropped(
     listener: Listener, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Late events are not taken for a new run; the log says so once."""
-    listener.bus.emit(RunStarted())
+    emit(listener.bus, RunStarted())
     listener.bus.close()
-    listener.bus.emit(METRICS)
-    listener.bus.emit(METRICS)
+    emit(listener.bus, METRICS)
+    emit(listener.bus, METRICS)
     assert ["run.started", "run.ended"] == listener.names
     assert ["dropped metrics.logged: its run has ended"] == warnings_of(caplog)
 
 
 def test_a_start_after_the_end_is_a_new_run(listener: Listener) -> None:
     """The same trainer may train again; an end of nothing is nothing."""
-    listener.bus.emit(RunEnded(status="finished"))
+    emit(listener.bus, RunEnded(status="finished"))
     assert [] == listener.records
     for _ in range(2):
-        listener.bus.emit(RunStarted())
-        listener.bus.emit(RunEnded(status="finished"))
+        emit(listener.bus, RunStarted())
+        emit(listener.bus, RunEnded(status="finished"))
     assert 2 == len({record.run for record in listener.records})
     for record in listener.records:
         assert [] == check_grammar(listener.of_run(record.run))
@@ -433,8 +435,8 @@ def test_a_start_after_the_end_is_a_new_run(listener: Listener) -> None:
 
 def test_a_second_start_ends_the_first_run(listener: Listener) -> None:
     """A trainer that begins anew without an end has stopped the run before."""
-    listener.bus.emit(RunStarted(name="one"))
-    listener.bus.emit(RunStarted(name="two"))
+    emit(listener.bus, RunStarted(name="one"))
+    emit(listener.bus, RunStarted(name="two"))
     listener.bus.close()
     first, second = dict.fromkeys(record.run for record in listener.records)
     assert [] == check_grammar(listener.of_run(first)) == check_grammar(listener.of_run(second))
@@ -445,7 +447,7 @@ def test_a_second_start_ends_the_first_run(listener: Listener) -> None:
 
 def test_the_first_event_starts_a_run(listener: Listener) -> None:
     """A loop that emits without a start still has one."""
-    listener.bus.emit(EpochStarted(epoch=0))
+    emit(listener.bus, EpochStarted(epoch=0))
     assert ["run.started", "epoch.started"] == listener.names
 
 
@@ -466,9 +468,9 @@ def test_the_first_event_starts_a_run(listener: Listener) -> None:
 def test_garbage_does_not_raise(garbage: Any, listener: Listener) -> None:
     """What is no event, or has nonsense in it, hurts neither training nor the events after it."""
     with listener.bus as bus:
-        bus.emit(METRICS)
-        bus.emit(garbage)
-        bus.emit(METRICS)
+        emit(bus, METRICS)
+        emit(bus, garbage)
+        emit(bus, METRICS)
     assert "run.ended" == listener.names[-1]
     assert METRICS == listener.records[-2].event
 
@@ -479,7 +481,7 @@ def test_a_metric_that_is_no_number_is_named_once(
     """The other metrics of the event go on; the log names the one that was left out."""
     for _ in range(3):
         values: dict[str, Any] = {"loss": 1, "text": "x"}
-        listener.bus.emit(MetricsLogged(values=values, phase="train"))
+        emit(listener.bus, MetricsLogged(values=values, phase="train"))
     assert METRICS == listener.records[-1].event
     assert ["not recorded: metrics.logged: metric 'text': expected a number"] == warnings_of(caplog)
 
@@ -527,7 +529,7 @@ def train(folder: Path | None, resumed: Resumed | None = None) -> Record:
     """Return the first record of a training that is saved in a folder."""
     listener = Listener()
     with listener.bus as bus:
-        bus.emit(RunStarted(save_dir=str(folder) if folder else None, resumed=resumed))
+        emit(bus, RunStarted(save_dir=str(folder) if folder else None, resumed=resumed))
     assert [] == check_grammar(listener.records)
     return listener.records[0]
 
@@ -803,9 +805,9 @@ def test_on_error_raise_stops_the_training(error: Exception, isolation: Isolatio
     listener = Listener({"memory": memory, "tested": tested}, isolation=isolation)
     said = f"sink 'tested' (failing) can't be opened: {type(error).__name__}: {error}"
     with pytest.raises(SinkError) as raised:
-        listener.bus.emit(RunStarted())
+        emit(listener.bus, RunStarted())
     assert said == str(raised.value)
-    listener.bus.emit(METRICS)
+    emit(listener.bus, METRICS)
     listener.bus.close()
     assert [] == check_grammar(listener.records)
     assert ["run.started", "run.ended"] == listener.names
@@ -860,8 +862,8 @@ def test_ctrl_c_in_a_subscriber_loses_nothing(kind: type[Event]) -> None:
 
     unsubscribe = bus.subscribe(interrupted, kind)
     with contextlib.suppress(KeyboardInterrupt), bus:
-        bus.emit(METRICS)
-        bus.emit(RunEnded(status="finished"))
+        emit(bus, METRICS)
+        emit(bus, RunEnded(status="finished"))
     unsubscribe()
     bus.close()
     assert [] == check_grammar(memory.records)
@@ -927,7 +929,7 @@ def test_a_sink_is_opened_with_the_names_it_will_see() -> None:
     sink = Opened()
     spec = TransformSpec(rename={"metrics/*": "*"})
     bus = Bus({"opened": route(sink, transforms=spec)}, on_receipt=quiet, isolation="inline")
-    bus.emit(RunStarted(name="n", goals={"metrics/acc": "max"}))
+    emit(bus, RunStarted(name="n", goals={"metrics/acc": "max"}))
     assert RunStarted(name="n", goals={"acc": "max"}) == sink.run.started == sink.events[0]
     assert sink.records[0].run == sink.run.id
     bus.close()
@@ -964,7 +966,7 @@ def test_a_sink_gets_the_same_wherever_it_runs(
     bus.subscribe(heard.append)
     with bus:
         for event in sample_events(tmp_path / "samples"):
-            bus.emit(event)
+            emit(bus, event)
     assert [] == check_grammar(heard)
     transform = Transform(msgspec.convert(keys, TransformSpec))
     wanted = [seen for seen in map(transform, heard) if seen is not None]
@@ -986,7 +988,7 @@ def test_a_sink_object_gets_what_subscribers_heard(isolation: Isolation, tmp_pat
     listener = Listener({"memory": memory}, isolation=isolation)
     with listener.bus as bus:
         for event in sample_events(tmp_path / "samples"):
-            bus.emit(event)
+            emit(bus, event)
     wanted = list(filter(Transform(TransformSpec()), listener.records))
     assert without_files(wanted) == without_files(memory.records)
 
@@ -1270,11 +1272,11 @@ def test_what_a_sink_emits_does_not_come_back(caplog: pytest.LogCaptureFixture) 
     class Echo(MemorySink):
         def write(self, records: Sequence[Record]) -> None:
             super().write(records)
-            bus.emit(METRICS)
+            emit(bus, METRICS)
 
     echo = Echo()
     bus = Bus({"echo": echo}, on_receipt=quiet)
-    bus.emit(RunStarted())
+    emit(bus, RunStarted())
     bus.close()
     assert ["run.started", "run.ended"] == [event_name(event) for event in echo.events]
     assert ["dropped metrics.logged: emitted by a sink"] == warnings_of(caplog)
@@ -1322,8 +1324,8 @@ def test_attach_reports_a_training(tmp_path: Path) -> None:
     listener = Listener()
     trainer = tinytrainer.Trainer(tmp_path, 2)
     with tiny_adapter(), listener.bus as bus:
-        detach = bus.attach(trainer)
-        assert detach is bus.attach(trainer)
+        detach = bus.attach(trainer).detach
+        assert detach == bus.attach(trainer).detach
         trainer.fit()
     assert [] == check_grammar(listener.records)
     assert [] == trainer.callbacks
@@ -1339,7 +1341,7 @@ def test_a_trainer_that_is_gone_has_its_run_ended(tmp_path: Path) -> None:
     ended = threading.Event()
     with tiny_adapter(), listener.bus as bus:
         bus.subscribe(lambda record: ended.set(), RunEnded)
-        detach = bus.attach(training.target)
+        detach = bus.attach(training.target).detach
         with contextlib.suppress(ValueError):
             training.run()
         target = weakref.ref(training.target)
@@ -1529,7 +1531,7 @@ def test_a_resumed_training_without_its_marker_says_so(
 ) -> None:
     """Where no marker is found a new run begins, and a line says where it was looked for."""
     with Bus() as bus:
-        bus.emit(RunStarted(save_dir=str(tmp_path), resumed=Resumed(epoch=2, save_dir="/before")))
+        emit(bus, RunStarted(save_dir=str(tmp_path), resumed=Resumed(epoch=2, save_dir="/before")))
     expected = f"found no {MARKER}, which names the run, in {tmp_path} or in /before"
     assert f"starts a new run: {expected}" in caplog.text
 
@@ -1537,7 +1539,7 @@ def test_a_resumed_training_without_its_marker_says_so(
 def test_a_resumed_training_without_a_folder_says_so(caplog: pytest.LogCaptureFixture) -> None:
     """Where the framework names no folder there is nothing to look in, and a line says that."""
     with Bus() as bus:
-        bus.emit(RunStarted(resumed=Resumed(epoch=2)))
+        emit(bus, RunStarted(resumed=Resumed(epoch=2)))
     assert "starts a new run: the framework reports no save directory" in caplog.text
     assert "None" not in caplog.text
 
@@ -1550,8 +1552,8 @@ def test_the_marker_is_hidden_and_shared_with_no_sink(tmp_path: Path) -> None:
     started = RunStarted(save_dir=str(tmp_path / "run"), resumed=Resumed(run="run"))
     for attempt in (1, 2):
         with config.loads(text) as bus:
-            bus.emit(started)
-            bus.emit(MetricsLogged(values={"loss": 1.0}, phase="train", epoch=attempt))
+            emit(bus, started)
+            emit(bus, MetricsLogged(values={"loss": 1.0}, phase="train", epoch=attempt))
         marker = json.loads((tmp_path / "run" / MARKER).read_text())
         assert {"run": "run", "attempt": attempt + 1} == marker
     found = {path.suffix for path in (tmp_path / "run").glob("[!.]*")}
@@ -1567,7 +1569,7 @@ def test_a_marker_is_found_where_the_earlier_training_saved(tmp_path: Path) -> N
     for save_dir, resumed in (("a", None), ("b", Resumed(epoch=1, save_dir=str(tmp_path / "a")))):
         sink = MemorySink()
         with Bus({"memory": sink}) as bus:
-            bus.emit(RunStarted(save_dir=str(tmp_path / save_dir), resumed=resumed))
+            emit(bus, RunStarted(save_dir=str(tmp_path / save_dir), resumed=resumed))
         ids.append((sink.records[0].run, sink.records[0].attempt))
     (first, one), (second, two) = ids
     assert (first, 1, 2) == (second, one, two)

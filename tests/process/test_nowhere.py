@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from support.emitting import emit
 from trainbus import Bus, JournalSpec, RunDefaults
 from trainbus.delivery.receipt import Receipt
 from trainbus.events import Event, MetricsLogged, RunEnded, RunStarted, decode
@@ -216,7 +217,7 @@ def logged(bus: Bus, *events: Event) -> list[Receipt]:
     """Return the receipts of a bus that events went through, by default a short training."""
     with bus:
         for event in events or (RunStarted(), MetricsLogged(values={"loss": 1.0}, phase="train")):
-            bus.emit(event)
+            emit(bus, event)
     return bus.receipts
 
 

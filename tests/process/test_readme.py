@@ -19,7 +19,7 @@ import pytest
 import shapes
 import trainbus
 from support import train, wandb_file
-from trainbus import Bus, Detach, Record, Run, config, registry
+from trainbus import AttachedRun, Bus, Record, Run, config, registry
 from trainbus.events import EpochEnded, MetricsLogged, RunEnded, RunStarted, decode
 from trainbus.testing import AdapterConformance, Training, check_grammar
 
@@ -324,7 +324,7 @@ class TestAdapter(AdapterConformance):
             epochs_trained=lambda: trainer.done,
         )
 
-    def attach(self, bus: Bus, target: Any) -> Detach:
+    def attach(self, bus: Bus, target: Any) -> AttachedRun:
         with registered():  # the suite calls this in processes without the fixture, too
             return bus.attach(target)
 

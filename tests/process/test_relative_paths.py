@@ -21,6 +21,7 @@ from trainbus.sinks.jsonl import JsonlOptions, JsonlSink
 from typer.testing import CliRunner
 
 import trainbus
+from support.emitting import emit
 from support.plugins import make_plugin
 from trainbus import Bus, FilePath, Options, RunInfo, Sink, config, registry
 from trainbus.cli import app
@@ -334,7 +335,7 @@ def test_a_sink_without_options_stays_as_it_is(journals: Path) -> None:
 
     sink = Bare()
     with Bus({"bare": sink}, on_receipt=lambda receipt: None) as bus:
-        bus.emit(MetricsLogged(values={"a": 1.0}, phase="train"))
+        emit(bus, MetricsLogged(values={"a": 1.0}, phase="train"))
     assert {os.getcwd()} == {run.base for _, run in sink.found}
     assert [1, 2, 3] == [record.seq for record, _ in sink.found]
 

@@ -19,6 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 import trainbus
+from support.emitting import emit
 from support.journals import SAMPLE, folder_in, write_journal
 from support.wandb_file import WandbArtifact, WandbRun, find_runs, read_finished
 from trainbus import Bus, JournalSpec, Record, Sink
@@ -92,7 +93,7 @@ def run_live(config: Path, events: Sequence[Event]) -> Path:
     """Emit events through the bus of a file; return the run's directory."""
     with trainbus.load(config) as bus:
         for event in events:
-            bus.emit(event)
+            emit(bus, event)
     (receipt,) = bus.receipts
     assert receipt.journal is not None
     assert [0, 0] == [receipt.pending, receipt.dropped]
@@ -385,7 +386,7 @@ def test_a_replay_sends_only_the_rest(tmp_path: Path) -> None:
     spec = JournalSpec(dir=str(tmp_path / "runs"))
     with Bus({"flaky": sink}, isolation="inline", journal=spec, flush_secs=0.1) as bus:
         for event in SAMPLE:
-            bus.emit(event)
+            emit(bus, event)
     (receipt,) = bus.receipts
     assert [1, 2, 3, 4] == sink.seqs
     assert 6 == receipt.pending

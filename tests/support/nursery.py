@@ -69,15 +69,16 @@ def _kill(journals: Path, chance: random.Random) -> int:
 
 def _train(journals: Path, acknowledge: int, chance: random.Random) -> NoReturn:
     bus = Bus(journal=JournalSpec(dir=str(journals)))
-    bus.emit(RunStarted(name="killed"))
+    emit = bus.emitter()
+    emit(RunStarted(name="killed"))
     seq = 1
     while True:
         os.write(acknowledge, b"%d\n" % seq)
         size = int(10 ** chance.uniform(1, 5.3))
         if size < 1000:
-            bus.emit(MetricsLogged(values={"loss": 1.0 / seq}, phase="train", step=seq))
+            emit(MetricsLogged(values={"loss": 1.0 / seq}, phase="train", step=seq))
         else:
-            bus.emit(TextLogged(key="text", text="x" * min(size, 60_000) + "é" * 60_000))
+            emit(TextLogged(key="text", text="x" * min(size, 60_000) + "é" * 60_000))
         seq += 1
 
 

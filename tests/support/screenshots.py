@@ -143,8 +143,9 @@ def write_page(folder: Path, *, seed: int = 0) -> Path:
     bus = trainbus.Bus(journal=journal, on_receipt=lambda receipt: None)
     bus.subscribe(records.append)
     with bus:
+        emit = bus.emitter()
         for event in training(seed=seed):
-            bus.emit(event)
+            emit(event)
     sink = HtmlSink(HtmlOptions(dir=str(folder / "{run}")))
     started = records[0].event
     assert isinstance(started, RunStarted)

@@ -13,12 +13,14 @@ from typing_extensions import assert_type
 import trainbus
 from trainbus import (
     Adapter,
+    AttachedRun,
     Bus,
     Detach,
     Emit,
     Event,
     FilePath,
     JournalSpec,
+    LoopRun,
     Options,
     Receipt,
     Record,
@@ -38,7 +40,12 @@ from trainbus.toolkit.adapters import Reporter, guarded, wrap
 def use_a_file(model: object) -> None:
     bus = trainbus.load("trainbus.yaml")
     assert_type(bus, Bus)
-    assert_type(bus.attach(model), Detach)
+    run = bus.attach(model)
+    assert_type(run, AttachedRun)
+    run.log({"mine": 1.0})
+    assert_type((run.id, run.name, run.links), tuple[str | None, str | None, dict[str, str]])
+    run.detach()
+    assert_type(trainbus.current_run(), Run)
     assert_type(trainbus.load(Path("trainbus.yaml")), Bus)
     assert_type(trainbus.__version__, str)
     bus.close()
@@ -54,13 +61,13 @@ def use_a_bus(error: Exception) -> None:
         flush_secs=10,
         base=Path(),
     )
-    bus.emit(RunStarted(name="by hand", params={"lr": 0.1}))
+    bus.emitter()(RunStarted(name="by hand", params={"lr": 0.1}))
     bus.close(error)
 
 
 def run_a_loop(bus: Bus, params: object) -> None:
     with bus, bus.run(name="loop", project="p", params=params, tags=["a"]) as run:
-        assert_type(run, Run)
+        assert_type(run, LoopRun)
         assert_type(run.id, str | None)
         assert_type(run.epochs(3), Iterator[int])
         for epoch in run.epochs(3, start=1):
@@ -87,7 +94,7 @@ def listen(bus: Bus) -> None:
             assert_type(record.event.values, dict[str, float])
 
     first: Event = RunStarted(name="a")
-    bus.emit(first)
+    bus.emitter()(first)
     unsubscribe = bus.subscribe(hear, MetricsLogged, CheckpointSaved)
     assert_type(unsubscribe, Callable[[], None])
     bus.subscribe(lambda record: record.seq)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from support.emitting import emit
 from support.journals import folder_in, read_file
 from support.wandb_file import find_runs, read_finished
 from trainbus import Bus, JournalSpec, Record, Sink
@@ -79,7 +80,7 @@ def log(root: Path, *steps: Event | Callable[[], object], wants_files: bool = Fa
             if callable(step):
                 step()
             else:
-                bus.emit(step)
+                emit(bus, step)
     return RunFolder.existing(str(bus.receipts[0].journal))
 
 
@@ -105,10 +106,10 @@ def test_paths_are_absolute_once_they_are_logged(work: Path, tmp_path: Path) -> 
     bus = Bus(journal=JournalSpec(dir=str(tmp_path / "runs")))
     bus.subscribe(lambda record: heard.append(record.event))
     with bus:
-        bus.emit(RunStarted(save_dir="out", resumed=Resumed(save_dir="./before")))
-        bus.emit(ImageLogged(key="k", path="a.png"))
-        bus.emit(CheckpointSaved(path=os.path.join("..", "m.pt"), kind="best"))
-        bus.emit(ArtifactLogged(name="a", paths=["x", "/y", "s3://bucket/z"]))
+        emit(bus, RunStarted(save_dir="out", resumed=Resumed(save_dir="./before")))
+        emit(bus, ImageLogged(key="k", path="a.png"))
+        emit(bus, CheckpointSaved(path=os.path.join("..", "m.pt"), kind="best"))
+        emit(bus, ArtifactLogged(name="a", paths=["x", "/y", "s3://bucket/z"]))
     started, image, saved, kept, _ = heard
     assert (f"{work}/out", f"{work}/before") == (started.save_dir, started.resumed.save_dir)
     assert (f"{work}/a.png", f"{work}/../m.pt") == (image.path, saved.path)
@@ -122,7 +123,7 @@ def test_a_deleted_working_directory_raises_nothing(tmp_path: Path, work: Path) 
     work.rmdir()
     sink = Kept()
     with Bus({"kept": sink}, journal=JournalSpec(dir=str(tmp_path / "runs"))) as bus:
-        bus.emit(CheckpointSaved(path="m.pt", kind="best"))
+        emit(bus, CheckpointSaved(path="m.pt", kind="best"))
         os.chdir(tmp_path)
         (tmp_path / "m.pt").write_text("of another run")
     assert [("m.pt", None)] == sink.found

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from support.emitting import emit
 from support.journals import SAMPLE, folder_in, read_file, read_run, write_journal, write_lines
 from trainbus import Bus, JournalSpec, Record, SinkSpec
 from trainbus.delivery.receipt import Receipt, SinkReport
@@ -297,7 +298,7 @@ def test_a_marker_that_is_nonsense_stops_no_training(tmp_path: Path, marker: str
         on_receipt=receipts.append,
     ) as bus:
         for event in events:
-            bus.emit(event)
+            emit(bus, event)
     assert [RunStarted, RunEnded] == [type(event) for event in sink.events]
     [receipt] = receipts
     assert (0, 0) == (receipt.pending, receipt.dropped)

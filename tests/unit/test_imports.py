@@ -328,9 +328,10 @@ def test_the_walk_sees_every_kind_of_import(tmp_path: Path) -> None:
 
 
 PUBLIC = """
-Adapter AttachError Bus ConfigError Detach Emit Event FilePath JournalError JournalSpec
-MissingPackageError NoAdapterError Options PluginError Receipt Record Run RunDefaults RunInfo
-Sink SinkError SinkReport SinkSpec SubscribeError TrainbusError UnknownPluginError load
+Adapter AttachError AttachedRun Bus ConfigError Detach Emit Event FilePath JournalError
+JournalSpec LoopRun MissingPackageError NoAdapterError Options PluginError Receipt Record Run
+RunDefaults RunInfo Sink SinkError SinkReport SinkSpec SubscribeError TrainbusError
+UnknownPluginError current_run load
 """
 PUBLIC_TESTING = """
 AdapterConformance MemorySink SinkConformance Training check_grammar sample_records

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from support.emitting import emit
 from support.exact import exact, spelled
 from trainbus import Bus, JournalSpec, Record
 from trainbus.delivery.receipt import Receipt
@@ -81,7 +82,7 @@ def emitted(folder: Path, *events: Any) -> tuple[list[Record], list[Record], Rec
     bus.subscribe(heard.append)
     with bus:
         for event in (RunStarted(), *events, RunEnded(status="finished")):
-            bus.emit(event)
+            emit(bus, event)
     return heard, sink.records, receipts[0]
 
 

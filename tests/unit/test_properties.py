@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from support.emitting import emit
 from trainbus import Bus, JournalSpec, Record, RunInfo, Sink, SinkSpec
 from trainbus.delivery.receipt import SinkReport
 from trainbus.delivery.worker import SinkWorker
@@ -129,13 +130,13 @@ def test_any_value_reaches_the_sink_as_subscribers_heard_it(
         )
         bus.subscribe(heard.append)
         with bus:
-            bus.emit(RunStarted(name="any", params=params))
-            bus.emit(ParamsUpdated(params=metadata))
-            bus.emit(MetricsLogged(values=values, phase="train", epoch=0))
-            bus.emit(TableLogged(key="table", columns=["a", "b", "c"], rows=rows))
-            bus.emit(CheckpointSaved(path="x.pt", kind="last", metrics=values, metadata=metadata))
-            bus.emit(ArtifactLogged(name="a", metadata=metadata))
-            bus.emit(RunEnded(status="finished"))
+            emit(bus, RunStarted(name="any", params=params))
+            emit(bus, ParamsUpdated(params=metadata))
+            emit(bus, MetricsLogged(values=values, phase="train", epoch=0))
+            emit(bus, TableLogged(key="table", columns=["a", "b", "c"], rows=rows))
+            emit(bus, CheckpointSaved(path="x.pt", kind="last", metrics=values, metadata=metadata))
+            emit(bus, ArtifactLogged(name="a", metadata=metadata))
+            emit(bus, RunEnded(status="finished"))
     (receipt,) = bus.receipts
     assert (7, 0, 0) == (receipt.emitted, receipt.dropped, receipt.unsaved)
     assert 7 == len(heard)

@@ -20,6 +20,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from support.emitting import emit
 from trainbus import Bus, JournalSpec, Record, RunInfo, Sink, SinkSpec
 from trainbus.delivery.replay import replay
 from trainbus.delivery.transforms import TransformSpec
@@ -161,7 +162,7 @@ class Deliveries(RuleBasedStateMachine):
 
     def emit(self, event: Any) -> None:
         """Log an event."""
-        self.bus.emit(event)
+        emit(self.bus, event)
 
     @rule()
     def start(self) -> None:
@@ -322,9 +323,9 @@ def test_what_a_sink_missed_of_an_earlier_attempt_can_be_replayed(tmp_path: Path
         )
         bus.subscribe(lambda record: heard.append(record.position))
         with bus:
-            bus.emit(RunStarted(resumed=Resumed(run="known")))
-            bus.emit(EpochStarted(epoch=0))
-            bus.emit(RunEnded(status="finished"))
+            emit(bus, RunStarted(resumed=Resumed(run="known")))
+            emit(bus, EpochStarted(epoch=0))
+            emit(bus, RunEnded(status="finished"))
         folders.add(bus.receipts[0].journal)
     [folder] = folders
     assert folder is not None

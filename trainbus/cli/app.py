@@ -147,6 +147,10 @@ def run(
         list[str],
         typer.Argument(metavar="-- COMMAND...", help="Training command and its arguments."),
     ],
+    name: Annotated[str | None, typer.Option(help="Run name.")] = None,
+    tag: Annotated[
+        list[str] | None, typer.Option(help="Tag to add to the runs; may be repeated.")
+    ] = None,
 ) -> None:
     """Run a command and record every training in it and in its Python child processes.
 
@@ -156,7 +160,7 @@ def run(
     with _faults():
         config.load(file)
         try:
-            launch.exec_command(file, command)
+            launch.exec_command(file, command, name=name, tags=tag or ())
         except OSError as error:
             typer.echo(printable(f"{command[0]}: {error.strerror}"), err=True)
             raise typer.Exit(127 if isinstance(error, FileNotFoundError) else 126) from error

@@ -7,24 +7,34 @@ environment makes each of its Python processes, children included, import
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainbus.recording.launched import COMMAND, VARIABLE
+from trainbus.recording.launched import COMMAND, NAME, TAGS, VARIABLE
 
 
-def exec_command(config: str, command: Sequence[str]) -> None:
+def exec_command(
+    config: str, command: Sequence[str], *, name: str | None = None, tags: Sequence[str] = ()
+) -> None:
     """Replace this process with a command whose trainings are recorded; does not return.
 
     Args:
         config: a valid configuration file.
         command: the program and its arguments.
+        name: name of the runs.
+        tags: tags of the runs, in addition to those of the file.
 
     Raises:
         OSError: the program does not exist or can't be run.
     """
-    os.execvpe(command[0], list(command), environment(config))
+    environ = environment(config)
+    if name is not None:
+        environ[NAME] = name
+    if tags:
+        environ[TAGS] = json.dumps(list(tags))
+    os.execvpe(command[0], list(command), environ)
 
 
 def environment(config: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,31 @@ from trainbus.delivery.transforms import TransformSpec
 from trainbus.errors import ConfigError, TrainbusError, did_you_mean
 from trainbus.interfaces import Options, Sink
 from trainbus.paths import resolve_options, working_directory
+from trainbus.recording.settings import RunDefaults
 from trainbus.text import quoted
 
 _MAX_BYTES = 2**20
 
 
-def load(path: str | os.PathLike[str]) -> Bus:
+def load(path: str | os.PathLike[str], *, name: str | None = None, tags: Sequence[str] = ()) -> Bus:
     """Return a bus with the sinks that a YAML file configures.
+
+    Args:
+        path: the file.
+        name: name of the runs; replaces that of the file and of the trainer.
+        tags: tags of the runs, in addition to those of the file.
 
     Raises:
         ConfigError: the file can't be read or is not valid; the error lists every problem in it.
     """
-    name = os.fspath(path)
-    text = _text(name)
+    given = os.fspath(path)
+    text = _text(given)
+    call = RunDefaults(name=name, tags=list(tags) or None)
     try:
-        file = os.path.abspath(name)
+        file = os.path.abspath(given)
     except OSError:  # the working directory was deleted
-        return loads(text, name=name)
-    return _bus(text, name=name, file=file, base=os.path.dirname(file))
+        return _bus(text, name=given, file=given, base=None, call=call)
+    return _bus(text, name=given, file=file, base=os.path.dirname(file), call=call)
 
 
 def loads(text: str, *, name: str = "<config>") -> Bus:
@@ -57,8 +64,13 @@ def loads(text: str, *, name: str = "<config>") -> Bus:
     return _bus(text, name=name, file=name, base=None if base is None else str(base))
 
 
-def _bus(text: str, *, name: str, file: str, base: str | None) -> Bus:
-    """Return the bus for a YAML string; relative paths in it are relative to `base`."""
+def _bus(
+    text: str, *, name: str, file: str, base: str | None, call: RunDefaults | None = None
+) -> Bus:
+    """Return the bus for a YAML string; relative paths in it are relative to `base`.
+
+    Values of the `call` take precedence over those of the file.
+    """
     folder = None if base is None else Path(base)
     problems = Problems(name)
     root = read(text, problems, os.environ)
@@ -70,14 +82,14 @@ def _bus(text: str, *, name: str, file: str, base: str | None) -> Bus:
     given = msgspec.convert(root.plain(), File)
     return Bus(
         {key: spec for key, spec in specs.items() if spec},
-        defaults=given.run,
+        defaults=given.run if call is None else (given.run or RunDefaults()).updated(call),
         isolation=given.isolation,
         journal=given.journal,
         flush_secs=given.flush_secs,
         config=file,
         base=folder,
         # Other processes get the unresolved YAML: its variables may hold secrets.
-        rebuild=functools.partial(_bus, text, name=name, file=file, base=base),
+        rebuild=functools.partial(_bus, text, name=name, file=file, base=base, call=call),
     )
 
 

@@ -118,6 +118,16 @@ class RunDispatcher:
             if isinstance(self._journal, JournalWriter):
                 self._journal.check_file()
 
+    def links(self) -> dict[str, str]:
+        """Return where each open sink shows the run: name → URL, path or command."""
+        found = {worker.spec.name: worker.location for worker in self._workers()}
+        if self._sidecar is not None:
+            self._sidecar.poll()
+            found |= self._sidecar.locations
+        return {
+            spec.name: place for spec in self._specs if (place := found.get(spec.name)) is not None
+        }
+
     def limit_wait(self, secs: float) -> None:
         """Shorten the time that `close` waits for the sinks, also if it waits already."""
         deadline = time.monotonic() + secs

@@ -250,6 +250,7 @@ class Sidecar:
                     logger.warning("%s", message.text)
                 case SinkOpened() if run := self._runs.get(message.run):
                     run.opened[message.sink] = message.error
+                    run.locations[message.sink] = message.location
                 case RunProgress() if run := self._runs.get(message.run):
                     run.progress[message.sink] = message.count
                 case RunDone():
@@ -347,6 +348,8 @@ class SidecarRun:
         self.replay = replay
         self.opened: dict[str, str | None] = {}
         """Sinks whose opening was tried: None for one that is open, else the reason why not."""
+        self.locations: dict[str, str | None] = {}
+        """Where the sinks that are open show the run."""
         self.refused: list[SinkSpec] = []
         """Sinks for which no process could be started when the run was opened."""
         self.unserved: dict[str, str] = {}

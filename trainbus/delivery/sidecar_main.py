@@ -327,7 +327,11 @@ class _Run:
             if name not in self._warned and (worker.opened is not None or error is not None):
                 self._warned.add(name)
                 error = None if worker.opened else error or ""
-                self._host.say(SinkOpened(run=self._order.run, sink=name, error=error))
+                self._host.say(
+                    SinkOpened(
+                        run=self._order.run, sink=name, error=error, location=worker.location
+                    )
+                )
             blocked = worker.blocked(_BLOCKED_S if worker.opened else _OPENING_S)
             if blocked is not None and f"{name} is blocked" not in self._warned:
                 self._warned.add(f"{name} is blocked")

@@ -99,6 +99,8 @@ class SinkOpened(msgspec.Struct, kw_only=True, tag="opened"):
     run: int
     sink: str
     error: str | None = None
+    location: str | None = None
+    """Where the open sink shows the run."""
 
 
 class LogWarning(msgspec.Struct, kw_only=True, tag="warning"):

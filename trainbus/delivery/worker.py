@@ -157,6 +157,14 @@ class SinkWorker:
                 lane.finish()
 
     @property
+    def location(self) -> str | None:
+        """Where the sink shows the run; None while it is not open."""
+        with suppress(Exception):
+            if self._sink is not None and self.opened:
+                return self._sink.location
+        return None
+
+    @property
     def count(self) -> int:
         """How many records of the current attempt were delivered, filtered out or rejected."""
         return self._ledger.cursor.taken + self._ledger.cursor.skipped + self._ledger.cursor.dead

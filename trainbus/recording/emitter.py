@@ -25,7 +25,9 @@ from trainbus.delivery.worker import delivering
 from trainbus.distributed import current_rank
 from trainbus.errors import SinkError
 from trainbus.events import (
+    EpochStarted,
     Event,
+    MetricsLogged,
     RunEnded,
     RunStarted,
     ended_by,
@@ -35,7 +37,7 @@ from trainbus.interfaces import RunInfo
 from trainbus.journal.recovery import end_with_cause
 from trainbus.journal.writer import JournalWriter, NullJournal
 from trainbus.paths import with_absolute_paths
-from trainbus.recording import launched, peers, process_hooks
+from trainbus.recording import current, launched, peers, process_hooks
 from trainbus.recording.run_id import identify, mark
 from trainbus.recording.settings import RunSettings
 from trainbus.recording.subscribers import Subscribers
@@ -47,6 +49,7 @@ logger = logging.getLogger("trainbus")
 
 _MAX_NESTING = 3
 _MAX_LEFT_OUT = 20  # lines on what can't be recorded; further ones are only counted
+_MAX_EARLY = 1_000  # events that are kept until the run opens
 _T = TypeVar("_T")
 
 
@@ -89,6 +92,10 @@ class Emitter:
         self._warned: set[str] = set()
         self._left_out: set[str] = set()
         self._unrecorded = 0
+        self._early: list[Event] = []
+        """What the user logged before the run opened."""
+        self.epoch: int | None = None
+        """The epoch in progress, or between two epochs the last one; None after the last epoch."""
 
     @property
     def services(self) -> frozenset[str]:
@@ -103,6 +110,33 @@ class Emitter:
     def run_id(self) -> str | None:
         """Id of the run that is open, None when none is."""
         return self._run.id if self._run else None
+
+    @property
+    def run_name(self) -> str | None:
+        """Name of the run that is open."""
+        return self._run.started.name if self._run else None
+
+    def links(self) -> dict[str, str]:
+        """Return where each sink shows the run, for the sinks that are open."""
+        with self._lock:
+            return {} if self._dispatcher is None else self._dispatcher.links()
+
+    def log(self, event: Event, /) -> None:
+        """Record an event of the user's own, which never opens a run.
+
+        Before the run of an adapter opens, the event is kept and recorded once it does.
+        """
+        if self._run is not None:
+            self(event)
+        elif os.getpid() != self._pid and not self._is_adopted():
+            return
+        elif self._ended_once:
+            self._warn("late", f"dropped {event_name(event)}: its run has ended")
+        elif len(self._early) < _MAX_EARLY:
+            self._early.append(event)
+        else:
+            self._dropped += 1
+            self._warn("early", f"dropped {event_name(event)}: too many before the run opens")
 
     def __call__(self, event: Event, /) -> None:
         """Record an event as the next record of the run.
@@ -188,6 +222,9 @@ class Emitter:
             return
         if error is not None and (rank := current_rank()):
             self.failed_on(rank, error)
+        if self._early:
+            count, self._early = len(self._early), []
+            self._warn("unopened", f"dropped {count} events: their run never opened")
         self._try(
             "the hooks for the end of the process stay installed", process_hooks.unwatch, self
         )
@@ -222,6 +259,7 @@ class Emitter:
     def abandon(self) -> None:
         """Release everything in a forked child, which shares the files of its parent."""
         self._lock = threading.RLock()
+        current.remove(self)
         self._run, dispatcher = None, self._dispatcher
         self._shares_run = True
         if dispatcher is not None:
@@ -316,13 +354,15 @@ class Emitter:
             )
         dispatcher = self._deliver(self._run, self._journal)
         self._subscribers.send(record)
-        if dispatcher is None:
-            return
-        try:
-            dispatcher.require_opened()
-        except SinkError as error:
-            self._finish(ended_by(error))
-            raise
+        if dispatcher is not None:
+            try:
+                dispatcher.require_opened()
+            except SinkError as error:
+                self._finish(ended_by(error))
+                raise
+        current.add(self)
+        early, self._early = self._early, []
+        self._pending.extendleft((event, 0) for event in reversed(early))
 
     def _with_defaults(self, event: RunStarted) -> RunStarted:
         """Return the start of a run with the user's defaults."""
@@ -335,6 +375,10 @@ class Emitter:
         run, journal = self._opened()
         record = journal.append(event, time.time())
         self._is_recorded = True
+        if type(event) is EpochStarted:
+            self.epoch = event.epoch
+        elif type(event) is MetricsLogged and event.final:
+            self.epoch = None
         if self._dispatcher is None:
             self._deliver(run, journal)
         self._subscribers.send(record)
@@ -406,7 +450,8 @@ class Emitter:
             elif isinstance(journal, JournalWriter):
                 journal.close()
         finally:
-            self._run = self._journal = self._dispatcher = None
+            current.remove(self)
+            self._run = self._journal = self._dispatcher = self.epoch = None
             self._ended_once = True
             with suppress(ValueError):
                 self._open_runs.remove(self)

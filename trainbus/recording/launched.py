@@ -11,6 +11,12 @@ VARIABLE = "TRAINBUS_CONFIG"
 COMMAND = "TRAINBUS_COMMAND"
 """Variable with the id of the command's process; for nested commands, of the outermost one."""
 
+NAME = "TRAINBUS_NAME"
+"""Variable with the name of the runs."""
+
+TAGS = "TRAINBUS_TAGS"
+"""Variable with the tags of the runs, as a JSON list."""
+
 RECORDED = "TRAINBUS_RECORDED"
 """Variable with a file that a child creates when it records; empty once the command itself does."""
 

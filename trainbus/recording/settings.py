@@ -36,6 +36,13 @@ class RunDefaults(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     tags: Annotated[list[str] | None, Meta(description="Tags")] = None
     notes: Annotated[str | None, Meta(description="Notes")] = None
 
+    def updated(self, call: RunDefaults) -> RunDefaults:
+        """Return the defaults with those of a call: its name instead, its tags in addition."""
+        tags = [*(self.tags or []), *(call.tags or [])]
+        return msgspec.structs.replace(
+            self, name=call.name or self.name, tags=list(dict.fromkeys(tags)) or self.tags
+        )
+
     def apply(self, started: RunStarted) -> RunStarted:
         """Return the start with these values in place of the adapter's."""
         given = {k: v for k, v in msgspec.structs.asdict(self).items() if v is not None}

@@ -58,12 +58,15 @@ class Session:
 
     def attach(self, target: object) -> None:
         """Attach to a trainer."""
+        import json
+
         from trainbus import SinkError, load
 
         try:
             if self._bus is None and not self._has_loaded:
                 self._has_loaded = True  # try once, and warn once
-                self._bus = load(self._config)
+                name, tags = os.environ.get("TRAINBUS_NAME"), os.environ.get("TRAINBUS_TAGS", "[]")
+                self._bus = load(self._config, name=name, tags=json.loads(tags))
             if self._bus is not None:
                 self._bus.attach(target)
         except SinkError:

@@ -31,22 +31,27 @@ from types import FunctionType, ModuleType
 from typing import Any, ClassVar
 from unittest import SkipTest
 
+import numpy as np
+
 from trainbus.bus import Bus, SinkSource
 from trainbus.events import (
     EpochEnded,
     EpochStarted,
     Event,
+    ImageLogged,
     MetricsLogged,
     Record,
     RunEnded,
     RunStarted,
+    TableLogged,
     decode,
     encode,
     event_name,
 )
-from trainbus.interfaces import Detach, RunInfo, Sink
+from trainbus.interfaces import RunInfo, Sink
 from trainbus.journal.writer import JournalSpec
 from trainbus.recording.emitter import Emitter, NullEmitter
+from trainbus.run import AttachedRun, current_run
 from trainbus.testing.child import run_in_child
 from trainbus.testing.grammar import check_grammar
 from trainbus.testing.scratch import Scratch
@@ -137,7 +142,7 @@ class AdapterConformance(ABC):
     def start(self, folder: Path, epochs: int) -> Training:
         """Set up a training that saves to `folder`, with the same seed each time."""
 
-    def attach(self, bus: Bus, target: Any) -> Detach:
+    def attach(self, bus: Bus, target: Any) -> AttachedRun:
         """Attach as a user does; override this for an adapter without an entry point."""
         return bus.attach(target)
 
@@ -243,7 +248,7 @@ class AdapterConformance(ABC):
         bus = self._bus()
         training = self.start(self._scratch.folder / "detached", 1)
         before = self.trace(training.target)
-        detach = self.attach(bus, training.target)
+        detach = self.attach(bus, training.target).detach
         detach()
         detach()
         assert before == self.trace(training.target)
@@ -255,10 +260,43 @@ class AdapterConformance(ABC):
         bus = self._bus()
         training = self.start(self._scratch.folder / "twice", 1)
         self.attach(bus, training.target)
-        self.attach(bus, training.target)()
+        self.attach(bus, training.target).detach()
         recording = self._record(bus, training)
         one, _ = self._one_and_three()
         assert _names(one.records) == _names(recording.records)
+
+    def test_records_what_the_user_logs(self) -> None:
+        """Values, an image and a table that the user logs are in the run, in the current epoch."""
+        bus = self._bus()
+        training = self.start(self._scratch.folder / "own", 1)
+        run = self.attach(bus, training.target)
+        run.log({"own/early": 1.0})
+
+        def log(record: Record) -> None:
+            unsubscribe()
+            run.log({"own/handle": 2.0})
+            current_run().log({"own/current": 3.0})
+            run.image("own/image", np.zeros((8, 8, 3), np.uint8))
+            current_run().table("own/table", ["a"], [[1]])
+
+        unsubscribe = bus.subscribe(log, EpochStarted if self.has_epochs else MetricsLogged)
+        recording = self._record(bus, training)
+        assert [] == check_grammar(recording.records)
+        own = {
+            name: (value, event.epoch)
+            for event in recording.of(MetricsLogged)
+            for name, value in event.values.items()
+            if name.startswith("own/")
+        }
+        epoch = 0 if self.has_epochs else None
+        expected = {
+            "own/early": (1.0, None),
+            "own/handle": (2.0, epoch),
+            "own/current": (3.0, epoch),
+        }
+        assert expected == own
+        assert [epoch] == [e.epoch for e in recording.of(ImageLogged) if e.key == "own/image"]
+        assert [epoch] == [e.epoch for e in recording.of(TableLogged) if e.key == "own/table"]
 
     def test_keeps_no_target_alive(self) -> None:
         """A target that was attached and has trained is freed with the user's last reference."""
@@ -268,7 +306,7 @@ class AdapterConformance(ABC):
             target = weakref.ref(training.target)
         except TypeError:
             raise SkipTest("the framework's objects can't be referenced weakly") from None
-        detach = self.attach(bus, training.target)
+        detach = self.attach(bus, training.target).detach
         training.run()
         del training
         gc.collect()
@@ -299,7 +337,7 @@ class AdapterConformance(ABC):
         """The hooks in the framework can be copied and pickled, and emit without raising."""
         training = self.start(self._scratch.folder / "handles", 1)
         bus = self._bus()
-        detach = self.attach(bus, training.target)
+        detach = self.attach(bus, training.target).detach
         handles = self.handles(training.target)
         if handles is None:
             raise SkipTest("the framework copies no callbacks")

@@ -255,9 +255,10 @@ class SinkConformance(ABC):
         bus = Bus({"sink": sink}, on_receipt=receipts.append)
         bus.subscribe(heard.append)
         with bus:
+            emit = bus.emitter()
             for run in ("one", "two"):
                 for event in samples.sample_events(tmp_path / run):
-                    bus.emit(event)
+                    emit(event)
         assert 2 == len(receipts)
         for receipt in receipts:
             records = [record for record in heard if record.run == receipt.run]

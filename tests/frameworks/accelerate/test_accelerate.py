@@ -277,7 +277,7 @@ def test_it_can_be_attached_after_init_trackers(bus: Bus, memory: MemorySink) ->
 def test_a_tracker_of_the_program_is_not_doubled(bus: Bus, memory: MemorySink) -> None:
     """Attaching an accelerator that has a `BusTracker` reports everything once."""
     loop = Loop(accelerator(log_with=tracker(bus)), 1)
-    bus.attach(loop.accelerator)()
+    bus.attach(loop.accelerator).detach()
     bus.attach(loop.accelerator)
     loop.run()
     assert 1 == len(of(memory, RunStarted))

@@ -620,10 +620,10 @@ def test_a_logger_is_not_doubled(setup: Setup, heard: Heard, is_first: bool) -> 
     """Attached twice, and by `bus.attach` before or after, all comes once; closed, nothing."""
     logger = BusLogger(heard.bus)
     before = trace(setup.trainer)
-    detach = heard.bus.attach(setup.trainer) if is_first else None
+    detach = heard.bus.attach(setup.trainer).detach if is_first else None
     for _ in range(2):
         logger.attach(setup.trainer, evaluators={"val": setup.evaluator})
-    detach = detach or heard.bus.attach(setup.trainer)
+    detach = detach or heard.bus.attach(setup.trainer).detach
     setup.run(1)
     assert 1 == len(heard.of(RunStarted))
     assert 1 == len(heard.metrics("validation"))

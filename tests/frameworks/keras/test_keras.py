@@ -627,10 +627,10 @@ def test_buses_detach_in_any_order(heard: Heard, journals: Path) -> None:
     first, second = heard.bus.attach(model), other.bus.attach(model)
     fit(model)
     assert summary(heard.records) == summary(other.records)
-    first()
+    first.detach()
     fit(model)
     assert (1, 2) == (len(heard.ids), len(other.ids))
-    second()
+    second.detach()
     assert "fit" not in vars(model)
 
 

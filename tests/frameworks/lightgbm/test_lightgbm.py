@@ -481,7 +481,7 @@ def test_parameters_and_signature_stay() -> None:
     classifier = lgb.LGBMClassifier(n_estimators=1)
     signature, document = inspect.signature(classifier.fit), classifier.fit.__doc__
     before, parameters = dict(vars(classifier)), classifier.get_params()
-    detach = trainbus.Bus().attach(classifier)
+    detach = trainbus.Bus().attach(classifier).detach
     assert signature == inspect.signature(classifier.fit)
     assert document == classifier.fit.__doc__
     assert parameters == classifier.get_params()
@@ -524,7 +524,7 @@ def test_a_deep_copy_reports_its_own_training() -> None:
 
     def run(bus: trainbus.Bus) -> None:
         classifier = lgb.LGBMClassifier(n_estimators=1, verbose=-1, n_jobs=1)
-        detach = bus.attach(classifier)
+        detach = bus.attach(classifier).detach
         copied = copy.deepcopy(classifier).fit(X_TRAIN, Y_TRAIN)
         assert not hasattr(classifier, "fitted_")
         assert copied.fitted_
@@ -576,8 +576,8 @@ def test_two_buses_detach_in_any_order() -> None:
     classifier.fit(X_TRAIN, Y_TRAIN)
     names = [[event_name(record.event) for record in records] for records in heard]
     assert names[0] == names[1] != []
-    first()
-    second()
+    first.detach()
+    second.detach()
     assert "fit" not in vars(classifier)
 
 

@@ -362,7 +362,7 @@ def test_only_trainers_can_be_attached(bus: Any) -> None:
     """A module, or what only looks like a trainer, is refused with what to attach instead."""
     for target in (Tiny(), SimpleNamespace(callbacks=[])):
         with pytest.raises(AttachError, match=r"expected a Lightning Trainer, found .*`fit\(\)`"):
-            adapter.attach(target, bus.emit)
+            adapter.attach(target, bus.emitter())
 
 
 @pytest.mark.parametrize("package", [pl, pytorch_lightning])

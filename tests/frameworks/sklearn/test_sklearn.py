@@ -264,7 +264,7 @@ def test_partial_fits_are_epochs_of_one_run(heard: Heard) -> None:
 def test_a_run_of_partial_fits_ends(heard: Heard, end: str) -> None:
     """A fit begins a run of its own, and detaching ends the run that is open."""
     model = SGDClassifier(random_state=0)
-    detach = heard.bus.attach(model)
+    detach = heard.bus.attach(model).detach
     for _ in range(2):
         model.partial_fit(X, Y, classes=[0, 1])
     if end == "fit":

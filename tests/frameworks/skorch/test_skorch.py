@@ -209,7 +209,7 @@ def test_an_initialized_net_can_be_attached(heard: Heard) -> None:
     """A net that was initialized before reports, and is as it was after detaching."""
     net = make().initialize()
     before = list(net.callbacks_)
-    detach = heard.bus.attach(net)
+    detach = heard.bus.attach(net).detach
     net.partial_fit(X, Y)
     assert [0, 1, 2] == [e.epoch for e in heard.of(EpochEnded)]
     detach()
@@ -222,7 +222,7 @@ def test_an_initialized_net_can_be_attached(heard: Heard) -> None:
 def test_a_net_without_callbacks_gets_none_back(heard: Heard) -> None:
     """`callbacks=None` is None again after detaching."""
     net = NeuralNetClassifier(torch.nn.Linear(4, 2))
-    heard.bus.attach(net)()
+    heard.bus.attach(net).detach()
     assert net.callbacks is None
 
 
@@ -411,7 +411,7 @@ def test_evaluation_alone_records_nothing(heard: Heard) -> None:
 def test_copies_report_until_the_original_is_detached(heard: Heard) -> None:
     """Clones and deep copies train as runs of their own, and fall silent with the original."""
     net = make(1)
-    detach = heard.bus.attach(net)
+    detach = heard.bus.attach(net).detach
     copies = [clone(net), copy.deepcopy(net)]
     for each in copies:
         each.fit(X, Y)

@@ -647,8 +647,8 @@ def test_two_buses_get_the_same(heard: Heard) -> None:
     first, second = heard.bus.attach(model), other.bus.attach(model)
     model.learn(ROLLOUT)
     assert heard.names == other.names
-    first()
-    second()
+    first.detach()
+    second.detach()
     assert before == [name for name in vars(model) if name in before]
     assert set() == {"learn", "_setup_learn", "_excluded_save_params"} & set(vars(model))
 

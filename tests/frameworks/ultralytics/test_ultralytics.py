@@ -457,9 +457,9 @@ def test_detaching_one_bus_leaves_the_other() -> None:
     model.train = mine
     first, second = (bus.attach(model) for bus in buses)
     watched = vars(model)["train"]
-    first()
+    first.detach()
     assert watched is vars(model)["train"]
-    second()
+    second.detach()
     assert mine is vars(model)["train"]
 
 
@@ -480,7 +480,7 @@ def test_what_is_no_model_is_left_as_it_was() -> None:
 def test_a_copied_model_is_detached_with_the_original() -> None:
     """After `detach`, the hooks in a deep copy of the model say nothing either."""
     model = yolo()
-    detach = trainbus.Bus().attach(model)
+    detach = trainbus.Bus().attach(model).detach
     copied = copy.deepcopy(model)
     detach()
     hooks = [c.__self__ for c in copied.callbacks["on_train_end"] if hasattr(c, "__self__")]

@@ -491,7 +491,7 @@ def test_parameters_and_signature_stay() -> None:
     state = classifier.random_state.get_state()[1].tolist()
     signature, document = inspect.signature(classifier.fit), classifier.fit.__doc__
     before = dict(vars(classifier))
-    detach = trainbus.Bus().attach(classifier)
+    detach = trainbus.Bus().attach(classifier).detach
     assert signature == inspect.signature(classifier.fit)
     assert document == classifier.fit.__doc__
     assert before == {k: v for k, v in vars(classifier).items() if k != "fit"}
@@ -520,7 +520,7 @@ def test_a_deep_copy_reports_its_own_training() -> None:
 
     def run(bus: trainbus.Bus) -> None:
         classifier = xgb.XGBClassifier(n_estimators=1, n_jobs=1)
-        detach = bus.attach(classifier)
+        detach = bus.attach(classifier).detach
         copied = copy.deepcopy(classifier).fit(X_TRAIN, Y_TRAIN)
         assert copied.get_booster().num_boosted_rounds() == 1
         detach()
@@ -539,8 +539,8 @@ def test_two_buses_detach_in_any_order() -> None:
     classifier.fit(X_TRAIN, Y_TRAIN)
     names = [[event_name(record.event) for record in records] for records in heard]
     assert names[0] == names[1] != []
-    first()
-    second()
+    first.detach()
+    second.detach()
     assert "fit" not in vars(classifier)
     assert None is classifier.callbacks
 

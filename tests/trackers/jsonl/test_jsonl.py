@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from trainbus.sinks.jsonl import JsonlOptions, JsonlSink
 
+from support.emitting import emit
 from trainbus import Bus, RunInfo, Sink, SinkError, config
 from trainbus.events import (
     ImageLogged,
@@ -190,8 +191,8 @@ def test_a_resumed_training_is_in_the_file_as_a_whole(isolation: str, tmp_path: 
         file = {"type": "jsonl", "path": str(path), "isolation": isolation}
         with config.loads(json.dumps({"sinks": {"file": file}})) as bus:
             resumed = Resumed(epoch=attempt) if attempt else None
-            bus.emit(RunStarted(save_dir=str(tmp_path / "run"), resumed=resumed))
-            bus.emit(TextLogged(key="attempt", text=str(attempt)))
+            emit(bus, RunStarted(save_dir=str(tmp_path / "run"), resumed=resumed))
+            emit(bus, TextLogged(key="attempt", text=str(attempt)))
     expected = [(attempt, seq) for attempt in (1, 2, 3) for seq in (1, 2, 3)]
     assert expected == positions(path)
 

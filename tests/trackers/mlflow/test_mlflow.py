@@ -22,6 +22,7 @@ from trainbus.sinks.mlflow import MlflowOptions, MlflowSink
 from urllib3.util.retry import Retry
 
 import trainbus
+from support.emitting import emit
 from support.mlflow_server import Server, database
 from support.records import CONTENT
 from support.records import records as make_records
@@ -855,8 +856,8 @@ def test_what_is_relative_lies_beside_the_configuration(
     (conf / "bus.yaml").write_text(json.dumps(text))
     monkeypatch.chdir(elsewhere)
     with trainbus.load("../conf/bus.yaml") as bus:
-        bus.emit(RunStarted(name="r", project="p"))
-        bus.emit(TextLogged(key="notes", text="hello"))
+        emit(bus, RunStarted(name="r", project="p"))
+        emit(bus, TextLogged(key="notes", text="hello"))
     (report,) = bus.receipts[0].sinks
     assert 0 == report.pending, report.error
     assert [] == list(elsewhere.iterdir())

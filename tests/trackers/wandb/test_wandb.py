@@ -17,6 +17,7 @@ from trainbus.sinks.wandb.options import artifact_name, project_name, run_id, ru
 
 import trainbus
 from support import wandb_file
+from support.emitting import emit
 from support.wandb_file import WandbRun
 from trainbus.events import (
     Best,
@@ -90,7 +91,7 @@ def log(folder: Path, *events: Event, **options: Any) -> WandbRun:
     sink = WandbSink(WandbOptions(**{"mode": "offline", "dir": str(folder), **options}))
     with trainbus.Bus({"w": sink}, on_receipt=lambda receipt: None) as bus:
         for event in events:
-            bus.emit(event)
+            emit(bus, event)
     return wandb_file.read_finished(wandb_file.find_runs(folder)[-1])
 
 
@@ -343,7 +344,7 @@ def test_a_run_that_is_never_ended_is_closed_as_failed(tmp_path: Path) -> None:
 # Rows ---------------------------------------------------------------------------------------------
 
 
-def run_rows(folder: Path, log_it: Callable[[trainbus.Run], None], **options: Any) -> WandbRun:
+def run_rows(folder: Path, log_it: Callable[[trainbus.LoopRun], None], **options: Any) -> WandbRun:
     """Log by hand through a run, and return what W&B's file holds."""
     sink = WandbSink(WandbOptions(**{"mode": "offline", "dir": str(folder), **options}))
     with trainbus.Bus({"w": sink}, on_receipt=lambda r: None) as bus, bus.run() as run:
@@ -355,7 +356,7 @@ def run_rows(folder: Path, log_it: Callable[[trainbus.Run], None], **options: An
 def test_a_run_without_epochs_keeps_every_row(tmp_path: Path) -> None:
     """Where no epochs are counted, each call of `log` is a row of its own."""
 
-    def log_it(run: trainbus.Run) -> None:
+    def log_it(run: trainbus.LoopRun) -> None:
         for i in range(5):
             run.log({"loss": i})
             run.text("note", str(i))
@@ -369,7 +370,7 @@ def test_a_run_without_epochs_keeps_every_row(tmp_path: Path) -> None:
 def test_epochs_that_are_only_named_have_rows_of_their_own(tmp_path: Path) -> None:
     """`log(…, epoch=i)` without `epochs` gives a row for each epoch, at its place on the x axis."""
 
-    def log_it(run: trainbus.Run) -> None:
+    def log_it(run: trainbus.LoopRun) -> None:
         for i in range(3):
             run.log({"loss": i}, epoch=i)
             run.log({"accuracy": i}, phase="validation", epoch=i)
@@ -383,7 +384,7 @@ def test_epochs_that_are_only_named_have_rows_of_their_own(tmp_path: Path) -> No
 def test_a_name_logged_again_in_an_epoch_loses_nothing(tmp_path: Path) -> None:
     """Values of the same name in one epoch are rows at the same place on the x axis."""
 
-    def log_it(run: trainbus.Run) -> None:
+    def log_it(run: trainbus.LoopRun) -> None:
         for _ in run.epochs(1):
             for i in range(3):
                 run.log({"loss": i})
@@ -448,11 +449,11 @@ def test_broken_pictures_cost_only_themselves(
     sink = WandbSink(WandbOptions(mode="offline", dir=str(tmp_path)))
     bus = trainbus.Bus({"w": sink}, on_receipt=lambda r: None)
     with bus:
-        bus.emit(RunStarted())
+        emit(bus, RunStarted())
         for i in range(7):
-            bus.emit(ImageLogged(key=f"bad {i}", array=np.zeros((3, 64, 64, 7), dtype=np.uint8)))
-        bus.emit(ImageLogged(key="gone", path=str(tmp_path / "none.png")))
-        bus.emit(MetricsLogged(values={"train/loss": 1.0}, phase="train"))
+            emit(bus, ImageLogged(key=f"bad {i}", array=np.zeros((3, 64, 64, 7), dtype=np.uint8)))
+        emit(bus, ImageLogged(key="gone", path=str(tmp_path / "none.png")))
+        emit(bus, MetricsLogged(values={"train/loss": 1.0}, phase="train"))
     (path,) = wandb_file.find_runs(tmp_path)
     assert 1 == wandb_file.read_finished(path).history[-1]["train/loss"]
     (report,) = bus.receipts[0].sinks
@@ -493,7 +494,7 @@ def test_a_large_curve_of_each_epoch_arrives(tmp_path: Path) -> None:
     x = np.linspace(0, 1, 10)
     names = [f"c{i}" for i in range(200)]
 
-    def log_it(run: trainbus.Run) -> None:
+    def log_it(run: trainbus.LoopRun) -> None:
         for _ in run.epochs(2):
             run.curve("curves/a", x, np.ones((200, 10)), classes=names)
 
