@@ -18,7 +18,7 @@ from support import ddp, wandb_file
 from support import train as training
 from support.trained import CONFIG, Trained
 from support.wandb_content import numbers, pictures, tables
-from trainbus.events import EpochEnded, Record, RunEnded, RunStarted, decode
+from trainbus.events import EpochEnded, MetricsLogged, Record, RunEnded, RunStarted, decode
 from trainbus.testing import check_grammar
 
 LOCAL = "sinks: {file: {type: jsonl, path: 'records/{run}.jsonl'}}"
@@ -26,11 +26,15 @@ TORCHVISION = "from support import torchvision_cpu\ntorchvision_cpu.install()\n"
 
 
 def run(
-    folder: Path, *command: str, config: str = LOCAL, env: dict[str, str] | None = None
+    folder: Path,
+    *command: str,
+    config: str = LOCAL,
+    env: dict[str, str] | None = None,
+    options: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[str]:
     """Run a command under `trainbus run`, in a folder and environment of its own."""
     (folder / "trainbus.yaml").write_text(config)
-    ours = [sys.executable, "-m", "trainbus", "run", "-c", "trainbus.yaml", "--"]
+    ours = [sys.executable, "-m", "trainbus", "run", "-c", "trainbus.yaml", *options, "--"]
     return subprocess.run(
         [*ours, *command],
         cwd=folder,
@@ -117,6 +121,42 @@ def test_a_command_that_records_gets_no_line(code: str, tmp_path: Path) -> None:
     assert 0 == done.returncode, done.stderr
     assert (1, False) == (len(records_of(tmp_path)), "nothing was recorded" in done.stderr)
     assert [] == [path.name for path in (tmp_path / "empty").glob("trainbus-*")]
+
+
+LOGS_ITS_OWN = """
+    import numpy as np
+    import trainbus
+    import xgboost
+
+    class Own(xgboost.callback.TrainingCallback):
+        def after_iteration(self, model, epoch, evals_log):
+            trainbus.current_run().log({"own": epoch})
+            return False
+
+    x = np.arange(16.0).reshape(-1, 1)
+    data = xgboost.DMatrix(x, x > 7)
+    trainbus.current_run().log({"before": 1.0})
+    xgboost.train({}, data, 2, evals=[(data, "train")], callbacks=[Own()])
+"""
+
+
+@pytest.mark.needs("xgboost")
+def test_a_script_logs_its_own_into_the_run(tmp_path: Path) -> None:
+    """`current_run` finds the run that the command records, which has the name and tags given."""
+    options = ["--name", "n", "--tag", "a", "--tag", "b"]
+    done = python(tmp_path, LOGS_ITS_OWN, options=options)
+    assert 0 == done.returncode, done.stderr
+    (records,) = records_of(tmp_path)
+    assert [] == check_grammar(records)
+    started = records[0].event
+    assert isinstance(started, RunStarted)
+    assert ("n", ["a", "b"]) == (started.name, started.tags)
+    logged = [record.event for record in records if isinstance(record.event, MetricsLogged)]
+    own = [
+        (event.values["train/own"], event.epoch) for event in logged if "train/own" in event.values
+    ]
+    assert [(0.0, 0), (1.0, 1)] == own
+    assert 1 == done.stderr.count("was used while no run was open")
 
 
 def test_a_command_within_a_command_is_told_once(tmp_path: Path) -> None:
