@@ -190,5 +190,6 @@ class _Task(NamedTuple):
         worker.finish(stream_wait_s=self.flush_secs / 2)
         drive(worker, is_over=is_over)
         worker.close()
+        self.on_progress(Progress(spec.name, worker.count, self.expected))
         total = worker.total()
         return worker.report(total), total
