@@ -532,7 +532,7 @@ class Interleavings(RuleBasedStateMachine):
 
 def test_any_interleaving_delivers_each_record_once_and_the_end_last() -> None:
     """Whatever is written, read, closed, restarted and killed in whatever order."""
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         Interleavings,
         settings=settings(
             max_examples=60,
