@@ -284,6 +284,47 @@ def test_a_killed_writer_ends_its_stream(delivery: Delivery) -> None:
     assert ((3, 0, 0, 0), None) == (counts(disk), disk.error)
 
 
+def test_the_cursor_of_a_recovered_run_is_at_the_end_of_its_files(delivery: Delivery) -> None:
+    """The end that another process wrote is in another file, in which the cursor has no place."""
+    delivery.write("", START, text())
+    delivery.write("system", text())
+    delivery.close("", "system")
+    recover(delivery.folder, now=2.0)
+    delivery.work()
+    delivery.worker.close()
+    found = delivery.cursor()
+    sizes = [delivery.folder.records(1, 0, name).stat().st_size for name in ("", "system")]
+    assert (3, sizes) == (found.seq, [found.offset, found.streams["system-r0"].offset])
+
+
+def test_each_attempt_has_counts_of_its_own(folder: RunFolder) -> None:
+    """A replay of two attempts sends the streams of both, and its counts are of the last one."""
+    kept: list[Record] = []
+    for attempt in (1, 2):
+        main = JournalWriter(folder, attempt)
+        main.append(START, 1.0)
+        stream = JournalWriter(folder, attempt, stream="system")
+        for _ in range(3 * attempt):
+            stream.append(text(), 2.0)
+        main.append(END, 3.0)
+        main.close()
+        stream.close()
+    spec = SinkSpec(name="new", kind="kept", make=lambda: Kept(kept))
+    receipt, _ = replay(folder, [spec])
+    found = [(r.attempt, r.stream, r.seq) for r in kept]
+    expected = [
+        (attempt, *name)
+        for attempt in (1, 2)
+        for name in [("", 1), *[("system", n + 1) for n in range(3 * attempt)], ("", 2)]
+    ]
+    assert expected == found
+    assert (2, 8, [(8, 0, 0, 0)]) == (
+        receipt.attempt,
+        receipt.emitted,
+        [counts(sink) for sink in receipt.sinks],
+    )
+
+
 def test_a_damaged_line_is_no_pending_record(delivery: Delivery) -> None:
     """A damaged line of a stream is neither emitted nor delivered."""
     delivery.write("", START, END)

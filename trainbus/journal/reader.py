@@ -249,7 +249,8 @@ class _Source:
         # Checked before reading: once a further file exists, the first one is complete.
         for file in [f for n, f in enumerate(self.files) if n == 0 or f.exists()]:
             while not self.entries and (found := file.read(limit)):
-                self.add(found)
+                # The offset is one in the first file.
+                self.add(found if file is self.files[0] else [e._replace(end=0) for e in found])
         return bool(self.entries)
 
     def add(self, found: Sequence[Entry]) -> None:
@@ -396,10 +397,10 @@ class RunReader:
         """Return the run's end, or what else came before it; empty while it is held back."""
         if self._end is None:
             return []
-        if not self._is_being_written():
+        if not self._must_wait():
             self._find_streams(at_once=True)
         # Checked before reading: once a stream is not being written, it is complete.
-        self.is_waiting = self._waits and self._is_being_written()
+        self.is_waiting = self._must_wait()
         if found := self._read(limit):
             return found
         if self.is_waiting:
@@ -409,7 +410,10 @@ class RunReader:
         self._has_ended = True
         return [end]
 
-    def _is_being_written(self) -> bool:
+    def _must_wait(self) -> bool:
+        """Return whether the run's end is to be held back for a stream that is being written."""
+        if not self._waits:
+            return False
         assert self._attempt is not None
         paths = [self._folder.records(self._attempt, s.rank, s.name) for s in self._streams]
         return any(map(is_being_written, paths))
