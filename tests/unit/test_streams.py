@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.journals import (
+    Disk,
     as_json,
     count_of,
     folder_in,
@@ -19,10 +20,11 @@ from support.journals import (
 )
 from trainbus import events as ev
 from trainbus.errors import JournalError
+from trainbus.journal.counts import count_dropped, count_lines, count_streams
 from trainbus.journal.directory import RunFolder, Stream
 from trainbus.journal.encoding import seal
 from trainbus.journal.locks import is_being_written
-from trainbus.journal.reader import Place, RunReader, count_lines, count_streams
+from trainbus.journal.reader import Place, RunReader
 from trainbus.journal.recovery import last_record, recover
 from trainbus.journal.verify import verify
 from trainbus.journal.writer import JournalWriter
@@ -179,7 +181,8 @@ def test_the_seq_of_a_damaged_line_is_not_used_again(folder: RunFolder) -> None:
     entries, file = read_file(folder, path)
     assert [1, 3] == [entry.record.seq for entry in entries]
     assert (1, 0) == (file.damaged, file.missing)
-    assert (2, 2) == (count_lines(folder, path), count_streams(folder, 1))
+    assert (2, 1) == count_lines(folder, path)
+    assert (2, 0) == (count_streams(folder, 1), count_dropped(folder, 1))
 
 
 def test_a_start_or_end_is_not_written_to_a_stream(folder: RunFolder) -> None:
@@ -207,6 +210,48 @@ def test_a_stream_has_a_limit_of_its_own(folder: RunFolder) -> None:
     assert 0 < kept < 10
     main.close()
     stream.close()
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_what_a_stream_dropped_is_counted_in_its_file(
+    folder: RunFolder, *, is_damaged: bool
+) -> None:
+    """Who did not write a stream counts the gaps; closing reports what was dropped last."""
+    main_stream(folder)
+    stream = JournalWriter(folder, stream="system", max_bytes=500)
+    for step in range(1, 11):
+        stream.append(metric(step), 2.0 + step)
+    stream.close()
+    path = folder.records(1, 0, "system")
+    reason = "metrics.logged dropped: the journal has reached 500 bytes"
+    alerts = [
+        (record.event.text, record.seq, record.time)
+        for record in read_records(folder, path)
+        if isinstance(record.event, ev.AlertRaised)
+    ]
+    assert (f"{stream.dropped.total() - 1} {reason}", 12, 12.0) == alerts[-1]
+    assert [f"1 {reason}"] == [line for line, _, _ in alerts[:-1]]
+    if is_damaged:
+        path.write_bytes(path.read_bytes().replace(b'"seq":2,', b'"seq":9,'))
+    assert stream.dropped.total() == count_dropped(folder, 1)
+
+
+def test_a_stream_on_a_full_disk_is_written_when_it_is_closed(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What waits in memory gets a last chance; if the disk is still full, a warning counts it."""
+    main_stream(folder)
+    for is_full, kept in ((False, 2), (True, 2)):
+        stream = JournalWriter(folder, stream="system")
+        disk = Disk(stream.fileno(), lambda n, full=is_full: 3 if n == 0 or full else None)  # type: ignore[misc]
+        monkeypatch.setattr(os, "write", disk)
+        stream.append(text("one"), 2.0)
+        stream.append(text("two"), 2.0)
+        stream.close()
+        monkeypatch.undo()
+        assert kept == len(read_records(folder, folder.records(1, 0, "system")))
+    (lost,) = [r.getMessage() for r in caplog.records if "are lost" in r.getMessage()]
+    assert lost.startswith("2 records of the stream 'system' are lost: they are not on disk (")
 
 
 FORGED: list[tuple[str, ev.Record]] = [

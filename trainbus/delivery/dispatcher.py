@@ -19,9 +19,9 @@ from trainbus.delivery.worker import POLL_S, SinkWorker, ThreadedWorker, drive, 
 from trainbus.errors import JournalError, SinkError
 from trainbus.events import Record
 from trainbus.interfaces import RunInfo
+from trainbus.journal.counts import count_dropped, count_streams
 from trainbus.journal.directory import RunFolder
 from trainbus.journal.file_access import FileResolver
-from trainbus.journal.reader import count_streams
 from trainbus.journal.writer import JournalWriter, NullJournal
 
 logger = logging.getLogger("trainbus")
@@ -238,7 +238,8 @@ class RunDispatcher:
         )
 
     def _receipt(self, journal: JournalWriter, status: str, emitted: int) -> Receipt:
-        emitted += self._count_streams(journal.folder)
+        in_streams, dropped = self._count_streams(journal.folder)
+        emitted += in_streams
         workers = self._workers()
         found = {worker.spec.name: worker.report(emitted) for worker in workers}
         if self._sidecar is not None:
@@ -251,7 +252,7 @@ class RunDispatcher:
             emitted=emitted,
             reports=[found[spec.name] for spec in self._specs if spec.name in found],
             unsaved=journal.unsaved,
-            dropped=self.dropped + journal.dropped.total(),
+            dropped=self.dropped + journal.dropped.total() + dropped,
             unrecorded=self.unrecorded,
             is_gone=journal.is_gone,
             config=self._config,
@@ -259,13 +260,14 @@ class RunDispatcher:
         journal.close()
         return receipt
 
-    def _count_streams(self, folder: RunFolder) -> int:
-        """Return how many records other producers wrote; this process knows only its own."""
+    def _count_streams(self, folder: RunFolder) -> tuple[int, int]:
+        """Return how many records other producers wrote and dropped, which only the files tell."""
+        attempt = self._run.attempt
         try:
-            return count_streams(folder, self._run.attempt)
+            return count_streams(folder, attempt), count_dropped(folder, attempt)
         except (OSError, JournalError) as error:
             logger.warning("the receipt has only the records of the training: %s", error)
-            return 0
+            return 0, 0
 
     def require_opened(self) -> None:
         """Wait until the sinks with `on_error: raise` are open.

@@ -19,10 +19,10 @@ from trainbus.delivery.spec import SinkSpec, isolation_of
 from trainbus.delivery.worker import POLL_S, SinkWorker, count, drive
 from trainbus.errors import JournalError
 from trainbus.events import RunEnded
+from trainbus.journal.counts import count_streams
 from trainbus.journal.directory import RunFolder
 from trainbus.journal.file_access import FileResolver
 from trainbus.journal.locks import is_being_written
-from trainbus.journal.reader import count_streams
 from trainbus.journal.recovery import last_record, recover
 
 _HALT_S = 2.0

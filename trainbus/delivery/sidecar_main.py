@@ -41,9 +41,9 @@ from trainbus.delivery.worker_log import Output
 from trainbus.errors import JournalError
 from trainbus.events import Record, RunEnded
 from trainbus.interfaces import Sink
+from trainbus.journal.counts import count_dropped, count_streams
 from trainbus.journal.directory import NO_BLOCK, NO_FOLLOW, RunFolder, sync_data
 from trainbus.journal.file_access import FileResolver
-from trainbus.journal.reader import count_streams
 from trainbus.journal.recovery import last_record, recover
 
 logger = logging.getLogger("trainbus")
@@ -233,8 +233,10 @@ class _Run:
         emitted = self._emitted
         if emitted is None:
             emitted = last.seq if last else 0
+        dropped = 0
         with suppress(OSError, JournalError):  # the workers say what is wrong with the journal
             emitted += count_streams(self.folder, self._order.attempt)
+            dropped = count_dropped(self.folder, self._order.attempt)
         if self._order.replay is not None:
             emitted = max((thread.worker.total() for thread in self._threads), default=0)
         reports = [thread.worker.report(emitted) for thread in self._threads]
@@ -247,6 +249,7 @@ class _Run:
                 emitted=emitted,
                 reports=self._of_all(reports, emitted),
                 unsaved=self._unsaved,
+                dropped=dropped,
                 config=self._order.config,
             )
         return RunDone(

@@ -31,11 +31,12 @@ from trainbus.delivery.transforms import Transform
 from trainbus.errors import JournalError
 from trainbus.events import ArtifactLogged, CheckpointSaved, Record, RunEnded, RunStarted, encode
 from trainbus.interfaces import RunInfo, Sink
+from trainbus.journal.counts import count_streams
 from trainbus.journal.directory import RunFolder, open_private
 from trainbus.journal.encoding import Entry
 from trainbus.journal.file_access import FileResolver
 from trainbus.journal.locks import open_lock, try_lock
-from trainbus.journal.reader import RecordFile, RunReader, count_streams, first_entry
+from trainbus.journal.reader import RecordFile, RunReader, first_entry
 from trainbus.journal.writer import JournalWriter
 
 logger = logging.getLogger("trainbus")

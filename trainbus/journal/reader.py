@@ -194,34 +194,6 @@ def _last_complete(line: bytes) -> bytes | None:
     return None
 
 
-def count_lines(folder: RunFolder, path: Path) -> int:
-    """Return how many undamaged lines a records file has, without decoding them.
-
-    Raises:
-        JournalError: the file is a link, or not a regular file.
-    """
-    try:
-        fd = open_within(folder.path, path)
-    except OSError:
-        return 0
-    total = 0
-    with os.fdopen(fd, "rb") as file:
-        # A line that is too long is counted as several damaged ones.
-        while line := file.readline(LONGEST_LINE):
-            total += line.endswith(b"\n") and unseal(line[:-1]) is not None
-    return total
-
-
-def count_streams(folder: RunFolder, attempt: int) -> int:
-    """Return how many records the streams of an attempt have, besides the main stream.
-
-    Raises:
-        JournalError: a file is a link, or not a regular file.
-    """
-    streams = folder.streams(attempt)
-    return sum(count_lines(folder, folder.records(attempt, s.rank, s.name)) for s in streams)
-
-
 class Place(NamedTuple):
     """Where the reading of a stream begins."""
 

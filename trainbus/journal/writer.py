@@ -116,7 +116,7 @@ class JournalWriter:
         self._writing: _Write | None = None
         self._held: deque[_Held] = deque()
         self._held_bytes = 0
-        self._retry_at = 0.0
+        self._retry_at = self._last_time = 0.0
         self._fault = ""
         self._warned: set[str] = set()
         self.is_gone = False
@@ -161,6 +161,7 @@ class JournalWriter:
         """
         if self.stream and isinstance(event, RunStarted | RunEnded):
             raise ValueError(f"{event_name(event)} belongs to the main stream, not {self.stream!r}")
+        self._last_time = now
         self._finish_write()
         is_end = isinstance(event, RunEnded)
         if (self._held or self._unreported) and (is_end or self._clock() >= self._retry_at):
@@ -225,7 +226,18 @@ class JournalWriter:
                 break
 
     def close(self) -> None:
-        """Close the file; a second call does nothing."""
+        """Close the file; a second call does nothing.
+
+        The main stream's lines that wait in memory still reach the sinks; those of another stream
+        get a last chance to be written.
+        """
+        if self._fd >= 0 and self.stream:
+            self._finish_write()
+            self.catch_up()
+            self._report_dropped(self._last_time)
+            if self._held:
+                text = "%d records of the stream %r are lost: they are not on disk (%s)"
+                logger.warning(text, len(self._held), self.stream, self._fault)
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
