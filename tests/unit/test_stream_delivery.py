@@ -240,12 +240,13 @@ def test_the_end_waits_for_a_stream_that_is_open(delivery: Delivery) -> None:
     report = delivery.work(100)
     assert [("", 1), ("system", 1)] == delivery.names()
     assert (2, 0, 0, 1) == counts(report)
+    assert "the run's end waits for a stream that is still being written" == report.error
     assert (False, False) == (delivery.worker.is_idle(), delivery.worker.is_complete())
     delivery.write("system", text())
     delivery.close("system")
     report = delivery.work()
     assert [("system", 2), ("", 2)] == delivery.names()[2:]
-    assert (4, 0, 0, 0) == counts(report)
+    assert ((4, 0, 0, 0), None) == (counts(report), report.error)
     assert delivery.worker.done
 
 

@@ -48,6 +48,7 @@ _SYNC_S = 1.0
 _BLOCKED_S = 0.1
 STREAM_WAIT_S = 5.0
 """Longest wait for streams that are still being written when the run has ended, by default."""
+_OPEN_STREAM = "the run's end waits for a stream that is still being written"
 _LOCKED = "another process delivers to this sink"
 
 
@@ -253,6 +254,7 @@ class SinkWorker:
             self.main.error if pending or dead or self.opened is False else None,
             self._uploads.error if self._uploads and (dead or pending) else None,
             self.blocked(_BLOCKED_S) if pending else None,
+            _OPEN_STREAM if self.is_waiting else None,
         ]
         return SinkReport(
             name=self.spec.name,
