@@ -569,12 +569,12 @@ def test_the_summary_has_the_position_of_each_stream(tmp_path: Path) -> None:
     run = wandb_file.read_finished(wandb_file.find_runs(tmp_path)[-1])
     main = max(record.position for record in records if not record.stream)
     expected = {"": main, "console-r0": (1, 6), "system-r0": (1, 6)}
-    assert expected == session.stored(SimpleNamespace(summary=run.summary))  # type: ignore[arg-type]
+    assert expected == session.stored(SimpleNamespace(summary=run.summary))
 
 
 def test_a_summary_without_streams_is_read(tmp_path: Path) -> None:
     """Runs of older versions have the position of the main stream alone."""
     old = {"trainbus/attempt": 2, "trainbus/seq": 7}
-    assert {"": (2, 7)} == session.stored(SimpleNamespace(summary=old))  # type: ignore[arg-type]
+    assert {"": (2, 7)} == session.stored(SimpleNamespace(summary=old))
     assert old == session.as_summary({"": (2, 7)})
-    assert {} == session.stored(SimpleNamespace(summary={}))  # type: ignore[arg-type]
+    assert {} == session.stored(SimpleNamespace(summary={}))
