@@ -67,7 +67,11 @@ class JournalSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class JournalWriter:
-    """The records file of one stream of an attempt, open for writing; not thread-safe."""
+    """The records file of one stream of an attempt, open for writing; not thread-safe.
+
+    The file is locked until it is closed. A forked child shares the lock and has to close its copy:
+    otherwise the stream counts as being written, and the run's end waits for it.
+    """
 
     def __init__(
         self,
