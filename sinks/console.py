@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from trainbus import events
 from trainbus.interfaces import Options, RunInfo, Sink
-from trainbus.toolkit.sinks import required_package
+from trainbus.toolkit.sinks import SeenRecords, required_package
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,7 +56,7 @@ class ConsoleSink(Sink):
         self._console = Console(
             stderr=self.options.stream == "stderr", markup=False, emoji=False, highlight=False
         )
-        self._last = (0, 0)
+        self._seen = SeenRecords()
         self._begun, self._epochs = 0.0, 0
         self._has_epochs = False
         self._goal_of = run.started.goal_of
@@ -67,8 +67,8 @@ class ConsoleSink(Sink):
     def write(self, records: Sequence[events.Record]) -> None:
         """Print the records that are new."""
         for record in records:
-            if record.position > self._last:
-                self._last = record.position  # first: a closed stream fails at each attempt
+            if not self._seen.has(record):
+                self._seen.add(record)  # first: a closed stream fails at each attempt
                 self._take(record)
 
     def close(self) -> None:

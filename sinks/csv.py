@@ -140,7 +140,7 @@ class CsvSink(Sink):
             SinkError: a file is no table of this sink.
             OSError: the disk is full or gone.
         """
-        last = self._seen.last
+        last = dict(self._seen.last)
         try:
             new = list(self._seen.new(records))
             for record in new:

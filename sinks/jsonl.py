@@ -16,6 +16,7 @@ from msgspec import DecodeError, Meta
 from trainbus.events import Record, decode, encode
 from trainbus.interfaces import FilePath, Options, RunInfo, Sink
 from trainbus.toolkit.sinks import (
+    Positions,
     SeenRecords,
     append,
     check_folder,
@@ -62,7 +63,7 @@ class JsonlSink(Sink):
         path = folder_of(self.options.path, run.id)
         with writing_to(path, option="path"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._last = _last_position(path, run.id)
+            self._last = _last_positions(path, run.id)
             self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _BINARY, 0o644)
             if _is_torn(path):  # else the next record would be lost with the half line before it
                 os.write(self._fd, b"\n")
@@ -91,9 +92,9 @@ class JsonlSink(Sink):
         return self._location
 
 
-def _last_position(path: Path, run: str) -> tuple[int, int]:
-    """Return the position of the run's last record in the file, (0, 0) if there is none."""
-    last = (0, 0)
+def _last_positions(path: Path, run: str) -> Positions:
+    """Return the positions of the run's last records in the file."""
+    seen = SeenRecords()
     if path.exists():
         with path.open("rb") as lines:
             for line in lines:
@@ -101,9 +102,9 @@ def _last_position(path: Path, run: str) -> tuple[int, int]:
                     record = decode(line)
                 except DecodeError:  # a line that a crash cut short, or another program's
                     continue
-                if record.run == run:
-                    last = max(last, record.position)
-    return last
+                if record.run == run and not seen.has(record):
+                    seen.add(record)
+    return seen.last
 
 
 def _is_torn(path: Path) -> bool:

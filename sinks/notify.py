@@ -152,7 +152,8 @@ class NotifySink(Sink):
         folder = make_folder(folder_of(options.state, run.id), option="state")
         self._sent = SeenRecords(folder / f"{run.id}-{key}.json")
         self._location = ", ".join(service.label for service in self._services)
-        self._last = (0, 0)
+        self._seen = SeenRecords()
+        self._current: tuple[str, tuple[int, int]] | None = None
         self._message: _Message | None = None
         self._unsent: list[_Service] = []
         self._messages = _Messages(run, options)
@@ -168,19 +169,21 @@ class NotifySink(Sink):
             SinkError: a service could not be reached, or rejected the message.
         """
         for record in records:
-            if record.position > self._last:
-                self._last = record.position
+            identity = record.source, record.position
+            if not self._seen.has(record):
+                self._seen.add(record)
+                self._current = identity
                 self._unsent = []  # of a message that was given up
                 message = self._messages.about(record)
                 is_old = time.time() - record.time > self.options.max_age_secs
-                if message is not None and record.position > self._sent.last and not is_old:
+                if message is not None and not self._sent.has(record) and not is_old:
                     self._message, self._unsent = message, list(self._services)
-            if record.position == self._last and self._unsent and self._message is not None:
+            if identity == self._current and self._unsent and self._message is not None:
                 failed = _send(self._message, self._unsent)
                 self._unsent = [service for service, _ in failed]
                 if failed:
                     raise _not_sent(failed, len(self._services))
-                self._sent.last = record.position
+                self._sent.add(record)
                 self._sent.save()
 
     @property

@@ -340,9 +340,10 @@ _NAMES = {cls: name for name, cls in _BY_NAME.items()}
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """An event with its envelope.
 
-    `attempt` counts the trainings of a run from 1: resuming starts the next attempt. `seq` counts
-    the records of an attempt from 1 without gaps, `time` is seconds since the Unix epoch, and
-    `rank` is the rank of the process that emitted the event.
+    `attempt` counts the trainings of a run from 1: resuming starts the next attempt. `time` is
+    seconds since the Unix epoch, and `rank` is the rank of the process that emitted the event.
+    `stream` names the producer: it is empty for the training itself, whose records are the main
+    stream. `seq` counts the records of a stream, rank and attempt from 1 without gaps.
     """
 
     seq: int
@@ -352,11 +353,22 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int = 1
     rank: int = 0
     schema: int = SCHEMA_VERSION
+    stream: str = ""  # the last field: `Codec.encode` removes it from lines of the main stream
+
+    @property
+    def source(self) -> str:
+        """Stream and rank, such as `console-r0`; empty for the main stream."""
+        return self.stream and stream_source(self.stream, self.rank)
 
     @property
     def position(self) -> tuple[int, int]:
-        """(attempt, seq): the record's place in its run; it never decreases."""
+        """(attempt, seq): the record's place among those of its source; it never decreases."""
         return self.attempt, self.seq
+
+
+def stream_source(stream: str, rank: int) -> str:
+    """Return the name of a stream of one rank, such as `console-r0`."""
+    return f"{stream}-r{rank}"
 
 
 def event_name(event: object) -> str:
@@ -409,7 +421,8 @@ class Codec:
         if b"null" in line:
             hook = partial(_encode_other, self._store)
             line = self._encoder.encode(_spell(msgspec.to_builtins(record, enc_hook=hook)))
-        return line
+        # Lines of the main stream have no `stream`, as in journals from before there were streams.
+        return line if record.stream else line[: -len(_NO_STREAM)] + b"}"
 
     def decode(self, line: bytes | str) -> Record:
         """Return the record that `encode` wrote; an unknown event type becomes an `UnknownEvent`.
@@ -438,6 +451,7 @@ class Codec:
             attempt=envelope.attempt,
             rank=envelope.rank,
             schema=envelope.schema,
+            stream=envelope.stream,
         )
 
     def _event(self, name: str, data: Any) -> Event | UnknownEvent:
@@ -459,6 +473,7 @@ def json_schema() -> dict[str, Any]:
         attempt: int = 1
         rank: int = 0
         schema_: int = SCHEMA_VERSION
+        stream: str = ""
 
     return msgspec.json.schema(RecordSchema, schema_hook=_array_schema)
 
@@ -471,6 +486,7 @@ class _Envelope(msgspec.Struct, kw_only=True):
     attempt: int = 1
     rank: int = 0
     schema: int = SCHEMA_VERSION
+    stream: str = ""
 
 
 class _Tag(msgspec.Struct):
@@ -557,6 +573,7 @@ def _array_schema(_: type) -> dict[str, Any]:
     }
 
 
+_NO_STREAM = b',"stream":""}'
 _KINDS = "biufU"
 _MAX_ARRAY = 64 * 2**20
 _SPELLED = ("NaN", "Infinity", "-Infinity")

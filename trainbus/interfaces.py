@@ -44,7 +44,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     reopened: bool = False
     """Whether an earlier process already delivered records of this attempt."""
     resume_after: int = 0
-    """Seq of the last record that is not delivered again."""
+    """Seq of the last record of the main stream that is not delivered again."""
     pid: int | None = None
     """Id of the training process; None if the sink runs in it."""
     base: str | None = None
@@ -60,11 +60,11 @@ class Sink(ABC):
     """Sends the records of a run to one destination.
 
     A sink is opened once per run, before the first record, and closed after the last; `close` may
-    also be called without `open`, and more than once. Records arrive in order, in batches of any
-    size, and a record may arrive again after a crash: neither may change the stored result
-    (`record.position` identifies repeated records). `open` and `write` may run in different
-    threads, but never at the same time. Exceptions of a sink are caught, counted and logged;
-    training continues.
+    also be called without `open`, and more than once. Records of a stream arrive in order, in
+    batches of any size, and a record may arrive again after a crash: neither may change the stored
+    result (`record.source` and `record.position` identify repeated records). `open` and `write`
+    may run in different threads, but never at the same time. Exceptions of a sink are caught,
+    counted and logged; training continues.
     """
 
     Options: ClassVar[type[Options]] = Options

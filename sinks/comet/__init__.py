@@ -133,7 +133,7 @@ class CometSink(TrackerSink):
         self._timeline, self._pending = Timeline(), 0
         # A flush confirms what was sent; an archive that was not closed is lost as a whole.
         self._sent = SeenRecords(folder / f".{key}.json") if is_online else None
-        self._seen = SeenRecords(last=self._sent.last if self._sent else (0, 0))
+        self._seen = SeenRecords(last=self._sent.last if self._sent else None)
         with writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if run.reopened and not run.resume_after:
@@ -159,8 +159,8 @@ class CometSink(TrackerSink):
         """Wait until Comet has everything, if it is online."""
         sent = None if self._experiment is None else self._sent
         self._pending = 0
-        if sent is not None and self._seen.last > sent.last and self._experiment.flush():
-            sent.last = self._seen.last
+        if sent is not None and self._seen.last != sent.last and self._experiment.flush():
+            sent.last = dict(self._seen.last)
             sent.save()
 
     def close(self) -> None:
@@ -169,7 +169,7 @@ class CometSink(TrackerSink):
         if experiment is not None:
             experiment.end()
             if self._sent is not None:
-                self._sent.last = self._seen.last
+                self._sent.last = dict(self._seen.last)
                 self._sent.save()
 
     def _write(self, experiment: Any, event: object) -> None:

@@ -118,10 +118,10 @@ class DvcliveSink(TrackerSink):
         Raises:
             OSError: the disk is full or gone.
         """
-        before = self._seen.last
+        before = dict(self._seen.last)
         for record in self._seen.new(records):
             self._write(record.event)
-        if self._seen.last > before:
+        if self._seen.last != before:
             self._live.make_summary()
             self._seen.save()
 

@@ -22,6 +22,7 @@ from trainbus.errors import SinkError
 from trainbus.interfaces import FilePath, Options, RunInfo, Sink
 from trainbus.toolkit.plots import png
 from trainbus.toolkit.sinks import (
+    MAIN,
     SeenRecords,
     check_folder,
     check_package,
@@ -113,7 +114,7 @@ class HtmlSink(Sink):
             _write_plotly(folder, get_plotlyjs())
             data = _read(folder) if (folder / "data.json").exists() else Data(run=run.id)
         self._gatherer = Gatherer(data, points=options.points, curve_points=options.curve_points)
-        self._seen = SeenRecords(last=data.position)
+        self._seen = SeenRecords(last={MAIN: data.position, **data.streams})
         self._stale: list[Path] = []
         self._is_new = self._is_due = False
         self._written, self._cost = 0.0, 0.0
@@ -166,7 +167,8 @@ class HtmlSink(Sink):
     def _keep(self, record: events.Record, event: events.ImageLogged) -> None:
         """Copy a picture into the folder, and drop the oldest one of its name."""
         suffix = Path(event.path or "").suffix.lower() if event.array is None else ".png"
-        file = f"pictures/{record.attempt}-{record.seq}{suffix}"
+        source = record.source and f"{record.source}-"
+        file = f"pictures/{source}{record.attempt}-{record.seq}{suffix}"
         try:
             if suffix not in _PICTURES:
                 raise ValueError(f"browsers show {' '.join(_PICTURES)}, found {event.path!r}")

@@ -138,6 +138,8 @@ class Data(msgspec.Struct):
 
     run: str
     position: tuple[int, int] = (0, 0)
+    streams: dict[str, tuple[int, int]] = {}
+    """Positions in the streams besides the main stream, by their source."""
     about: dict[str, Any] = {}
     goals: dict[str, Literal["max", "min"]] = {}
     status: str = "running"
@@ -203,7 +205,10 @@ class Gatherer:
         data, event = self.data, record.event
         if isinstance(event, events.UnknownEvent):
             return
-        data.position = record.position
+        if record.source:
+            data.streams[record.source] = record.position
+        else:
+            data.position = record.position
         self._clock(record)
         name = events.event_name(event)
         data.records[name] = data.records.get(name, 0) + 1

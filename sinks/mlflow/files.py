@@ -55,7 +55,7 @@ class Artifacts:
     def stamp(self, record: Record) -> str:
         """Return a name that is unique to a record, and that sorts by its position."""
         at = 0 if isinstance(record.event, AlertRaised) else self.run.timeline(record.event)
-        return "{:06}-{}.{}".format(at, *record.position)
+        return "{:06}-{}.{}".format(at, *record.position) + (record.source and f".{record.source}")
 
     def picture(self, record: Record, event: Any) -> None:
         """Log a picture as `log_image` does, but under a name that is always the same."""
@@ -66,7 +66,11 @@ class Artifacts:
                 (
                     self._paths(event.key).replace("/", "~"),
                     f"step+{self.run.timeline(event)}+timestamp+{int(record.time * 1000)}",
-                    str(uuid.uuid5(uuid.NAMESPACE_OID, f"{record.run} {record.position}")),
+                    str(
+                        uuid.uuid5(
+                            uuid.NAMESPACE_OID, f"{record.run} {record.position}{record.source}"
+                        )
+                    ),
                 )
             )
             if self._render(event, images / stem):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -10,11 +11,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainbus.events import Record
-from trainbus.toolkit.sinks import Names, SeenRecords, Timeline, flat, utf8
+from trainbus.toolkit.sinks import (
+    MAIN,
+    NO_POSITION,
+    Names,
+    Position,
+    Positions,
+    SeenRecords,
+    Timeline,
+    flat,
+    positions_of,
+    utf8,
+)
 
 logger = logging.getLogger("trainbus.sinks.mlflow")
 
-RUN, _POSITION = "trainbus.run", "trainbus.position"
+RUN, _POSITION, _STREAMS = "trainbus.run", "trainbus.position", "trainbus.streams"
 _METRICS_AT_ONCE, _PARAMS_AT_ONCE = 200, 20  # so that a request stays below 1 MB
 
 
@@ -45,9 +57,10 @@ class TrackedRun:
         self._is_running = found is None or found.info.status == "RUNNING"
         self._params: dict[str, str] = dict(found.data.params) if found else {}
         self.tags: dict[str, str] = dict(found.data.tags) if found else {}
-        *last, at = _position(self.tags.get(_POSITION))
-        self.seen, self.timeline = SeenRecords(last=(last[0], last[1])), Timeline(at)
-        self._sent = self.seen.last
+        position, at = _position(self.tags.get(_POSITION))
+        last = {MAIN: position, **_streams(self.tags.get(_STREAMS))}
+        self.seen, self.timeline = SeenRecords(last=last), Timeline(at)
+        self._sent = dict(self.seen.last)
         self._new_metrics: list[Any] = []
         self._new_params: list[Any] = []
         self._new_tags: dict[str, str] = {}
@@ -122,9 +135,12 @@ class TrackedRun:
             self._client.log_batch(self.id, *parts, tags[:_PARAMS_AT_ONCE])
             del self._new_metrics[:_METRICS_AT_ONCE], self._new_params[:_PARAMS_AT_ONCE]
             del tags[:_PARAMS_AT_ONCE]
-        position = RunTag(_POSITION, "{}.{}.{}".format(*self.seen.last, self.timeline.last))
-        self._client.log_batch(self.id, metrics=self._new_metrics, tags=[position])
-        self._sent, self._new_metrics, self._new_tags = self.seen.last, [], {}
+        streams = dict(self.seen.last)
+        position = "{}.{}.{}".format(*streams.pop(MAIN), self.timeline.last)
+        tags = [RunTag(_POSITION, position)]
+        tags += [RunTag(_STREAMS, json.dumps(streams))] if streams else []
+        self._client.log_batch(self.id, metrics=self._new_metrics, tags=tags)
+        self._sent, self._new_metrics, self._new_tags = dict(self.seen.last), [], {}
 
 
 def _clean_name(name: str) -> str:
@@ -149,13 +165,21 @@ def _cut(name: str, value: str, longest: int) -> str:
     return text[:longest]
 
 
-def _position(text: str | None) -> tuple[int, int, int]:
-    """Return attempt and seq of the last record, and the position of the last metric."""
+def _position(text: str | None) -> tuple[Position, int]:
+    """Return the position of the last record, and that of the last metric on the x axis."""
     try:
         attempt, seq, at = (text or "").split(".")
-        return int(attempt), int(seq), int(at)
+        return (int(attempt), int(seq)), int(at)
     except ValueError:
-        return 0, 0, 0
+        return NO_POSITION, 0
+
+
+def _streams(text: str | None) -> Positions:
+    """Return the positions of the last records of streams besides the main stream."""
+    try:
+        return positions_of(json.loads(text or "{}"))
+    except (ValueError, TypeError, OverflowError):
+        return {}
 
 
 def _context() -> dict[str, str]:

@@ -22,6 +22,7 @@ from msgspec import Meta
 from trainbus import events
 from trainbus.interfaces import FilePath, Options, RunInfo
 from trainbus.toolkit.sinks import (
+    MAIN,
     LatestCheckpoints,
     Names,
     SaveCheckpoints,
@@ -133,8 +134,8 @@ class SwanlabSink(TrackerSink):
         self._folder = None if self._run.mode == "disabled" else Path(self._run.dir).absolute()
         self._state = session.load_state(self._folder, run)
         self._timeline = Timeline(self._state.last)
-        self._seen = SeenRecords(None, self._state.seen)
-        is_new = self._seen.last[0] < run.attempt
+        self._seen = SeenRecords(last={MAIN: self._state.seen, **self._state.streams})
+        is_new = self._seen.last[MAIN][0] < run.attempt
         self._configure(run.started.params if is_new else {})
         self._location = session.location(self._run, self._folder)
 
@@ -251,7 +252,8 @@ class SwanlabSink(TrackerSink):
             self._run = None
             session.finish(run, status, error)
         if self._folder is not None:
-            self._state.seen = self._seen.last
+            streams = dict(self._seen.last)
+            self._state.seen, self._state.streams = streams.pop(MAIN), streams
             session.save_state(self._folder, self._state)
 
 

@@ -139,7 +139,7 @@ class State(msgspec.Struct):
 
     run: str
     seen: tuple[int, int]
-    """Attempt and seq of the last record."""
+    """Attempt and seq of the last record of the main stream."""
     config: dict[str, Any]
     steps: dict[str, int]
     """The last step of each key."""
@@ -147,6 +147,13 @@ class State(msgspec.Struct):
     """The axis of each key: `step` or `epoch`."""
     last: int = 0
     """Position of the last metric."""
+    streams: dict[str, tuple[int, int]] = {}
+    """Attempt and seq of the last record of each other stream, by its source."""
+
+    @property
+    def age(self) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+        """What grows from one process to the next."""
+        return self.seen, sorted(self.streams.values(), reverse=True)
 
 
 def load_state(folder: Path | None, run: RunInfo) -> State:
@@ -162,7 +169,7 @@ def load_state(folder: Path | None, run: RunInfo) -> State:
     new = State(run.id, (0, 0), {}, {}, {})
     if folder is None:
         return new
-    state = max(_earlier(folder, run), key=lambda state: state.seen, default=new)
+    state = max(_earlier(folder, run), key=lambda state: state.age, default=new)
     (folder / f"{_OPEN}{run.attempt}").write_text(run.id, "utf-8")
     return state
 

@@ -21,6 +21,9 @@ from msgspec import Meta
 from trainbus.events import Record
 from trainbus.interfaces import FilePath, Options, RunInfo
 from trainbus.toolkit.sinks import (
+    MAIN,
+    NO_POSITION,
+    Positions,
     SeenRecords,
     TrackerSink,
     append,
@@ -48,8 +51,8 @@ REQUIRED_NAMES = (
 """Names that the sink relies on; `trainbus doctor` checks that they exist."""
 
 _BINARY = getattr(os, "O_BINARY", 0)  # without it Windows writes another end of line
-_MARK = re.compile(r"trainbus\.record\.(\d+)\.(\d+)")
-"""Writer of the last event of a record: its attempt and seq."""
+_MARK = re.compile(r"trainbus\.record\.(\d+)\.(\d+)(?:\.([a-z]+-r\d+))?")
+"""Writer of the last event of a record: its attempt, its seq and, if it has one, its source."""
 
 
 class TensorboardOptions(Options, frozen=True, kw_only=True):
@@ -98,7 +101,7 @@ class TensorboardSink(TrackerSink):
         with required_package("tensorboard"):
             from .charts import Values
         self._values = Values(self.showing, log_images=self.options.log_images)
-        self._last = (0, 0)
+        self._last: Positions = {}
         folder = make_folder(folder_of(self.options.logdir, run.id), option="logdir")
         path = folder / f"events.out.tfevents.{run.attempt:06}.trainbus"
         with writing_to(path, option="logdir"):
@@ -161,7 +164,8 @@ class TensorboardSink(TrackerSink):
                 if value.tag == SESSION_END_INFO_TAG:
                     ended = begin
             if mark:
-                self._last = max(self._last, (int(mark[1]), int(mark[2])))
+                source, position = mark[3] or MAIN, (int(mark[1]), int(mark[2]))
+                self._last[source] = max(self._last.get(source, NO_POSITION), position)
                 whole = end
                 self._values.learn(values)
                 values = []
@@ -185,7 +189,8 @@ def _event(
     if values:
         event.summary.value.extend(values)
     if is_last:
-        event.source_metadata.writer = f"trainbus.record.{record.attempt}.{record.seq}"
+        source = record.source and f".{record.source}"
+        event.source_metadata.writer = f"trainbus.record.{record.attempt}.{record.seq}{source}"
     data: bytes = event.SerializeToString()
     return data
 

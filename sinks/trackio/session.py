@@ -86,7 +86,7 @@ class Database:
 
     def key(self, record: Record) -> str:
         """Return the key of a record, which is the same each time it comes."""
-        return f"{self.run}-{record.attempt}-{record.seq}"
+        return f"{self.run}-{record.attempt}-{record.seq}" + (record.source and f"-{record.source}")
 
     def configure(self, record: Record, values: Mapping[str, Any]) -> None:
         """Change the config, which is stored with a row that has no values."""

@@ -20,6 +20,7 @@ from trainbus.errors import SinkError
 from trainbus.interfaces import RunInfo
 from trainbus.toolkit.sinks import (
     LatestCheckpoints,
+    Positions,
     SeenRecords,
     TrackerSink,
     best_values,
@@ -81,7 +82,7 @@ class WandbSink(TrackerSink):
         with required_package("wandb"):
             import wandb
         self._seen, self._uploaded = SeenRecords(), SeenRecords()
-        self._sent = self._position = (0, 0)
+        self._position: Positions = {}
         self._stop = Event()
         self._checkpoints = LatestCheckpoints(self.options.save_checkpoints)
         # An active run that the framework's own logger feeds would get every value twice.
@@ -90,7 +91,8 @@ class WandbSink(TrackerSink):
         if self._owned:
             self._run = session.start(run, self.options, _interrupter(run, self._stop))
             if run.reopened:
-                self._seen.last = session.stored(self._run)
+                self._position = session.stored(self._run)
+                self._seen = SeenRecords(last=self._position)
         else:
             assert wandb.run is not None
             self._run = session.use(wandb.run, run, self.options)
@@ -100,6 +102,7 @@ class WandbSink(TrackerSink):
             is_shared=not self._owned or self._run.settings.mode == "shared",
             is_new=self._owned and not run.reopened and not run.resumed,
         )
+        self._sent = dict(self._position)
         self._curves = Curves(self._run)
         self._location = session.location(self._run)
 
@@ -110,10 +113,11 @@ class WandbSink(TrackerSink):
             SinkError: the user's run was finished too early.
         """
         for record in self._seen.new(records):
-            self._rows.time, self._position = record.time, record.position
+            self._rows.time = record.time
+            self._position[record.source] = record.position
             self._take_safely(record.event)
             if self._rows.are_sent:
-                self._sent = record.position
+                self._sent = dict(self._position)
         if self._run is not None:
             self._save_position(self._run, self._sent)
 
@@ -238,10 +242,10 @@ class WandbSink(TrackerSink):
         finally:
             self._finish(event.status)
 
-    def _save_position(self, run: WandbRun, position: tuple[int, int]) -> None:
+    def _save_position(self, run: WandbRun, positions: Positions) -> None:
         """Save in W&B itself which records the run has, for a process that continues it."""
-        if self._owned and position > (0, 0):
-            run.summary.update({"trainbus/attempt": position[0], "trainbus/seq": position[1]})
+        if self._owned and positions:
+            run.summary.update(session.as_summary(positions))
 
     def _finish(self, status: str) -> None:
         run, self._run = self._run, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
@@ -13,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from trainbus.errors import SinkError
 from trainbus.interfaces import RunInfo
-from trainbus.toolkit.sinks import check_folder, required_package
+from trainbus.toolkit.sinks import (
+    MAIN,
+    Positions,
+    check_folder,
+    positions_of,
+    required_package,
+)
 
 from .options import WandbOptions, project_name, run_id, run_name
 
@@ -164,13 +171,23 @@ def location(run: WandbRun) -> str | None:
     return None if run.settings.mode == "disabled" else run.url
 
 
-def stored(run: WandbRun) -> tuple[int, int]:
-    """Return the position of the last record that a continued run has, from its summary."""
+def as_summary(positions: Positions) -> dict[str, Any]:
+    """Return the positions of the last records that a run has as values of its summary."""
+    streams = {source: at for source, at in positions.items() if source != MAIN}
+    found: dict[str, Any] = {}
+    if MAIN in positions:
+        found |= dict(zip(("trainbus/attempt", "trainbus/seq"), positions[MAIN], strict=True))
+    return found | ({"trainbus/streams": json.dumps(streams)} if streams else {})
+
+
+def stored(run: WandbRun) -> Positions:
+    """Return the positions of the last records that a continued run has, from its summary."""
+    summary: Any = run.summary
     try:
-        summary: Any = run.summary
-        return int(summary["trainbus/attempt"]), int(summary["trainbus/seq"])
+        found = {MAIN: (int(summary["trainbus/attempt"]), int(summary["trainbus/seq"]))}
+        return found | positions_of(json.loads(summary.get("trainbus/streams", "{}")))
     except (KeyError, TypeError, ValueError):
-        return 0, 0
+        return {}
 
 
 def finish(run: WandbRun, status: str) -> None:

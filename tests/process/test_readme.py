@@ -238,7 +238,7 @@ def test_the_sink_is_found_by_its_type(package: Path) -> None:
         '    for _ in run.epochs(2):\n        run.log({"loss": 0.5})\n'
     )
     run(package, sys.executable, "-c", code)
-    rows = [line.split(",")[3:] for line in (package / "out.csv").read_text().splitlines()]
+    rows = [line.split(",")[4:] for line in (package / "out.csv").read_text().splitlines()]
     assert [[epoch, "", "train/loss", "0.5"] for epoch in "01"] == rows
 
 

@@ -37,6 +37,7 @@ from trainbus.events import (
     ParamsUpdated,
     RunEnded,
     RunStarted,
+    TextLogged,
     decode,
 )
 from trainbus.journal import locks
@@ -581,3 +582,65 @@ def test_a_folder_that_can_not_be_written_is_one_line(sample: RunFolder, tmp_pat
     finally:
         os.chmod(other.path, 0o700)
     assert (2, "", 1) == (code, out, len(err.splitlines()))
+
+
+# Runs with streams
+
+
+def with_streams(tmp_path: Path) -> RunFolder:
+    """Write a run of three records and, in two streams, of another 30."""
+    folder = folder_in(tmp_path / "runs")
+    journal = JournalWriter(folder)
+    journal.append(RunStarted(name="streamed"), 1.0)
+    journal.append(MetricsLogged(values={"loss": 0.5}, phase="train", step=7), 2.0)
+    journal.append(RunEnded(status="finished"), 3.0)
+    journal.close()
+    for stream, count in (("console", 10), ("system", 20)):
+        journal = JournalWriter(folder, stream=stream)
+        for n in range(count):
+            journal.append(TextLogged(key=stream, text=f"{n}"), 2.0)
+        journal.close()
+    return folder
+
+
+def test_a_run_with_streams_is_replayed_and_shown(tmp_path: Path) -> None:
+    """A replay sends every stream, and its counts are right; `show` and `verify` know them."""
+    folder = with_streams(tmp_path)
+    config, kept = jsonl_config(tmp_path)
+    code, out, _ = run("replay", folder.path, "-c", config, "--dry-run")
+    assert (0, True) == (code, "33" in out)
+    code, out, _ = run("replay", folder.path, "-c", config)
+    assert (0, True, True) == (code, "finished, 33 records" in out, "33 delivered" in out)
+    records = [decode(line) for line in kept.read_bytes().splitlines()]
+    for stream, count in (("", 3), ("console", 10), ("system", 20)):
+        assert [*range(1, count + 1)] == [r.seq for r in records if r.stream == stream]
+    assert (RunStarted, RunEnded) == (type(records[0].event), type(records[-1].event))
+    code, out, _ = run("replay", folder.path, "-c", config)
+    assert (0, 33) == (code, len(kept.read_bytes().splitlines()))
+    code, out, _ = run("show", folder.path)
+    for expected in ("33: 30 text.logged", "10 console-r0, 20 system-r0", "(step 7)"):
+        assert expected in out
+    code, out, _ = run("verify", folder.path)
+    assert (0, [
+        "r0-a1.jsonl: 3 records, finished",
+        "console-r0-a1.jsonl: 10 records, complete",
+        "system-r0-a1.jsonl: 20 records, complete",
+    ]) == (code, out.splitlines())  # fmt: skip
+
+
+def test_a_cursor_in_the_middle_of_streams_is_continued(tmp_path: Path) -> None:
+    """What a sink has of each stream is not sent again, and the rest is."""
+    folder = with_streams(tmp_path)
+    config, kept = jsonl_config(tmp_path)
+    assert 0 == run("replay", folder.path, "-c", config)[0]
+    (cursor,) = folder.path.glob("cursors/*.json")
+    found = json.loads(cursor.read_bytes())
+    found |= {"seq": 2, "offset": 0, "taken": 9, "streams": {"system-r0": {"seq": 7}}}
+    cursor.write_text(json.dumps(found))
+    kept.unlink()
+    code, out, _ = run("replay", folder.path, "-c", config)
+    records = [decode(line) for line in kept.read_bytes().splitlines()]
+    assert (0, True) == (code, "33 delivered" in out)
+    for stream, first, last in (("", 3, 3), ("console", 1, 10), ("system", 8, 20)):
+        assert [*range(first, last + 1)] == [r.seq for r in records if r.stream == stream]
+    assert isinstance(records[-1].event, RunEnded)

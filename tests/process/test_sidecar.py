@@ -27,7 +27,7 @@ from trainbus.delivery.receipt import write_receipt
 from trainbus.delivery.sidecar import Sidecar
 from trainbus.delivery.sidecar_protocol import FinishRun, Mailbox, StopRun
 from trainbus.delivery.worker import SinkWorker
-from trainbus.events import CheckpointSaved
+from trainbus.events import CheckpointSaved, RunEnded, RunStarted, decode
 from trainbus.journal.file_access import FileResolver
 from trainbus.testing import MemorySink
 
@@ -220,6 +220,63 @@ def test_all_open_runs_of_a_killed_training_get_their_end(plugins: Path, tmp_pat
             receipt["config"],
         )
         assert [1, 2, 3] == seqs(tmp_path / "kept.jsonl", run)
+
+
+STREAMED = """
+    import json, os, signal, sys, threading, trainbus
+    from trainbus.events import TextLogged
+    from trainbus.journal.directory import RunFolder
+    from trainbus.journal.writer import JournalWriter
+
+    def stream_of(run, name):
+        stream = JournalWriter(RunFolder("trainbus-runs/" + run.id), stream=name)
+        for n in range(100):
+            stream.append(TextLogged(key=name, text=str(n)), 1.0)
+        return stream
+
+    bus = trainbus.load("config.yaml")
+    run = bus.run(name="one")
+    run.log({"loss": 1.0})
+    console, system = stream_of(run, "console"), stream_of(run, "system")
+    run.log({"loss": 0.5})
+    console.close()
+    print(json.dumps({"run": run.id, "beside": beside()}), flush=True)
+    if sys.argv[1] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if sys.argv[1] == "later":
+        rest = threading.Timer(0.5, lambda: (
+            system.append(TextLogged(key="system", text="last"), 1.0), system.close()))
+        rest.start()
+    bus.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "count"),
+    [("killed", "failed", 100), ("later", "finished", 101), ("open", "finished", 100)],
+)
+def test_the_streams_of_a_run_are_delivered_before_its_end(
+    how: str, status: str, count: int, plugins: Path, tmp_path: Path
+) -> None:
+    """Killed, with a stream that ends after the training, or with one that is never closed."""
+    (tmp_path / "config.yaml").write_text(
+        "flush_secs: 6\nsinks: {kept: {type: jsonl, path: kept.jsonl}}\n"
+    )
+    training = start(STREAMED, tmp_path, plugins, how)
+    found = json.loads(training.communicate(timeout=_DEADLINE_S)[0])
+    (sidecar,) = found["beside"]
+    wait_for(lambda: not is_alive(sidecar))
+    lines = (tmp_path / "kept.jsonl").read_bytes().splitlines()
+    records = [decode(line) for line in lines]
+    for stream, expected in (("", 4), ("console", 100), ("system", count)):
+        assert [*range(1, expected + 1)] == [r.seq for r in records if r.stream == stream]
+    assert (RunStarted, RunEnded) == (type(records[0].event), type(records[-1].event))
+    receipt = json.loads((tmp_path / f"trainbus-runs/{found['run']}/receipt.json").read_text())
+    assert (status, 104 + count, [(104 + count, 0, 0, 0)]) == (
+        receipt["status"],
+        receipt["emitted"],
+        [numbers(sink) for sink in receipt["sinks"]],
+    )
 
 
 def is_alive(pid: int) -> bool:

@@ -86,7 +86,7 @@ class FileSink(Sink):
     def open(self, run: RunInfo) -> None:
         self.path = Path(self.options.path)
         lines = self.path.read_bytes().splitlines() if self.path.exists() else []
-        self.known = {(r.run, r.position) for r in map(decode, lines)}
+        self.known = {(r.run, r.source, r.position) for r in map(decode, lines)}
 
     def write(self, records: Sequence[Record]) -> None:
         for record in records:
@@ -94,7 +94,7 @@ class FileSink(Sink):
                 self.append(record)
 
     def is_new(self, record: Record) -> bool:
-        key = (record.run, record.position)
+        key = (record.run, record.source, record.position)
         return key not in self.known and not self.known.add(key)  # type: ignore[func-returns-value]
 
     def append(self, record: Record) -> None:
@@ -306,6 +306,26 @@ class CountsOn(FileSink):
         return is_new
 
 
+class HasOnePosition(FileSink):
+    """Takes what is behind the last record for a repeated one, whatever its stream."""
+
+    def open(self, run: RunInfo) -> None:
+        super().open(run)
+        self.last = (0, 0)
+
+    def is_new(self, record: Record) -> bool:
+        is_new = record.position > self.last and super().is_new(record)
+        self.last = max(self.last, record.position)
+        return is_new
+
+
+class NumbersAllStreamsAlike(FileSink):
+    """Recognizes a record by its number alone."""
+
+    def is_new(self, record: Record) -> bool:
+        return super().is_new(msgspec.structs.replace(record, stream=""))
+
+
 @pytest.mark.parametrize(
     ("kind", "check", "error"),
     [
@@ -328,6 +348,8 @@ class CountsOn(FileSink):
             "test_takes_a_record_repeated_after_reopening_once",
             AssertionError,
         ),
+        (HasOnePosition, "test_takes_the_records_of_each_stream_once", AssertionError),
+        (NumbersAllStreamsAlike, "test_takes_the_records_of_each_stream_once", AssertionError),
         (StartsAfresh, "test_resumes_the_same_run", AssertionError),
         (NeedsSilently, "test_says_what_to_install", AssertionError),
         (ShowsSecrets, "test_shows_no_secret", AssertionError),

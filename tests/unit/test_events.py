@@ -162,7 +162,8 @@ def test_the_set_of_events_is_closed_and_pinned() -> None:
     found = {event_name(kind): " ".join(kind.__struct_fields__) for kind in EVENT_TYPES}
     assert SCHEMA == found
     assert 1 == events.SCHEMA_VERSION
-    assert ("seq", "run", "time", "event", "attempt", "rank", "schema") == Record.__struct_fields__
+    envelope = ("seq", "run", "time", "event", "attempt", "rank", "schema", "stream")
+    assert envelope == Record.__struct_fields__
 
 
 def test_events_are_frozen() -> None:
@@ -181,6 +182,24 @@ def test_every_event_type_survives_json(tmp_path: Path) -> None:
         assert type(each.event) is type(found.event)
         assert line == encode(found)
         assert b"\n" not in line
+
+
+def test_a_record_of_the_main_stream_has_no_stream_in_its_line() -> None:
+    """Only records of other streams have the field, so that older readers see no difference."""
+    main = Record(seq=1, run="r", time=1.5, event=EpochStarted(epoch=0))
+    line = (
+        b'{"seq":1,"run":"r","time":1.5,"event":{"type":"epoch.started","epoch":0},'
+        b'"attempt":1,"rank":0,"schema":1}'
+    )
+    assert line == encode(main)
+    values = MetricsLogged(values={"x": math.nan}, phase="system")
+    assert encode(msgspec.structs.replace(main, event=values)).endswith(b'"rank":0,"schema":1}')
+    other = msgspec.structs.replace(main, stream="console", rank=2)
+    assert line.replace(b'"rank":0,"schema":1', b'"rank":2,"schema":1,"stream":"console"') == (
+        encode(other)
+    )
+    assert [main, other] == [decode(encode(main)), decode(encode(other))]
+    assert ["", "console-r2"] == [main.source, other.source]
 
 
 @given(any_record)
@@ -315,7 +334,8 @@ def test_json_schema_describes_every_event() -> None:
     schema = json_schema()
     json.dumps(schema)
     envelope = schema["$defs"]["RecordSchema"]["properties"]
-    assert {"seq", "run", "time", "event", "attempt", "rank", "schema"} == set(envelope)
+    names = {"seq", "run", "time", "event", "attempt", "rank", "schema", "stream"}
+    assert names == set(envelope)
     tags = envelope["event"]["discriminator"]["mapping"]
     assert set(SCHEMA) == set(tags)
     for reference in tags.values():

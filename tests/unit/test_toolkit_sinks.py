@@ -80,8 +80,9 @@ class ExampleSink(TrackerSink):
 RUN = RunInfo(id="run", started=RunStarted())
 
 
-def record(attempt: int, seq: int) -> Record:
-    return Record(seq=seq, run="run", time=1.0, attempt=attempt, event=EpochStarted(epoch=0))
+def record(attempt: int, seq: int, stream: str = "", rank: int = 0) -> Record:
+    place = {"seq": seq, "attempt": attempt, "stream": stream, "rank": rank}
+    return Record(run="run", time=1.0, event=EpochStarted(epoch=0), **place)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("pid", [None, os.getpid()], ids=["none", "own"])
@@ -99,7 +100,7 @@ def test_repeated_records_are_skipped(tmp_path: Path) -> None:
     assert [(1, 1), (1, 2)] == [r.position for r in seen.new(batch)]
     seen.save()
     again = SeenRecords(path)
-    assert (1, 2) == again.last
+    assert {"": (1, 2)} == again.last
     assert [(1, 3), (2, 1)] == [
         r.position for r in again.new([record(1, 2), record(1, 3), record(2, 1)])
     ]
@@ -123,16 +124,52 @@ def test_an_unsaved_position_is_lost(tmp_path: Path) -> None:
     """A position is saved only once the store has everything up to it."""
     path = tmp_path / "position.json"
     list(SeenRecords(path).new([record(1, 1)]))
-    assert (0, 0) == SeenRecords(path).last
-    assert (1, 7) == SeenRecords(path, (1, 7)).last
+    assert {"": (0, 0)} == SeenRecords(path).last
+    assert {"": (1, 7)} == SeenRecords(path, {"": (1, 7)}).last
 
 
-@pytest.mark.parametrize("text", ["", "[]", "[1]", "5", "[1e400, 1]", '["a", 1]', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "[1]",
+        "5",
+        "[1e400, 1]",
+        '["a", 1]',
+        "[" * 100_000,
+        "[1, 2, 3]",
+        '[1, 2, {"a-r0": 1}]',
+    ],
+)
 def test_an_invalid_position_is_ignored(tmp_path: Path, text: str) -> None:
     """Whatever the file contains, the store opens, at worst as an empty one."""
     path = tmp_path / "position.json"
     path.write_text(text)
-    assert (0, 0) == SeenRecords(path).last
+    assert {"": (0, 0)} == SeenRecords(path).last
+
+
+def test_each_stream_has_a_position_of_its_own(tmp_path: Path) -> None:
+    """A number that one stream has reached says nothing about another stream or rank."""
+    path = tmp_path / "position.json"
+    path.write_text("[1, 5]")  # of a version without streams
+    seen = SeenRecords(path)
+    first, other = record(1, 1, stream="console"), record(1, 1, stream="console", rank=1)
+    batch = [record(1, 5), first, record(1, 6), other, first, record(1, 2, stream="console")]
+    assert ["console-r0", "", "console-r1", "console-r0"] == [r.source for r in seen.new(batch)]
+    seen.save()
+    expected = {"": (1, 6), "console-r0": (1, 2), "console-r1": (1, 1)}
+    assert expected == seen.last == SeenRecords(path).last
+    assert [] == list(SeenRecords(path).new(batch))
+
+
+def test_a_file_of_the_main_stream_alone_stays_as_it_was(tmp_path: Path) -> None:
+    """Without other streams, the file has the form that older versions read."""
+    path = tmp_path / "position.json"
+    seen = SeenRecords(path)
+    list(seen.new([record(1, 1), record(1, 2)]))
+    seen.save()
+    assert "[1, 2]" == path.read_text()
 
 
 @given(st.lists(st.text(max_size=40), unique=True))

@@ -258,7 +258,7 @@ def verify(
 
     with _faults():
         run = RunFolder.existing(folder)
-        total = sum(path.stat().st_size for path in run.path.glob("r*.jsonl"))
+        total = sum(path.stat().st_size for path in run.path.glob("*.jsonl"))
         with _progress() as progress:
             reports = verification.verify(run, lambda done: progress("checked", done, total))
     for report in reports:

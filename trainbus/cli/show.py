@@ -59,12 +59,15 @@ class Summary:
         self.checkpoints: dict[str, CheckpointSaved] = {}
         self.alerts: list[AlertRaised] = []
         self.counts: Counter[str] = Counter()
+        self.streams: Counter[str] = Counter()
 
     def add(self, record: Record) -> None:
         """Add a record."""
         self.first = self.first or record
         self.last = record
         self.counts[event_name(record.event)] += 1
+        if record.source:
+            self.streams[record.source] += 1
         match record.event:
             case RunStarted() as event:
                 self.started, self.ended = event, None
@@ -77,7 +80,7 @@ class Summary:
                 self.epochs.setdefault(epoch, {}).update(values)
             case MetricsLogged(step=step, values=values):
                 self.steps |= values
-                self.step = step
+                self.step = self.step if step is None else step
             case EpochEnded(epoch=epoch, duration_s=took):
                 self.epochs.setdefault(epoch, {})
                 self.took[epoch] = took
@@ -164,6 +167,7 @@ def _about(folder: RunFolder, summary: Summary) -> Table:
     rows += [(f"! {a.level}", f"{a.title} {a.text}".strip()) for a in summary.alerts]
     counts = ", ".join(f"{n} {name}" for name, n in summary.counts.most_common())
     rows.append(("records", f"{summary.counts.total()}: {counts}"))
+    rows.append(("streams", ", ".join(f"{n} {name}" for name, n in summary.streams.items())))
     for name, value in rows:
         if value:
             table.add_row(Text(name, style="bold"), Text(printable(value), overflow="fold"))

@@ -16,9 +16,11 @@ from trainbus.delivery.receipt import Receipt, write_receipt
 from trainbus.delivery.sidecar import Sidecar, SidecarRun
 from trainbus.delivery.spec import Isolation, SinkSpec, isolation_of
 from trainbus.delivery.worker import POLL_S, SinkWorker, ThreadedWorker, drive, reserve_cursor
-from trainbus.errors import SinkError
+from trainbus.errors import JournalError, SinkError
 from trainbus.events import Record
 from trainbus.interfaces import RunInfo
+from trainbus.journal.counts import count_dropped, count_streams
+from trainbus.journal.directory import RunFolder
 from trainbus.journal.file_access import FileResolver
 from trainbus.journal.writer import JournalWriter, NullJournal
 
@@ -151,19 +153,17 @@ class RunDispatcher:
         held = self._journal.held
         emitted = self._journal.seq - self._journal.dropped.total()
         interrupt: BaseException | None = None
-        for worker in self._inline:
-            worker.add(held)
-            worker.finish()
-            while not (worker.done or worker.main.stopped or worker.step()):
-                pass
-            interrupt = worker.interrupt or interrupt
-            worker.close()
+        # Half of the time is left for the run's end and what comes before it.
+        stream_wait_s = max(self._halt_at(begun) - begun, 0.0) / 2
         self._start_waiting()
         for thread in self._threads:
-            thread.finish(held)
+            thread.finish(held, stream_wait_s=stream_wait_s)
         if self._sidecar is not None:
-            self._sidecar.finish(held, emitted)
+            self._sidecar.finish(held, emitted, stream_wait_s)
         try:
+            # After the others: one of them may still have to end a stream that these wait for.
+            for worker in self._inline:
+                interrupt = _finish_inline(worker, held, stream_wait_s) or interrupt
             for waiting in self._waiting:
                 if waiting.worker.spec.options is None:  # no replay can make it again
                     self._drain(waiting.worker, held)
@@ -222,7 +222,7 @@ class RunDispatcher:
             return time.monotonic() >= (self._deadline or 0.0)
 
         worker.add(held)
-        worker.finish()
+        worker.finish(stream_wait_s=max((self._deadline or 0.0) - time.monotonic(), 0.0) / 2)
         try:
             drive(worker, is_over=is_over)
         finally:
@@ -248,6 +248,8 @@ class RunDispatcher:
         )
 
     def _receipt(self, journal: JournalWriter, status: str, emitted: int) -> Receipt:
+        in_streams, dropped = self._count_streams(journal.folder)
+        emitted += in_streams
         workers = self._workers()
         found = {worker.spec.name: worker.report(emitted) for worker in workers}
         if self._sidecar is not None:
@@ -260,13 +262,22 @@ class RunDispatcher:
             emitted=emitted,
             reports=[found[spec.name] for spec in self._specs if spec.name in found],
             unsaved=journal.unsaved,
-            dropped=self.dropped + journal.dropped.total(),
+            dropped=self.dropped + journal.dropped.total() + dropped,
             unrecorded=self.unrecorded,
             is_gone=journal.is_gone,
             config=self._config,
         )
         journal.close()
         return receipt
+
+    def _count_streams(self, folder: RunFolder) -> tuple[int, int]:
+        """Return how many records other producers wrote and dropped, which only the files tell."""
+        attempt = self._run.attempt
+        try:
+            return count_streams(folder, attempt), count_dropped(folder, attempt)
+        except (OSError, JournalError) as error:
+            logger.warning("the receipt has only the records of the training: %s", error)
+            return 0, 0
 
     def require_opened(self) -> None:
         """Wait until the sinks with `on_error: raise` are open.
@@ -341,3 +352,19 @@ class RunDispatcher:
             if thread.start() is None:
                 self._waiting.remove(thread)
                 self._threads.append(thread)
+
+
+def _finish_inline(
+    worker: SinkWorker, held: Sequence[bytes], stream_wait_s: float
+) -> KeyboardInterrupt | None:
+    """Deliver the rest to an inline sink and close it; return the Ctrl-C that came in it."""
+    worker.add(held)
+    worker.finish(stream_wait_s=stream_wait_s)
+    while not (worker.done or worker.main.stopped):
+        if worker.step():
+            if not worker.is_waiting:
+                break
+            time.sleep(POLL_S / 5)
+    interrupt = worker.interrupt
+    worker.close()
+    return interrupt

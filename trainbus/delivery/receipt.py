@@ -43,6 +43,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     run: str
     status: str
     emitted: int
+    """Records of all streams of the attempt."""
     sinks: list[SinkReport]
     attempt: int = 1
     dropped: int = 0
@@ -111,8 +112,8 @@ def write_receipt(
         folder: the run's directory.
         status: status of the run, `open` if it has not ended.
         attempt: the attempt that the receipt is about.
-        emitted: how many records it has.
-        reports: what each sink received, with everything it has not received as pending.
+        emitted: how many records it has, in all its streams.
+        reports: what each sink received; what it has not received is counted here.
         unsaved: how many records the disk had no room for. They are the last ones of the run, and
             sinks receive records in order.
         dropped: events that could not be recorded.
@@ -125,7 +126,7 @@ def write_receipt(
         status=status,
         attempt=attempt,
         emitted=emitted,
-        sinks=[_without_unsaved(report, unsaved) for report in reports],
+        sinks=[_with_rest(report, emitted, unsaved) for report in reports],
         dropped=dropped,
         unsaved=unsaved,
         unrecorded=unrecorded,
@@ -137,10 +138,11 @@ def write_receipt(
     return receipt
 
 
-def _without_unsaved(report: SinkReport, unsaved: int) -> SinkReport:
+def _with_rest(report: SinkReport, emitted: int, unsaved: int) -> SinkReport:
     """Return a report that counts apart what is on no disk and what waits in the journal."""
-    lost = min(report.pending, unsaved)
-    return msgspec.structs.replace(report, pending=report.pending - lost, unsaved=lost)
+    rest = max(emitted - report.taken - report.skipped - report.dead, 0)
+    lost = min(rest, unsaved)
+    return msgspec.structs.replace(report, pending=rest - lost, unsaved=lost)
 
 
 def _counts(sink: SinkReport) -> str:

@@ -19,6 +19,7 @@ from trainbus.delivery.spec import SinkSpec, isolation_of
 from trainbus.delivery.worker import POLL_S, SinkWorker, count, drive
 from trainbus.errors import JournalError
 from trainbus.events import RunEnded
+from trainbus.journal.counts import count_streams
 from trainbus.journal.directory import RunFolder
 from trainbus.journal.file_access import FileResolver
 from trainbus.journal.locks import is_being_written
@@ -58,7 +59,8 @@ def replay(
     Args:
         folder: the run's directory.
         specs: the sinks.
-        after: send what comes after this (attempt, seq), whatever was sent before.
+        after: send what comes after this (attempt, seq) of the main stream and all records of the
+            other streams, whatever was sent before.
         trusted: folders outside of the run's directory whose files may be sent.
         flush_secs: how long to wait for a network that is down, counted from the last progress.
         config: file that the sinks are configured in.
@@ -84,7 +86,8 @@ def replay(
     if last is None:
         raise JournalError(f"found no whole record in {folder.path}")
     files = FileResolver(folder, trusted)
-    task = _Task(folder, attempts[-1], after, files, trusted, flush_secs, on_progress, last.seq)
+    expected = last.seq + count_streams(folder, attempts[-1])
+    task = _Task(folder, attempts[-1], after, files, trusted, flush_secs, on_progress, expected)
     sidecar = Sidecar()
     try:
         found = [task.send(spec, sidecar) for spec in specs]
@@ -93,13 +96,12 @@ def replay(
     total = max((n for _, n in found if n is not None), default=None)
     if total is None:
         total = count(folder, attempts[-1])
-    reports = [_with_total(report, total) for report, _ in found]
     receipt = write_receipt(
         folder,
         status=last.event.status if isinstance(last.event, RunEnded) else "open",
         attempt=attempts[-1],
         emitted=total,
-        reports=reports,
+        reports=[report for report, _ in found],
         config=config,
     )
     return receipt, files
@@ -185,13 +187,9 @@ class _Task(NamedTuple):
             self.on_progress(Progress(spec.name, known, self.expected))
             return time.monotonic() >= patience
 
-        worker.finish()
+        worker.finish(stream_wait_s=self.flush_secs / 2)
         drive(worker, is_over=is_over)
         worker.close()
+        self.on_progress(Progress(spec.name, worker.count, self.expected))
         total = worker.total()
         return worker.report(total), total
-
-
-def _with_total(report: SinkReport, total: int) -> SinkReport:
-    pending = max(total - report.taken - report.skipped - report.dead, 0)
-    return msgspec.structs.replace(report, pending=pending)

@@ -46,7 +46,7 @@ from trainbus.delivery.sidecar_protocol import (
     anonymous_file,
 )
 from trainbus.delivery.spec import SinkSpec
-from trainbus.delivery.worker import POLL_S, report_on_disk, reserve_cursor
+from trainbus.delivery.worker import POLL_S, STREAM_WAIT_S, report_on_disk, reserve_cursor
 from trainbus.delivery.worker_log import Output, append
 from trainbus.journal.directory import RunFolder
 
@@ -370,9 +370,15 @@ class SidecarRun:
         """Read the messages of the processes."""
         self._sidecar.poll()
 
-    def finish(self, lines: Sequence[bytes], emitted: int) -> None:
-        """Announce that no more records will come, except `lines` that the disk had no room for."""
-        self.final = (FinishRun(run=self.number, emitted=emitted), lines)
+    def finish(
+        self, lines: Sequence[bytes], emitted: int, stream_wait_s: float = STREAM_WAIT_S
+    ) -> None:
+        """Announce that no more records will come, except `lines` that the disk had no room for.
+
+        Other streams than the main one may be written for another `stream_wait_s` seconds.
+        """
+        end = FinishRun(run=self.number, emitted=emitted, stream_wait_s=stream_wait_s)
+        self.final = (end, lines)
         self._sidecar.finish(self)
 
     def is_finished(self) -> bool:

@@ -41,7 +41,8 @@ from trainbus.delivery.worker_log import Output
 from trainbus.errors import JournalError
 from trainbus.events import Record, RunEnded
 from trainbus.interfaces import Sink
-from trainbus.journal.directory import RunFolder, sync_data
+from trainbus.journal.counts import count_dropped, count_streams
+from trainbus.journal.directory import NO_BLOCK, NO_FOLLOW, RunFolder, sync_data
 from trainbus.journal.file_access import FileResolver
 from trainbus.journal.recovery import last_record, recover
 
@@ -135,7 +136,7 @@ class _Host:
                 self._runs[message.run] = _Run(self, message)
                 self.save_output()
             case FinishRun() if run := self._runs.get(message.run):
-                run.finish(message.emitted, lines)
+                run.finish(message.emitted, lines, message.stream_wait_s)
             case StopRun() if run := self._runs.get(message.run):
                 run.stop(message.secs)
             case _:
@@ -174,7 +175,9 @@ class _Run:
         self._recover_until: float | None = None
         self._warned: set[str] = set()
         self._reported: dict[str, int] = {}
-        self._synced = (time.monotonic(), 0)
+        self._synced: dict[Path, int] = {}
+        """Sizes of the records files that are on the disk."""
+        self._synced_at = time.monotonic()
         self._tried_at = time.monotonic()
         self._threads = [
             ThreadedWorker(self._worker(sink, sink.slot))
@@ -183,7 +186,7 @@ class _Run:
         ]
         self._waiting = [thread for thread in self._threads if not self._start(thread)]
         if order.replay is not None:
-            self.finish(None, [])
+            self.finish(None, [], order.flush_secs / 2)
 
     def poll(self) -> None:
         """Do what is to be done from time to time."""
@@ -196,12 +199,12 @@ class _Run:
         self._report()
         self._sync(now)
 
-    def finish(self, emitted: int | None, lines: list[bytes]) -> None:
-        """Take note that no more records come, but for these lines."""
+    def finish(self, emitted: int | None, lines: list[bytes], stream_wait_s: float) -> None:
+        """Take note that no more records of the training come, but for these lines."""
         self.is_ending = self._is_last = True
         self._emitted, self._unsaved = emitted, len(lines)
         for thread in self._threads:
-            thread.finish(lines)
+            thread.finish(lines, stream_wait_s=stream_wait_s)
 
     def stop(self, secs: float) -> None:
         """End soon."""
@@ -230,6 +233,10 @@ class _Run:
         emitted = self._emitted
         if emitted is None:
             emitted = last.seq if last else 0
+        dropped = 0
+        with suppress(OSError, JournalError):  # the workers say what is wrong with the journal
+            emitted += count_streams(self.folder, self._order.attempt)
+            dropped = count_dropped(self.folder, self._order.attempt)
         if self._order.replay is not None:
             emitted = max((thread.worker.total() for thread in self._threads), default=0)
         reports = [thread.worker.report(emitted) for thread in self._threads]
@@ -242,6 +249,7 @@ class _Run:
                 emitted=emitted,
                 reports=self._of_all(reports, emitted),
                 unsaved=self._unsaved,
+                dropped=dropped,
                 config=self._order.config,
             )
         return RunDone(
@@ -312,7 +320,7 @@ class _Run:
             recover(self.folder, now=time.time(), upto=self._order.attempt)
         last = self._last()
         if last is None or isinstance(last.event, RunEnded) or now >= self._recover_until:
-            self.finish(None, [])
+            self.finish(None, [], self._order.flush_secs / 2)
 
     def _last(self) -> Record | None:
         try:
@@ -342,18 +350,26 @@ class _Run:
 
     def _sync(self, now: float) -> None:
         """Have the journal written to the disk, which costs the training process nothing here."""
-        at, size = self._synced
-        if now - at < _SYNC_S or self._order.replay is not None:
+        if now - self._synced_at < _SYNC_S or self._order.replay is not None:
             return
-        with suppress(OSError):
-            fd = os.open(self.folder.records(self._order.attempt), os.O_RDONLY)
-            try:
-                found = os.fstat(fd).st_size
-                if found != size:
-                    sync_data(fd)
-            finally:
-                os.close(fd)
-            self._synced = (time.monotonic(), found)
+        attempt = self._order.attempt
+        streams = [
+            self.folder.records(attempt, s.rank, s.name) for s in self.folder.streams(attempt)
+        ]
+        for path in (self.folder.records(attempt), *streams):
+            with suppress(OSError):
+                self._sync_file(path)
+        self._synced_at = time.monotonic()
+
+    def _sync_file(self, path: Path) -> None:
+        fd = os.open(path, os.O_RDONLY | NO_FOLLOW | NO_BLOCK)
+        try:
+            size = os.fstat(fd).st_size
+            if size != self._synced.get(path):
+                sync_data(fd)
+                self._synced[path] = size
+        finally:
+            os.close(fd)
 
 
 class _Forward(logging.Handler):

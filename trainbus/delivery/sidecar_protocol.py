@@ -84,6 +84,9 @@ class FinishRun(msgspec.Struct, kw_only=True, tag="finish"):
 
     run: int
     emitted: int
+    """Records of the main stream."""
+    stream_wait_s: float = 0.0
+    """How long streams that are still being written hold back the run's end."""
 
 
 class StopRun(msgspec.Struct, kw_only=True, tag="stop"):
@@ -123,6 +126,7 @@ class RunDone(msgspec.Struct, kw_only=True, tag="done"):
     run: int
     reports: list[SinkReport]
     emitted: int
+    """Records of all streams."""
     is_hung: bool = False
     """Whether a call of a sink has not returned, so that this process can't be used again."""
     damaged: list[str] = []

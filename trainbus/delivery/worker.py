@@ -1,5 +1,8 @@
 """Delivers the records of one run from its journal to one sink, and accounts for each of them.
 
+The run's end is delivered last, after the records of all streams: while a stream is still being
+written, it is held back for a limited time.
+
 The same worker runs in a delivery process, in a thread, inside `emit`, and in `trainbus replay`. It
 saves its cursor after the sink has accepted a batch: a record is delivered at least once after a
 crash, and exactly once otherwise.
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import threading
 import time
@@ -27,6 +31,7 @@ from trainbus.delivery.transforms import Transform
 from trainbus.errors import JournalError
 from trainbus.events import ArtifactLogged, CheckpointSaved, Record, RunEnded, RunStarted, encode
 from trainbus.interfaces import RunInfo, Sink
+from trainbus.journal.counts import count_streams
 from trainbus.journal.directory import RunFolder, open_private
 from trainbus.journal.encoding import Entry
 from trainbus.journal.file_access import FileResolver
@@ -40,8 +45,10 @@ POLL_S = 0.1
 _BATCH = 500
 _SAVE_S = 1.0
 _SYNC_S = 1.0
-_MAX_OFFSET = 2**60
 _BLOCKED_S = 0.1
+STREAM_WAIT_S = 5.0
+"""Longest wait for streams that are still being written when the run has ended, by default."""
+_OPEN_STREAM = "the run's end waits for a stream that is still being written"
 _LOCKED = "another process delivers to this sink"
 
 
@@ -96,6 +103,7 @@ class SinkWorker:
         self._extra: list[bytes] = []
         self._known_attempt = 0
         self._is_at_end = False
+        self._waits_until = math.inf
         self._lock_fd: int | None = None
         self.main = RetryQueue(
             self._delivered, self._reject, self._warn, clock=clock, mark=functools.partial(mark, 0)
@@ -150,8 +158,13 @@ class SinkWorker:
             self.main.stopped = True
         return 0.0
 
-    def finish(self) -> None:
-        """Retry at once what failed; from now on only network errors are waited for."""
+    def finish(self, *, stream_wait_s: float = STREAM_WAIT_S) -> None:
+        """Retry at once what failed; from now on only network errors are waited for.
+
+        Args:
+            stream_wait_s: how long streams that are still being written hold back the run's end.
+        """
+        self._waits_until = self._clock() + stream_wait_s
         for lane in (self.main, self._uploads):
             if lane is not None:
                 lane.finish()
@@ -169,11 +182,16 @@ class SinkWorker:
         """How many records of the current attempt were delivered, filtered out or rejected."""
         return self._ledger.cursor.taken + self._ledger.cursor.skipped + self._ledger.cursor.dead
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the run's end is held back because a stream is still being written."""
+        return self._reader is not None and self._reader.is_waiting
+
     def is_idle(self) -> bool:
         """Return whether no record waits to be sent or retried."""
         lanes = [lane for lane in (self.main, self._uploads) if lane is not None]
         waits = self._staged or self._reader is None or any(lane.todo for lane in lanes)
-        return not waits and not any(lane.wait() for lane in lanes)
+        return not waits and not self.is_waiting and not any(lane.wait() for lane in lanes)
 
     def is_complete(self) -> bool:
         """Return whether the sink is done with every record of the attempt."""
@@ -185,15 +203,20 @@ class SinkWorker:
 
     def total(self) -> int:
         """Return how many records the attempt has."""
-        return self.count if self.is_complete() else count(self._folder, self.attempt)
+        if not self.is_complete():
+            return count(self._folder, self.attempt)
+        # A stream may have been written after the sink received the run's end.
+        return self.count + self._missing(self._ledger.cursor)
 
     def missing(self) -> int:
         """Return how many records the sink has not received, without changing anything."""
-        cursor = self._start_cursor(self._ledger.read())
-        reader = self._read_from(cursor)
-        found = len(cursor.uploads)
+        return self._missing(self._start_cursor(self._ledger.read()))
+
+    def _missing(self, cursor: Cursor) -> int:
+        reader, found = self._read_from(cursor, waits=False), 0
         while entries := reader.read(_BATCH):
-            found += sum(entry.record.position > (cursor.attempt, cursor.seq) for entry in entries)
+            is_same = entries[0].record.attempt == cursor.attempt
+            found += sum(not (is_same and cursor.has(entry.record)) for entry in entries)
         reader.close()
         return found
 
@@ -239,6 +262,7 @@ class SinkWorker:
             self.main.error if pending or dead or self.opened is False else None,
             self._uploads.error if self._uploads and (dead or pending) else None,
             self.blocked(_BLOCKED_S) if pending else None,
+            _OPEN_STREAM if self.is_waiting else None,
         ]
         return SinkReport(
             name=self.spec.name,
@@ -283,20 +307,25 @@ class SinkWorker:
             return Cursor(attempt=found.attempt, location=found.location)
         return found
 
-    def _read_from(self, cursor: Cursor) -> RunReader:
-        first = min(cursor.uploads, default=cursor.seq + 1)
+    def _read_from(self, cursor: Cursor, *, waits: bool = True) -> RunReader:
+        main = cursor.place("")
         return RunReader(
             self._folder,
-            after=(cursor.attempt, first - 1),
-            offset=0 if cursor.uploads or not 0 <= cursor.offset < _MAX_OFFSET else cursor.offset,
+            after=(cursor.attempt, main.seq),
+            offset=main.offset,
+            streams={source: cursor.place(source) for source in cursor.streams},
             upto=self.attempt,
+            waits=waits,
+            clock=self._clock,
         )
 
     def _read(self) -> bool:
         """Read the next records; False if there are none."""
         assert self._reader is not None
+        if self.is_waiting and self._clock() >= self._waits_until:
+            self._reader.stop_waiting()
         self._staged.extend(self._reader.read(_BATCH))
-        self._is_at_end = not self._staged
+        self._is_at_end = not self._staged and not self.is_waiting
         if not self._staged:
             return False
         attempt = self._staged[0].record.attempt
@@ -307,13 +336,13 @@ class SinkWorker:
 
     def _dispatch(self) -> None:
         """Queue the records that were read; the end of a run waits for all others."""
-        unfinished = set(self._ledger.cursor.uploads)
+        cursor = self._ledger.cursor
         sink = self._open_sink()
         uploads = self._uploads if type(sink).upload is not Sink.upload else None
         while self._staged and not self._must_wait():
             entry = self._staged.popleft()
             record, is_superseded = entry.record, False
-            if record.seq <= self._ledger.cursor.seq and record.seq not in unfinished:
+            if cursor.has(record):
                 continue
             if sink.reads_files:
                 record, is_superseded = self._files.take(entry, is_sent=_sends_file(sink, record))
@@ -388,7 +417,8 @@ class SinkWorker:
 
     def _delivered(self, items: Sequence[QueuedRecord]) -> None:
         is_all = not self.main.todo and not self._staged
-        self._ledger.count_taken(items, self._reader.offset if is_all and self._reader else None)
+        reader = self._reader if is_all else None
+        self._ledger.count_taken(items, {"": reader.offset, **reader.offsets} if reader else {})
         if isinstance(items[-1].record.event, RunEnded):
             self._close_sink()
             self.done = items[-1].record.attempt >= self.attempt
@@ -397,7 +427,7 @@ class SinkWorker:
 
     def _upload(self, item: QueuedRecord) -> None:
         assert self._uploads is not None
-        self._ledger.start_upload(item.record.seq)
+        self._ledger.start_upload(item.record)
         self._uploads.todo.append(item)
         if self._uploader is None:
             name = f"trainbus uploads to {self.spec.name}"
@@ -426,9 +456,10 @@ class SinkWorker:
         return True
 
     def _reject(self, record: Record, reason: str) -> None:
-        self._ledger.count_rejected(record.seq)
+        self._ledger.count_rejected(record)
         path = self._folder.dead(self.spec.key)
         about: Any = {"run": record.run, "attempt": record.attempt, "seq": record.seq}
+        about |= {"stream": record.stream, "rank": record.rank} if record.stream else {}
         with suppress(RecursionError):  # a record nested too deep to be written is still counted
             about = msgspec.Raw(encode(record))
         letter = msgspec.json.encode({"error": reason, "record": about})
@@ -449,8 +480,8 @@ class SinkWorker:
 
 
 def count(folder: RunFolder, attempt: int) -> int:
-    """Return how many whole records an attempt has."""
-    total = 0
+    """Return how many whole records an attempt has, in all its streams."""
+    total = count_streams(folder, attempt)
     for path in (folder.records(attempt), folder.end(attempt)):
         file = RecordFile(folder, path)
         while entries := file.read():
@@ -568,11 +599,14 @@ class ThreadedWorker:
             return str(error) or type(error).__name__
         return None
 
-    def finish(self, lines: Sequence[bytes] = ()) -> None:
-        """Announce that no more records will come, except `lines` that the disk had no room for."""
+    def finish(self, lines: Sequence[bytes] = (), *, stream_wait_s: float = STREAM_WAIT_S) -> None:
+        """Announce that no more records will come, except `lines` that the disk had no room for.
+
+        Other streams than the main one may be written for another `stream_wait_s` seconds.
+        """
         if lines:
             self.worker.add(lines)
-        self.worker.finish()
+        self.worker.finish(stream_wait_s=stream_wait_s)
         self._finishing = True
         self._wake.set()
 

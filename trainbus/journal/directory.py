@@ -2,6 +2,7 @@
 
     trainbus-runs/<run id>/
       r0-a1.jsonl             records of rank 0, attempt 1; only the training process writes it
+      console-r0-a1.jsonl     records of the stream `console`; only its own producer writes it
       r0-a1-end.jsonl         the end of an attempt that was killed before it could write one
       blobs/<sha256>/<name>   images, arrays and files, as they were when they were logged
       cursors/  dead/         the position of each sink, and the records it rejected
@@ -21,11 +22,27 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from trainbus.errors import JournalError
+from trainbus.events import stream_source
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 _RECORDS = re.compile(r"r(0|[1-9][0-9]{0,5})-a([1-9][0-9]{0,5})\.jsonl")
+_STREAM = re.compile(r"[a-z]{1,32}")
+_STREAM_RECORDS = re.compile(rf"({_STREAM.pattern})-{_RECORDS.pattern}")
+
+
+class Stream(NamedTuple):
+    """One stream of an attempt, besides the main stream."""
+
+    name: str
+    rank: int = 0
+
+    @property
+    def source(self) -> str:
+        """The `source` of its records, such as `console-r0`."""
+        return stream_source(self.name, self.rank)
 
 
 class RunFolder:
@@ -80,9 +97,17 @@ class RunFolder:
             )
         return folder
 
-    def records(self, attempt: int, rank: int = 0) -> Path:
-        """Return the path of an attempt's records."""
-        return self.path / f"r{rank}-a{attempt}.jsonl"
+    def records(self, attempt: int, rank: int = 0, stream: str = "") -> Path:
+        """Return the path of an attempt's records: of the main stream, or of another one.
+
+        Raises:
+            ValueError: `stream` is not one to 32 lower-case letters.
+        """
+        if not stream:
+            return self.path / f"r{rank}-a{attempt}.jsonl"
+        if not _STREAM.fullmatch(stream):
+            raise ValueError(f"expected 1 to 32 lower-case letters as a stream, found {stream!r}")
+        return self.path / f"{stream_source(stream, rank)}-a{attempt}.jsonl"
 
     def end(self, attempt: int, rank: int = 0) -> Path:
         """Return the path of the end that another process wrote for a killed attempt."""
@@ -109,6 +134,11 @@ class RunFolder:
         """Return the ranks that have records of an attempt."""
         matches = map(_RECORDS.fullmatch, self._names())
         return sorted(int(m[1]) for m in matches if m and int(m[2]) == attempt)
+
+    def streams(self, attempt: int) -> list[Stream]:
+        """Return the streams of an attempt, without the main stream."""
+        matches = map(_STREAM_RECORDS.fullmatch, self._names())
+        return sorted(Stream(m[1], int(m[2])) for m in matches if m and int(m[3]) == attempt)
 
     def _names(self) -> list[str]:
         try:
@@ -156,6 +186,12 @@ def _is_private(path: Path) -> bool:
         return stat.S_ISDIR(found.st_mode)
     is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
     return is_own and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def stream_of(path: Path) -> tuple[Stream, int] | None:
+    """Return the stream and the attempt of a records file, None for one of the main stream."""
+    match = _STREAM_RECORDS.fullmatch(path.name)
+    return (Stream(match[1], int(match[2])), int(match[3])) if match else None
 
 
 def is_run_id(text: str) -> bool:

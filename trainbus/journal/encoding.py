@@ -57,6 +57,8 @@ class Entry(NamedTuple):
     """Copies of files."""
     files: Sequence[FileState] = ()
     """The state of the other files when they were logged."""
+    end: int = 0
+    """Position in the records file after the line; 0 if the line is in no file."""
 
 
 class _Files(msgspec.Struct, omit_defaults=True):
@@ -84,8 +86,13 @@ def unseal(line: bytes) -> bytes | None:
     return None
 
 
-def decode_entry(body: bytes, codec: Codec) -> Entry:
+def decode_entry(body: bytes, codec: Codec, end: int = 0) -> Entry:
     """Return the entry for the JSON object of a line.
+
+    Args:
+        body: the JSON object.
+        codec: decodes the record.
+        end: position in the records file after the line.
 
     Raises:
         msgspec.DecodeError: the object is not JSON, or not a record.
@@ -93,9 +100,9 @@ def decode_entry(body: bytes, codec: Codec) -> Entry:
     """
     record = codec.decode(body)
     if not body.startswith(_FILE_FIELDS):
-        return Entry(record, ())
+        return Entry(record, (), (), end)
     found = _FILES.decode(body)
-    return Entry(record, found.blobs, found.files)
+    return Entry(record, found.blobs, found.files, end)
 
 
 class RecordEncoder:
@@ -196,6 +203,7 @@ class RecordEncoder:
             "attempt": record.attempt,
             "rank": record.rank,
             "schema": record.schema,
+            **({"stream": record.stream} if record.stream else {}),
         }
         return msgspec.json.encode(line)
 

@@ -124,7 +124,7 @@ class FileResolver:
                 logger.warning("%s", text)
 
     def _resolve(self, entry: Entry) -> Record:
-        record, blobs, states = entry
+        record, blobs, states = entry.record, entry.blobs, entry.files
         event: Any = record.event
         if type(event) not in _NAMING_FILES:
             return record

@@ -49,7 +49,7 @@ def try_lock(fd: int) -> bool:
 
 
 def is_being_written(path: Path) -> bool:
-    """Return whether a training process still has its records file open."""
+    """Return whether a process still has a records file open for writing."""
     try:
         fd = os.open(path, os.O_RDONLY | NO_FOLLOW | NO_BLOCK | BINARY)
     except OSError:

@@ -6,6 +6,8 @@ import logging
 import os
 import re
 import tempfile
+from pathlib import Path
+from typing import NamedTuple
 
 from trainbus.errors import JournalError
 from trainbus.events import (
@@ -30,18 +32,39 @@ def last_record(folder: RunFolder, attempt: int, rank: int = 0) -> Record | None
     """Return the last readable record of an attempt, including its end."""
     last = None
     for path in (folder.records(attempt, rank), folder.end(attempt, rank)):
-        # The last lines usually suffice; a reader can start in the middle of a line.
-        begin = max(path.stat().st_size - _TAIL, 0) if path.exists() else 0
-        for offset in (begin, 0) if begin else (0,):
-            file = RecordFile(folder, path, offset=offset)
-            try:
-                while found := file.read():
-                    last = found[-1].record
-            finally:
-                file.close()
-            if last is not None:
-                break
+        last = read_tail(folder, path).last or last
     return last
+
+
+class Tail(NamedTuple):
+    """The end of a records file."""
+
+    last: Record | None
+    """The last readable record."""
+    damaged: int
+    """Number of damaged lines after it."""
+    end: int
+    """Position in the file after the last complete line."""
+
+
+def read_tail(folder: RunFolder, path: Path) -> Tail:
+    """Return the end of a records file, reading no more of the file than necessary."""
+    # The last lines usually suffice; a reader can start in the middle of a line.
+    begin = max(path.stat().st_size - _TAIL, 0) if path.exists() else 0
+    found = Tail(None, 0, 0)
+    for offset in (begin, 0) if begin else (0,):
+        file, last = RecordFile(folder, path, offset=offset), None
+        try:
+            while entries := file.read():
+                last = entries[-1].record
+            before = file.damaged
+            file.finish()
+            found = Tail(last, file.damaged - before, file.offset)
+        finally:
+            file.close()
+        if last is not None:
+            break
+    return found
 
 
 def recover(folder: RunFolder, *, now: float, upto: int | None = None) -> int:

@@ -45,15 +45,24 @@ def verify(folder: RunFolder, progress: Callable[[int], None] = lambda n: None) 
             for path in (folder.records(attempt, rank), folder.end(attempt, rank)):
                 if path.exists():
                     found.append(_check(folder, path, blobs, progress))
+        for stream in folder.streams(attempt):
+            path = folder.records(attempt, stream.rank, stream.name)
+            # Only the main stream has an end.
+            found.append(_check(folder, path, blobs, progress, state="complete"))
     return found
 
 
 def _check(
-    folder: RunFolder, path: Path, blobs: Blobs, progress: Callable[[int], None]
+    folder: RunFolder,
+    path: Path,
+    blobs: Blobs,
+    progress: Callable[[int], None],
+    *,
+    state: str = "open",
 ) -> FileReport:
     file = RecordFile(folder, path)
     faults: list[str] = []
-    records, state = 0, "open"
+    records = 0
     try:
         while entries := file.read():
             records += len(entries)
@@ -71,7 +80,7 @@ def _check(
         faults.append(str(error))
     finally:
         file.close()
-    if state == "open" and is_being_written(path):
+    if state in ("open", "complete") and is_being_written(path):
         state = "being written"
     return FileReport(
         file=path.name,

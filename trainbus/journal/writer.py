@@ -34,9 +34,10 @@ from trainbus.events import (
     event_name,
 )
 from trainbus.interfaces import FilePath
-from trainbus.journal.directory import BINARY, RunFolder, sync_data
+from trainbus.journal.directory import BINARY, NO_FOLLOW, RunFolder, sync_data
 from trainbus.journal.encoding import LONGEST_LINE, RecordEncoder
 from trainbus.journal.locks import try_lock
+from trainbus.journal.recovery import read_tail
 
 logger = logging.getLogger("trainbus")
 
@@ -44,6 +45,7 @@ MAX_HELD = 64 * 2**20
 """Bytes of records that wait in memory if the disk is full."""
 
 _RETRY_S = 5.0
+_LOCK_TRIES, _LOCK_PAUSE_S = 20, 0.01
 _VANISHED = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
 _SYNCED = (RunStarted, ParamsUpdated, RunEnded)
 
@@ -65,7 +67,11 @@ class JournalSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class JournalWriter:
-    """The records file of one attempt, open for writing; not thread-safe."""
+    """The records file of one stream of an attempt, open for writing; not thread-safe.
+
+    The file is locked until it is closed. A forked child shares the lock and has to close its copy:
+    otherwise the stream counts as being written, and the run's end waits for it.
+    """
 
     def __init__(
         self,
@@ -73,26 +79,35 @@ class JournalWriter:
         attempt: int = 1,
         *,
         rank: int = 0,
+        stream: str = "",
         max_bytes: int = 2**31,
         wants_files: Callable[[CheckpointSaved | ArtifactLogged], bool] = lambda event: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Create the records file of an attempt, or of the next attempt without one.
 
+        The file of another stream than the main one belongs to an attempt that exists; if there is
+        one already, it is continued after its last record.
+
         Args:
             folder: the run's directory.
-            attempt: lowest number of the attempt.
+            attempt: lowest number of the attempt; of a stream, its attempt.
             rank: rank of this process.
-            max_bytes: size of records and blobs together above which step metrics are dropped.
+            stream: name of the stream, in lower-case letters; empty for the main stream.
+            max_bytes: size of the records and blobs of this writer together above which step
+                metrics are dropped.
             wants_files: returns whether a copy of an event's files is needed.
             clock: monotonic time in seconds, for retries.
 
         Raises:
-            JournalError: the file can't be created.
+            JournalError: the file can't be created, another writer has it, or the attempt of a
+                stream does not exist.
+            ValueError: the name of the stream is not valid.
         """
         self.folder = folder
         self._run = folder.run
         self.rank = rank
+        self.stream = stream
         self.dropped: Counter[str] = Counter()
         """Number of dropped records, by event name."""
         self._unreported: Counter[str] = Counter()
@@ -105,13 +120,17 @@ class JournalWriter:
         self._writing: _Write | None = None
         self._held: deque[_Held] = deque()
         self._held_bytes = 0
-        self._retry_at = 0.0
+        self._retry_at = self._last_time = 0.0
         self._fault = ""
         self._warned: set[str] = set()
         self.is_gone = False
         """Whether the last `check_file` did not find the file at its path."""
-        attempt = max([attempt, *(n + 1 for n in folder.attempts(rank))])
-        self._fd, self.attempt = _create(folder, attempt, rank)
+        if stream:
+            self.attempt = attempt
+            self._fd, self._state = _open_stream(folder, attempt, rank, stream)
+        else:
+            attempt = max([attempt, *(n + 1 for n in folder.attempts(rank))])
+            self._fd, self.attempt = _create(folder, attempt, rank)
 
     @property
     def seq(self) -> int:
@@ -139,7 +158,14 @@ class JournalWriter:
         return self._fd
 
     def append(self, event: Event, now: float) -> Record:
-        """Write an event with its time (Unix seconds), and return the record."""
+        """Write an event with its time (Unix seconds), and return the record.
+
+        Raises:
+            ValueError: the start or end of a run is written to another stream than the main one.
+        """
+        if self.stream and isinstance(event, RunStarted | RunEnded):
+            raise ValueError(f"{event_name(event)} belongs to the main stream, not {self.stream!r}")
+        self._last_time = now
         self._finish_write()
         is_end = isinstance(event, RunEnded)
         if (self._held or self._unreported) and (is_end or self._clock() >= self._retry_at):
@@ -178,7 +204,7 @@ class JournalWriter:
         """Check that the file still exists: records written to a deleted file are lost."""
         if self._fd < 0:
             return
-        path = self.folder.records(self.attempt, self.rank)
+        path = self.folder.records(self.attempt, self.rank, self.stream)
         own = os.fstat(self._fd)
         try:
             found = os.stat(path)
@@ -204,7 +230,18 @@ class JournalWriter:
                 break
 
     def close(self) -> None:
-        """Close the file; a second call does nothing."""
+        """Close the file; a second call does nothing.
+
+        The main stream's lines that wait in memory still reach the sinks; those of another stream
+        get a last chance to be written.
+        """
+        if self._fd >= 0 and self.stream:
+            self._finish_write()
+            self.catch_up()
+            self._report_dropped(self._last_time)
+            if self._held:
+                text = "%d records of the stream %r are lost: they are not on disk (%s)"
+                logger.warning(text, len(self._held), self.stream, self._fault)
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -217,6 +254,7 @@ class JournalWriter:
             event=event,
             attempt=self.attempt,
             rank=self.rank,
+            stream=self.stream,
         )
 
     def _write(self, line: bytes, after: _State, held: _Held | None = None) -> bool:
@@ -354,3 +392,37 @@ def _create(folder: RunFolder, attempt: int, rank: int) -> tuple[int, int]:
         else:
             try_lock(fd)
             return fd, attempt
+
+
+def _open_stream(folder: RunFolder, attempt: int, rank: int, stream: str) -> tuple[int, _State]:
+    """Open the file of a stream, and return where to continue in it."""
+    path = folder.records(attempt, rank, stream)
+    if not folder.records(attempt).exists():
+        raise JournalError(f"{path} can't be created: run {folder.run} has no attempt {attempt}")
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | NO_FOLLOW | BINARY, 0o600)
+    except OSError as error:
+        raise JournalError(f"{path} can't be created: {error.strerror}") from error
+    try:
+        if not _has_lock(fd):
+            raise JournalError(f"{path} is being written: expected one writer of a stream")
+        tail = read_tail(folder, path)
+        os.ftruncate(fd, tail.end)  # a process that was killed may have left a part of a line
+    except OSError as error:
+        os.close(fd)
+        raise JournalError(f"{path} can't be continued: {error.strerror}") from error
+    except BaseException:
+        os.close(fd)
+        raise
+    # Sinks may have received a record whose line was damaged later, so its seq is not used again.
+    seq = tail.damaged + (tail.last.seq if tail.last else 0)
+    return fd, _State(tail.end, seq, False)
+
+
+def _has_lock(fd: int) -> bool:
+    """Return whether this process can lock a file, which readers lock for a moment to test it."""
+    for _ in range(_LOCK_TRIES):
+        if try_lock(fd):
+            return True
+        time.sleep(_LOCK_PAUSE_S)
+    return False

@@ -15,12 +15,12 @@ class MemorySink(Sink):
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
         self.records: list[Record] = []
-        self._known: set[tuple[str, tuple[int, int]]] = set()
+        self._known: set[tuple[str, str, tuple[int, int]]] = set()
 
     def write(self, records: Sequence[Record]) -> None:
         """Collect the new records."""
         for record in records:
-            identity = (record.run, record.position)
+            identity = (record.run, record.source, record.position)
             if identity not in self._known:
                 self._known.add(identity)
                 self.records.append(record)

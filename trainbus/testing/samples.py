@@ -41,6 +41,9 @@ RUN = "conformance_20240102_030405_abcdef"
 """Id of the sample run."""
 
 _BEGUN = 1_700_000_000.0
+_STREAMS = ("console", "system")
+_EARLY, _LATE = 3, 5
+"""Records of each stream before a crash, and records of the main stream after it."""
 _NASTY = {
     "nan": math.nan,
     "inf": math.inf,
@@ -99,6 +102,47 @@ def attempts(folder: Path) -> tuple[list[Record], list[Record]]:
     first: list[Event] = [started, *_epoch(0, {"train/firstpart": 1.5})]
     second: list[Event] = [again, *_epoch(1, {"train/secondpart": 2.5})]
     return _records(first), _records([*second, RunEnded(status="finished")], attempt=2)
+
+
+def streams(folder: Path) -> tuple[list[Record], list[Record], list[Record]]:
+    """Return the records of a run with two more streams, `console` and `system`.
+
+    They log metrics with the names of `stream_metrics`.
+
+    Returns:
+        The run; the part of it that a sink has received when it crashes; and what it receives after
+        that: the whole run again, with its streams interleaved in another way. The records that are
+        new to it have the same order in the first and in the last list.
+    """
+    main = sample_records(folder)
+    early, late = main[:-_LATE], main[-_LATE:]
+    parts = {name: _stream_records(name) for name in _STREAMS}
+    received: list[Record] = []
+    for index, record in enumerate(early):
+        received.append(record)
+        if index % 9 == 8:  # so that a stream is behind the others in seq
+            received += [part[index // 9] for part in parts.values() if index // 9 < _EARLY]
+    new = [record for part in parts.values() for record in part[_EARLY:]]
+    repeated = [record for part in parts.values() for record in part]
+    return [*received, *new, *late], received, [early[0], *repeated, *early[1:], *late]
+
+
+def stream_metrics() -> list[str]:
+    """Return parts of the metrics' names in the streams of `streams`, each of one record."""
+    return [f"{name}part{seq}" for name in _STREAMS for seq in range(1, _EARLY + 3, 3)]
+
+
+def _stream_records(name: str) -> list[Record]:
+    records = []
+    for seq in range(1, _EARLY + 4):
+        events: list[Event] = [
+            MetricsLogged(values={f"{name}/{name}part{seq}": 0.5}, phase="system", step=20 + seq),
+            TextLogged(key=f"{name}/text{seq}", text=f"{name} {seq}", step=20 + seq),
+            AlertRaised(title=f"{name} {seq}", level="warning"),
+        ]
+        event, time = events[(seq - 1) % 3], _BEGUN + 3600 + 2 * seq
+        records.append(Record(seq=seq, run=RUN, time=time, event=event, stream=name))
+    return records
 
 
 def run_info(records: Sequence[Record]) -> RunInfo:

@@ -49,6 +49,7 @@ class SinkConformance(ABC):
         secrets: strings in the options of `make` that must never be shown.
         stores: event types that change the stored result.
         keeps_unknown: whether the sink stores complete records, including those of a newer schema.
+        stores_steps: whether metrics of single steps are stored under their names.
         reopens: whether the sink can detect, after reopening, which records are already stored.
         deadline_s: maximum number of seconds for storing the sample run.
     """
@@ -59,6 +60,7 @@ class SinkConformance(ABC):
     secrets: ClassVar[Sequence[str]] = ()
     stores: ClassVar[Sequence[type[Any]]] = (MetricsLogged,)
     keeps_unknown: ClassVar[bool] = False
+    stores_steps: ClassVar[bool] = True
     reopens: ClassVar[bool] = True
     deadline_s: ClassVar[float] = 120.0
 
@@ -170,6 +172,21 @@ class SinkConformance(ABC):
         self._deliver(tmp_path / "store", [records])
         stored = self._read(tmp_path / "store")
         assert self._whole() == stored
+
+    def test_takes_the_records_of_each_stream_once(self, tmp_path: Path) -> None:
+        """Records of several streams, repeated in another order after a crash, are stored once."""
+        run, received, again = samples.streams(tmp_path / "samples")
+        whole = self._stored(tmp_path / "whole", [run])
+        if MetricsLogged in self.stores and self.stores_steps:
+            for part in samples.stream_metrics():
+                assert part in repr(whole), f"the metric {part!r} of a stream is not stored"
+        if not self.reopens:
+            assert whole == self._stored(tmp_path / "again", [received, again])
+            return
+        self._deliver(tmp_path / "again", [received])
+        stored = self._stored(tmp_path / "again", [again])
+        if whole != stored:  # the sink starts over, so that the order after the crash counts
+            assert self._stored(tmp_path / "afresh", [again]) == stored
 
     def test_resumes_the_same_run(self, tmp_path: Path) -> None:
         """A resumed run continues the stored run of the earlier attempt, and loses none of it."""

@@ -35,6 +35,15 @@ from trainbus.journal.directory import write_atomically
 Position = tuple[int, int]
 """Attempt and seq of a record."""
 
+Positions = dict[str, Position]
+"""Position of the last record of each source, such as `console-r0`."""
+
+MAIN = ""
+"""Source of the records of the training itself."""
+
+NO_POSITION: Position = (0, 0)
+"""Position before the first record."""
+
 Wanted = Literal["best", "last", "all", "none"]
 """Which checkpoints a sink stores; `best` stores the last one until one is named best."""
 
@@ -165,18 +174,33 @@ def append(fd: int, data: bytes, path: Path) -> None:
 class SeenRecords:
     """The records that a store has: those that come again after a crash or in a replay are skipped.
 
-    For stores that can't be asked, the position of the last record is kept in a file beside them.
+    Each stream of a run is numbered on its own, so the last position of each is known. For stores
+    that can't be asked, the positions are kept in a file beside them.
     """
 
-    def __init__(self, path: Path | None = None, last: Position = (0, 0)) -> None:
-        """Begin at the position of the store.
+    def __init__(
+        self, path: Path | None = None, last: Mapping[str, Position] | None = None
+    ) -> None:
+        """Begin at the positions of the store.
 
         Args:
-            path: file that keeps the position; None where the store itself can be asked.
-            last: attempt and seq of the last record that the store has.
+            path: file that keeps the positions; None where the store itself can be asked.
+            last: position of the last record of each source that the store has.
         """
         self._path = path
-        self.last = max(last, _read(path))
+        self.last: Positions = {MAIN: NO_POSITION}
+        """Position of the last record of each source that the store has."""
+        for positions in (last or {}, _read(path)):
+            for source, position in positions.items():
+                self.last[source] = max(self.last.get(source, NO_POSITION), position)
+
+    def has(self, record: Record) -> bool:
+        """Return whether the record is in the store."""
+        return record.position <= self.last.get(record.source, NO_POSITION)
+
+    def add(self, record: Record) -> None:
+        """Note that the record is in the store."""
+        self.last[record.source] = record.position
 
     def new(self, records: Sequence[Record]) -> Iterator[Record]:
         """Yield the records that are not in the store, each once.
@@ -185,26 +209,38 @@ class SeenRecords:
         is yielded again by the next call.
         """
         for record in records:
-            if record.position > self.last:
+            if not self.has(record):
                 yield record
-                self.last = record.position
+                self.add(record)
 
     def save(self) -> None:
-        """Save the position, after the store has everything up to it.
+        """Save the positions, after the store has everything up to them.
 
         Raises:
             OSError: the file can't be written.
         """
         if self._path is not None:
-            write_atomically(self._path, json.dumps(self.last).encode())
+            streams = {source: at for source, at in self.last.items() if source != MAIN}
+            data = [*self.last[MAIN], *([streams] if streams else [])]
+            write_atomically(self._path, json.dumps(data).encode())
 
 
-def _read(path: Path | None) -> Position:
+def _read(path: Path | None) -> Positions:
     try:
-        attempt, seq = json.loads(path.read_bytes()) if path is not None else (0, 0)
-        return int(attempt), int(seq)
+        attempt, seq, *rest = json.loads(path.read_bytes()) if path is not None else (0, 0)
+        streams = rest[0] if rest else {}
+        return {MAIN: (int(attempt), int(seq)), **positions_of(streams)}
     except (OSError, ValueError, TypeError, OverflowError, RecursionError):
-        return 0, 0
+        return {}
+
+
+def positions_of(found: Any) -> Positions:
+    """Return positions that were read from JSON: lists of attempt and seq by their source.
+
+    Raises:
+        TypeError, ValueError, OverflowError: it has another form.
+    """
+    return {str(source): (int(attempt), int(seq)) for source, (attempt, seq) in dict(found).items()}
 
 
 _MOST_NAMES = 10_000

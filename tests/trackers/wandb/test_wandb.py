@@ -7,12 +7,13 @@ import math
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import wandb
-from trainbus.sinks.wandb import WandbOptions, WandbSink, charts
+from trainbus.sinks.wandb import WandbOptions, WandbSink, charts, session
 from trainbus.sinks.wandb.options import artifact_name, project_name, run_id, run_name
 
 import trainbus
@@ -33,7 +34,7 @@ from trainbus.events import (
     RunEnded,
     RunStarted,
 )
-from trainbus.testing import SinkConformance
+from trainbus.testing import SinkConformance, samples
 
 # wandb warns of its own and of pydantic's deprecations, and leaves folders to the collector.
 pytestmark = pytest.mark.filterwarnings(
@@ -554,3 +555,27 @@ def test_what_an_active_run_ignores_is_told(
     sink.close()
     assert "using the active W&B run as it is; ignored options: project, tags" in caplog.text
     mine.finish()
+
+
+# Streams ------------------------------------------------------------------------------------------
+
+
+def test_the_summary_has_the_position_of_each_stream(tmp_path: Path) -> None:
+    """A process that continues the run finds there what it has of each stream."""
+    records, *_ = samples.streams(tmp_path / "samples")
+    sink = WandbSink(WandbOptions(mode="offline", dir=str(tmp_path)))
+    sink.open(samples.run_info(records))
+    sink.write(records)
+    sink.close()
+    run = wandb_file.read_finished(wandb_file.find_runs(tmp_path)[-1])
+    main = max(record.position for record in records if not record.stream)
+    expected = {"": main, "console-r0": (1, 6), "system-r0": (1, 6)}
+    assert expected == session.stored(SimpleNamespace(summary=run.summary))
+
+
+def test_a_summary_without_streams_is_read(tmp_path: Path) -> None:
+    """Runs of older versions have the position of the main stream alone."""
+    old = {"trainbus/attempt": 2, "trainbus/seq": 7}
+    assert {"": (2, 7)} == session.stored(SimpleNamespace(summary=old))
+    assert old == session.as_summary({"": (2, 7)})
+    assert {} == session.stored(SimpleNamespace(summary={}))
