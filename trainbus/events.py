@@ -270,7 +270,8 @@ class EnvironmentDescribed(_Base, frozen=True, kw_only=True, tag="environment.de
 
     `packages` maps the distributions that are installed to their versions. `scheduler` has the
     variables, by name, with which a scheduler or launcher identifies the job. `cpus` counts logical
-    CPUs and `cores` physical ones; `memory` is in bytes. Unknown fields are None or empty.
+    CPUs, `usable_cpus` those that the process may use, and `cores` physical ones; `memory` is in
+    bytes. Unknown fields are None or empty.
     """
 
     command: list[str] = []
@@ -284,6 +285,7 @@ class EnvironmentDescribed(_Base, frozen=True, kw_only=True, tag="environment.de
     user: str | None = None
     cpu: str | None = None
     cpus: int | None = None
+    usable_cpus: int | None = None
     cores: int | None = None
     memory: int | None = None
     gpus: list[Gpu] = []

@@ -63,7 +63,7 @@ SCHEMA = {
     "artifact.logged": "name kind paths aliases metadata",
     "alert.raised": "title text level",
     "environment.described": "command cwd script python executable packages os host user cpu "
-    "cpus cores memory gpus gpu_driver cuda git scheduler",
+    "cpus usable_cpus cores memory gpus gpu_driver cuda git scheduler",
     "console.logged": "stream text first_line time dropped_lines dropped_bytes",
     "run.ended": "status reason error best",
 }
