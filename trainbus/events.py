@@ -61,6 +61,30 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     traceback: str = ""
 
 
+class GitState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The state of the git repository that contains the code of a training.
+
+    `diff` is the output of `git diff HEAD`, at most 1 MiB; bytes that are no UTF-8 are replaced. It
+    has no untracked files, which count for `dirty`. `dirty` is None if git took too long to say.
+    """
+
+    commit: str | None = None
+    branch: str | None = None
+    remote: str | None = None
+    root: str | None = None
+    dirty: bool | None = None
+    diff: str = ""
+    diff_truncated: bool = False
+
+
+class Gpu(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A GPU of the machine; `memory` is in bytes."""
+
+    name: str
+    memory: int | None = None
+    uuid: str | None = None
+
+
 class RunStarted(_Base, frozen=True, kw_only=True, tag="run.started"):
     """A training is set up and about to begin.
 
@@ -241,6 +265,52 @@ class AlertRaised(_Base, frozen=True, kw_only=True, tag="alert.raised"):
     level: Literal["info", "warning", "error"]
 
 
+class EnvironmentDescribed(_Base, frozen=True, kw_only=True, tag="environment.described"):
+    """What an attempt runs with: the program, its code and packages, and the machine.
+
+    `packages` maps the distributions that are installed to their versions. `scheduler` has the
+    variables, by name, with which a scheduler or launcher identifies the job. `cpus` counts logical
+    CPUs, `usable_cpus` those that the process may use, and `cores` physical ones; `memory` is in
+    bytes. Unknown fields are None or empty.
+    """
+
+    command: list[str] = []
+    cwd: str | None = None
+    script: str | None = None
+    python: str | None = None
+    executable: str | None = None
+    packages: dict[str, str] = {}
+    os: str | None = None
+    host: str | None = None
+    user: str | None = None
+    cpu: str | None = None
+    cpus: int | None = None
+    usable_cpus: int | None = None
+    cores: int | None = None
+    memory: int | None = None
+    gpus: list[Gpu] = []
+    gpu_driver: str | None = None
+    cuda: str | None = None
+    git: GitState | None = None
+    scheduler: dict[str, str] = {}
+
+
+class ConsoleLogged(_Base, frozen=True, kw_only=True, tag="console.logged"):
+    """Lines that the program printed, separated by line feeds, without the last line feed.
+
+    `first_line` is the number of the first line, counted from 1 over both streams of the process;
+    `time` is when it was printed, in Unix seconds. If `dropped_lines` is not 0, that many lines
+    were dropped in place of this event, from `first_line` on, and the text says so.
+    """
+
+    stream: Literal["stdout", "stderr"]
+    text: str
+    first_line: int
+    time: float | None = None
+    dropped_lines: int = 0
+    dropped_bytes: int = 0
+
+
 class RunEnded(_Base, frozen=True, kw_only=True, tag="run.ended"):
     """The run is over; `reason` says why, in a word or a short sentence."""
 
@@ -329,6 +399,8 @@ Event: TypeAlias = (
     | CheckpointSaved
     | ArtifactLogged
     | AlertRaised
+    | EnvironmentDescribed
+    | ConsoleLogged
     | RunEnded
 )
 

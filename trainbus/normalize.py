@@ -25,6 +25,7 @@ from trainbus.events import (
     Best,
     CheckpointSaved,
     Failure,
+    GitState,
     MetricsLogged,
     ModelDescribed,
     Resumed,
@@ -40,7 +41,7 @@ _FUNCTIONS = (type, FunctionType, BuiltinFunctionType, MethodType)
 _FLOATS = {float}
 _CELLS = {float, int, bool, str, type(None)}
 _ADDRESS = re.compile(r" at 0x[0-9A-Fa-f]+")
-_PARTS = (Best, Failure, Resumed)
+_PARTS = (Best, Failure, GitState, Resumed)
 _ARRAYS = ("array", "x", "y", "matrix", "counts", "edges")
 _PATHS = ("save_dir", "path")
 _NAMES = ("classes", "columns", "tags", "aliases", "paths", "own_loggers")

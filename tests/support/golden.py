@@ -3,7 +3,8 @@
     python tests/support/golden.py FOLDER
 
 writes it anew, below a folder that does not exist; `tests/data/journal-1` is what version 1 of the
-schema wrote, and is never written again.
+schema wrote, and no file of it is ever written again. New event types get a new attempt, in a file
+of its own.
 """
 
 from __future__ import annotations
@@ -24,11 +25,15 @@ from trainbus.events import (
     Best,
     CheckpointSaved,
     ConfusionMatrixLogged,
+    ConsoleLogged,
     CurveLogged,
+    EnvironmentDescribed,
     EpochEnded,
     EpochStarted,
     Event,
     Failure,
+    GitState,
+    Gpu,
     HistogramLogged,
     ImageLogged,
     MetricsLogged,
@@ -72,7 +77,8 @@ def events(untyped_nan: Any = math.nan) -> list[tuple[int, Event]]:
     Args:
         untyped_nan: what stands for NaN where a value may be of any type: read back, it is text.
     """
-    return [*((1, event) for event in _first(untyped_nan)), *((2, event) for event in _second())]
+    attempts = (_first(untyped_nan), _second(), _third())
+    return [(number, event) for number, each in enumerate(attempts, 1) for event in each]
 
 
 def records(untyped_nan: Any = "NaN") -> list[Record]:
@@ -107,7 +113,7 @@ def write(folder: Path) -> RunFolder:
 def _write(folder: Path) -> RunFolder:
     run = RunFolder.create([folder], "journal-1")
     told = records(math.nan)
-    for attempt in (1, 2):
+    for attempt in (1, 2, 3):
         journal = JournalWriter(run, wants_files=lambda event: True)
         for record in told:
             if record.attempt == attempt and (attempt, type(record.event)) != (1, RunEnded):
@@ -245,6 +251,23 @@ def _second() -> list[Event]:
             error=Failure(type="KeyboardInterrupt", message="", traceback="Traceback\n  …"),
             best=Best(metric="métrique/µ", value=math.nan, epoch=1),
         ),
+    ]
+
+
+def _third() -> list[Event]:
+    """Return a training with the event types that came later: its file was added then."""
+    return [
+        RunStarted(name="métrique/µ ☃", project="golden", resumed=Resumed(run="journal-1")),
+        EnvironmentDescribed(
+            command=["python", "train ☃.py"],
+            packages={"numpy": "2.0"},
+            memory=2**40,
+            gpus=[Gpu(name="GPU", memory=2**36)],
+            git=GitState(commit="0" * 40, dirty=True, diff="--- a\n+++ b\n"),
+            scheduler={"SLURM_JOB_ID": "1"},
+        ),
+        ConsoleLogged(stream="stderr", text="one\ntwo ☃", first_line=3, time=1.5),
+        RunEnded(status="finished"),
     ]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from trainbus.events import (
     EVENT_TYPES,
+    ConsoleLogged,
+    EnvironmentDescribed,
     EpochEnded,
     EpochStarted,
     Event,
@@ -11,7 +13,8 @@ from trainbus.events import (
     RunStarted,
 )
 
-CONTENT = tuple(each for each in EVENT_TYPES if each not in (RunStarted, EpochStarted, EpochEnded))
+NOT_SHOWN = (RunStarted, EpochStarted, EpochEnded, EnvironmentDescribed, ConsoleLogged)
+CONTENT = tuple(each for each in EVENT_TYPES if each not in NOT_SHOWN)
 """The events that a tracker has something to show of."""
 
 

@@ -20,10 +20,14 @@ from trainbus.events import (
     EVENT_TYPES,
     CheckpointSaved,
     ConfusionMatrixLogged,
+    ConsoleLogged,
     CurveLogged,
+    EnvironmentDescribed,
     EpochEnded,
     EpochStarted,
     Event,
+    GitState,
+    Gpu,
     HistogramLogged,
     ImageLogged,
     MetricsLogged,
@@ -58,6 +62,9 @@ SCHEMA = {
     "checkpoint.saved": "path kind epoch step metrics metadata final",
     "artifact.logged": "name kind paths aliases metadata",
     "alert.raised": "title text level",
+    "environment.described": "command cwd script python executable packages os host user cpu "
+    "cpus usable_cpus cores memory gpus gpu_driver cuda git scheduler",
+    "console.logged": "stream text first_line time dropped_lines dropped_bytes",
     "run.ended": "status reason error best",
 }
 
@@ -111,6 +118,21 @@ any_event: st.SearchStrategy[Event] = st.one_of(
         rows=st.lists(st.lists(plain, max_size=3), max_size=3),
     ),
     st.builds(TextLogged, key=texts, text=texts),
+    st.builds(
+        EnvironmentDescribed,
+        command=st.lists(texts, max_size=3),
+        memory=counters,
+        gpus=st.lists(st.builds(Gpu, name=texts, memory=counters), max_size=2),
+        git=st.none() | st.builds(GitState, remote=st.none() | texts, diff=texts),
+        scheduler=st.dictionaries(texts, texts, max_size=3),
+    ),
+    st.builds(
+        ConsoleLogged,
+        stream=st.sampled_from(["stdout", "stderr"]),
+        text=texts,
+        first_line=st.integers(1, 2**53),
+        time=st.none() | st.floats(0, 2**33),
+    ),
     st.builds(
         CheckpointSaved,
         path=texts,

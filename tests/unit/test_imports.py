@@ -30,6 +30,7 @@ CONFIG = BUS | {"config"}
 LAYERS = {
     **dict.fromkeys(BASE, BASE),
     "redaction": REDACTION,
+    "capture": REDACTION | {"capture"},
     "journal": JOURNAL,
     "toolkit": BASE | {"journal", "toolkit"},
     "delivery": DELIVERY,
@@ -196,7 +197,8 @@ def test_only_the_sidecar_starts_a_process() -> None:
         used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         if used & {"fork", "forkpty", "posix_spawn", "system", "popen", "Process", "Pool"}:
             forks.add(name)
-    assert ({"delivery.sidecar"}, set()) == (starters, forks)
+    # The sidecar asks git about the training's code.
+    assert ({"delivery.sidecar", "capture.environment"}, set()) == (starters, forks)
 
 
 def test_the_training_never_imports_what_the_sidecar_runs() -> None:

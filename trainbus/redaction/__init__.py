@@ -43,6 +43,9 @@ _VALUES: dict[type[Any], tuple[str, ...]] = {
     events.CheckpointSaved: ("metadata",),
     events.ArtifactLogged: ("metadata",),
     events.AlertRaised: ("title", "text"),
+    events.EnvironmentDescribed: ("command", "scheduler", "git"),
+    events.GitState: ("branch", "remote", "diff"),
+    events.ConsoleLogged: ("text",),
     events.RunEnded: ("reason", "error", "best"),
     events.Failure: ("message", "traceback"),
 }
@@ -83,7 +86,7 @@ def event(value: Any, keys: frozenset[str] = frozenset()) -> Any:
     for field in (*_VALUES.get(kind, ()), *_NAMES.get(kind, ())):
         old = getattr(value, field)
         try:
-            if field in ("error", "best"):
+            if field in ("error", "best", "git"):
                 new = event(old, keys)
             elif field in _NAMES.get(kind, ()):
                 new = _in_names(old)

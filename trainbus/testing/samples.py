@@ -18,10 +18,14 @@ from trainbus.events import (
     Best,
     CheckpointSaved,
     ConfusionMatrixLogged,
+    ConsoleLogged,
     CurveLogged,
+    EnvironmentDescribed,
     EpochEnded,
     EpochStarted,
     Event,
+    GitState,
+    Gpu,
     HistogramLogged,
     ImageLogged,
     MetricsLogged,
@@ -70,6 +74,7 @@ def sample_events(folder: Path) -> list[Event]:
     return [
         *_beginning(folder),
         *_training(),
+        *_surroundings(folder),
         *_payloads(picture, gone),
         *_files(weights, gone),
         *_ending(),
@@ -218,6 +223,35 @@ def _beginning(folder: Path) -> list[Event]:
             speed_ms={"inference": math.inf},
             classes=["cat", "µ"],
             extra={"µ": -0.0},
+        ),
+    ]
+
+
+def _surroundings(folder: Path) -> list[Event]:
+    return [
+        EnvironmentDescribed(
+            command=["python", "train µ.py", "--lr", "0.1", ""],
+            cwd=str(folder),
+            script="train µ.py",
+            python="3.11.0",
+            executable="/usr/bin/python",
+            packages={"numpy": "2.0", "µ": ""},
+            os="Linux",
+            host="höst",
+            user="me",
+            cpu="[b]CPU[/b]",
+            cpus=2,
+            cores=1,
+            memory=2**40,
+            gpus=[Gpu(name="GPU µ", memory=2**36), Gpu(name="")],
+            git=GitState(commit="0" * 40, dirty=True, diff="--- a\n+++ b\n\x1b[31mred\u2028"),
+            scheduler={"SLURM_JOB_ID": "1"},
+        ),
+        EnvironmentDescribed(),
+        ConsoleLogged(stream="stdout", text="[red]one\ntwo µ\u2028", first_line=1, time=_BEGUN),
+        ConsoleLogged(stream="stderr", text="", first_line=3),
+        ConsoleLogged(
+            stream="stderr", text="dropped", first_line=4, dropped_lines=9, dropped_bytes=2**40
         ),
     ]
 
