@@ -93,6 +93,8 @@ class ConsoleSink(Sink):
                 self._line(["final"], {event.phase: event.values})
             case events.MetricsLogged(on_request=True) as event:
                 self._live(event.epoch, record.time, {event.phase: event.values})
+            case events.MetricsLogged() if record.stream:  # of the machine
+                pass
             case events.MetricsLogged() as event:
                 self._values.setdefault(event.phase, {}).update(event.values)
                 self._rank(event)

@@ -15,11 +15,12 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import msgspec
 
 from trainbus import normalize, registry
+from trainbus.capture.recorder import CaptureSpec
 from trainbus.delivery.receipt import Receipt
 from trainbus.delivery.sidecar import Sidecar
 from trainbus.delivery.spec import Isolation, SinkSpec
@@ -64,6 +65,9 @@ class Bus:
         journal: where the journals of the runs are written, and what they may hold.
         flush_secs: how long the end of a run waits for the sinks.
         config: file that the bus was made from, for the command that sends the rest.
+        environment: whether the command, code, packages and machine of each attempt are recorded.
+        system_secs: seconds between two samples of how busy the machine is; 0 for none.
+        console: `python` records what Python prints to stdout and stderr.
         base: folder that relative paths are relative to, of the journal and of sinks; by default
             the working directory at this time. A later change of directory moves nothing.
     """
@@ -81,6 +85,9 @@ class Bus:
         journal: JournalSpec | None = None,
         flush_secs: float = 60.0,
         config: str | None = None,
+        environment: bool = False,
+        system_secs: float = 0.0,
+        console: Literal["off", "python"] = "off",
         base: str | os.PathLike[str] | None = None,
     ) -> None:
         folder = working_directory() if base is None else Path(base).absolute()
@@ -94,6 +101,12 @@ class Bus:
             flush_secs=flush_secs,
             base=folder,
             config=config,
+            capture=CaptureSpec(
+                environment=environment,
+                system_secs=system_secs,
+                console=console,
+                redact=(journal or JournalSpec()).redact,
+            ),
             rebuild=rebuild,
             # Without a reference to the bus, which goes with the last one of its user's.
             on_receipt=partial(_receive, self.receipts, on_receipt if specs else None),

@@ -1,9 +1,16 @@
-"""The errors that trainbus raises: each says what was found, what was expected and what to do."""
+"""The errors that trainbus raises: each says what was found, what was expected and what to do.
+
+`comes_from_handler` tells the errors of the program from those of trainbus.
+"""
 
 from __future__ import annotations
 
 import difflib
+import functools
+import signal
 from collections.abc import Iterable, Sequence
+from types import CodeType
+from typing import Any
 
 
 class TrainbusError(Exception):
@@ -88,3 +95,27 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `, did you mean 'x'?` with the most similar name in `known`, or an empty string."""
     nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f", did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def comes_from_handler(error: BaseException) -> bool:
+    """Return whether an exception comes from a signal handler of the program.
+
+    Python can run handlers between any two lines, also of ours: for example a time limit that uses
+    SIGALRM. Such an exception belongs to the program and is not caught.
+    """
+    handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code in handlers:
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def _code_of(handler: Any) -> CodeType | None:
+    """Return the code object of a signal handler, None if it has none."""
+    if isinstance(handler, functools.partial):
+        handler = handler.func
+    if not hasattr(handler, "__code__"):  # a callable object
+        handler = getattr(type(handler), "__call__", None)  # noqa: B004
+    return getattr(handler, "__code__", None)

@@ -102,6 +102,8 @@ class WandbSink(TrackerSink):
             is_shared=not self._owned or self._run.settings.mode == "shared",
             is_new=self._owned and not run.reopened and not run.resumed,
         )
+        # W&B samples the machine by itself while the training runs.
+        self._measures_system = run.pid is not None or not self._owned
         self._sent = dict(self._position)
         self._curves = Curves(self._run)
         self._location = session.location(self._run)
@@ -115,7 +117,8 @@ class WandbSink(TrackerSink):
         for record in self._seen.new(records):
             self._rows.time = record.time
             self._position[record.source] = record.position
-            self._take_safely(record.event)
+            if not (record.stream == "system" and self._measures_system):
+                self._take_safely(record.event)
             if self._rows.are_sent:
                 self._sent = dict(self._position)
         if self._run is not None:
@@ -163,6 +166,8 @@ class WandbSink(TrackerSink):
         match event:
             case events.MetricsLogged(final=True):
                 run.summary.update({f"final/{k}": v for k, v in event.values.items()})
+            case events.MetricsLogged(phase="system", epoch=None, step=None):
+                self._rows.log_apart(event.values)
             case events.MetricsLogged(step=None):
                 self._rows.log(event.values, event.epoch)
             case events.MetricsLogged():

@@ -104,6 +104,10 @@ class Rows:
         self._row |= values
         self._row_records += 1
 
+    def log_apart(self, values: Mapping[str, Any]) -> None:
+        """Send values that belong to no epoch as a row of their own."""
+        self._send(self._free(values))
+
     def log_step(self, event: MetricsLogged) -> None:
         """Send the values of one step."""
         values: dict[str, Any] = {

@@ -216,7 +216,7 @@ sinks:
 === unknown key at the top
 sink:
   a: {type: jsonl}
---> :1: sink: found an unknown key, expected one of flush_secs, isolation, journal, run, sinks, version, did you mean 'sinks'?
+--> :1: sink: found an unknown key, expected one of console, environment, flush_secs, isolation, journal, run, sinks, system_secs, version, did you mean 'sinks'?
 --> :1: sinks: found nothing, expected a mapping of one name or more to sinks
 
 === journal and where sinks run
@@ -1111,6 +1111,7 @@ def test_schema_describes_every_sink_that_loads() -> None:
     """The schema has the sinks that load, with their own and the common keys, and no others."""
     schema = json_schema()
     names = {"version", "run", "isolation", "flush_secs", "journal", "sinks"}
+    names |= {"environment", "system_secs", "console"}
     assert names == set(schema["properties"])
     assert (["sinks"], False) == (schema["required"], schema["additionalProperties"])
     sink = schema["properties"]["sinks"]["additionalProperties"]

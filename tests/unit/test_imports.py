@@ -23,14 +23,14 @@ ROOT = Path(__file__).parents[2]
 BASE = {"events", "errors", "interfaces", "normalize", "text", "distributed", "paths", "registry"}
 REDACTION = BASE | {"redaction"}
 JOURNAL = REDACTION | {"journal"}
-DELIVERY = JOURNAL | {"delivery"}
+DELIVERY = JOURNAL | {"capture", "delivery"}
 RECORDING = DELIVERY | {"recording"}
 BUS = RECORDING | {"run", "bus", "toolkit"}
 CONFIG = BUS | {"config"}
 LAYERS = {
     **dict.fromkeys(BASE, BASE),
     "redaction": REDACTION,
-    "capture": REDACTION | {"capture"},
+    "capture": JOURNAL | {"capture"},
     "journal": JOURNAL,
     "toolkit": BASE | {"journal", "toolkit"},
     "delivery": DELIVERY,
@@ -183,7 +183,7 @@ def test_only_the_configuration_reads_the_environment() -> None:
     }
     # A launcher says in it which processes belong together; the sidecar gets the training's.
     ranks, launchers = {"distributed", "recording.peers"}, {"cli.launch", "recording.launched"}
-    own = {"config.__init__", "delivery.sidecar", "startup.sitecustomize"}
+    own = {"config.__init__", "delivery.sidecar", "startup.sitecustomize", "capture.recorder"}
     assert own | ranks | launchers == readers
 
 

@@ -43,7 +43,7 @@ class Process:
         return self.born
 
     def cpu_times(self) -> Any:
-        return types.SimpleNamespace(user=self.cpu / 2, system=self.cpu / 2)
+        return self.cpu / 2, self.cpu / 2, 9.0
 
     def memory_info(self) -> Any:
         return types.SimpleNamespace(rss=self.rss)

@@ -124,13 +124,14 @@ class SystemSampler:
         for process in (self._process, *self._process.children(recursive=True)):
             try:
                 with process.oneshot():
-                    key, times = (process.pid, process.create_time()), process.cpu_times()
+                    key = process.pid, process.create_time()
+                    user, kernel, *_ = process.cpu_times()
                     memory += process.memory_info().rss
             except Exception:  # it has just ended
                 if process is self._process:
                     raise
                 continue
-            tree[key] = times.user + times.system
+            tree[key] = user + kernel
             # All the time of a process that has started since the last sample is of this interval.
             is_new = self._tree_at is not None and key[1] >= self._tree_at[1]
             spent += tree[key] - self._tree.get(key, 0.0 if is_new else tree[key])

@@ -86,6 +86,9 @@ def _bus(
         isolation=given.isolation,
         journal=given.journal,
         flush_secs=given.flush_secs,
+        environment=given.environment,
+        system_secs=given.system_secs,
+        console="python" if given.console in (True, "python") else "off",
         config=file,
         base=folder,
         # Other processes get the unresolved YAML: its variables may hold secrets.

@@ -49,6 +49,18 @@ class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     flush_secs: Annotated[
         float, Meta(ge=0, description="How long the end of a run waits for the sinks, in seconds")
     ] = 60.0
+    environment: Annotated[
+        bool,
+        Meta(description="Whether to record command, code, packages and machine of each attempt"),
+    ] = False
+    system_secs: Annotated[
+        float,
+        Meta(ge=0, description="Seconds between two samples of the machine's load; 0 for none"),
+    ] = 0.0
+    console: Annotated[
+        Literal["off", "python"] | bool,  # YAML reads `off` as false
+        Meta(description="Whether to record what Python prints to stdout and stderr"),
+    ] = "off"
     journal: Annotated[
         JournalSpec | None, Meta(description="Where each run's journal is written")
     ] = None

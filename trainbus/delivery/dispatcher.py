@@ -8,10 +8,12 @@ killed. A sink that is an object of this process, or uses something of it, runs 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
 
+from trainbus.capture.recorder import CaptureRecorder, CaptureTask
 from trainbus.delivery.receipt import Receipt, write_receipt
 from trainbus.delivery.sidecar import Sidecar, SidecarRun
 from trainbus.delivery.spec import Isolation, SinkSpec, isolation_of
@@ -47,6 +49,7 @@ class RunDispatcher:
         isolation: Isolation = "auto",
         flush_secs: float = 60.0,
         config: str | None = None,
+        capture: CaptureTask | None = None,
     ) -> None:
         """Start the workers; the first record of the run must be in the journal.
 
@@ -58,6 +61,7 @@ class RunDispatcher:
             isolation: where sinks run that don't say so themselves.
             flush_secs: how long the end of the run waits for the sinks.
             config: file that the bus was made from, for the command that sends the rest.
+            capture: what to record of the training besides its events.
         """
         self.dropped = 0
         """Events that could not be recorded."""
@@ -76,6 +80,8 @@ class RunDispatcher:
         self._waiting: list[ThreadedWorker] = []
         """Workers for which no thread could be started."""
         self._sidecar: SidecarRun | None = None
+        self._recorder: CaptureRecorder | None = None
+        """Records in this process what no delivery process records."""
         if isinstance(journal, NullJournal):
             return
         elsewhere = []
@@ -89,7 +95,7 @@ class RunDispatcher:
                 elsewhere.append(spec)
         if elsewhere:
             self._sidecar = sidecar.open(
-                journal.folder, run.attempt, elsewhere, flush_secs, config=config
+                journal.folder, run.attempt, elsewhere, flush_secs, config=config, capture=capture
             )
             refused = self._sidecar.refused
             for spec in refused:  # no process can be started
@@ -97,6 +103,10 @@ class RunDispatcher:
             if refused:
                 why = self._sidecar.unserved[refused[0].name]
                 logger.warning("sinks run in threads of the training process: %s", why)
+        is_recorded = self._sidecar is not None and len(self._sidecar.refused) < len(elsewhere)
+        if capture is not None and not is_recorded:
+            self._recorder = CaptureRecorder(capture, journal.folder, run.attempt, os.getpid())
+            self._recorder.start()
 
     def on_record(self, run: str, record: Record) -> None:
         """Run inline sinks and look after the delivery processes, after a record was written.
@@ -149,6 +159,8 @@ class RunDispatcher:
                 unsaved=count,
                 unrecorded=self.unrecorded,
             )
+        if self._recorder is not None:
+            self._recorder.stop()
         self._journal.catch_up()
         held = self._journal.held
         emitted = self._journal.seq - self._journal.dropped.total()
@@ -167,6 +179,8 @@ class RunDispatcher:
             for waiting in self._waiting:
                 if waiting.worker.spec.options is None:  # no replay can make it again
                     self._drain(waiting.worker, held)
+            if self._recorder is not None:
+                self._recorder.join(stream_wait_s)
             self._wait(begun)
         except BaseException as error:  # Ctrl-C: the rest stays in the journal
             interrupt = error
@@ -183,6 +197,8 @@ class RunDispatcher:
     def abandon(self) -> None:
         """Release everything in a forked child, whose parent has the run."""
         self._threads, self._inline, self._waiting = [], [], []
+        if self._recorder is not None:
+            self._recorder.abandon()
         if self._sidecar is not None:
             self._sidecar.abandon()
             self._sidecar = None

@@ -27,6 +27,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from trainbus.capture.recorder import CaptureTask
 from trainbus.delivery.receipt import SinkReport
 from trainbus.delivery.sidecar_protocol import (
     FinishRun,
@@ -102,6 +103,7 @@ class Sidecar:
         *,
         config: str | None = None,
         replay: ReplayTask | None = None,
+        capture: CaptureTask | None = None,
     ) -> SidecarRun:
         """Deliver a run; `refused` of the result lists the sinks that have no process.
 
@@ -112,11 +114,12 @@ class Sidecar:
             flush_secs: how long the sinks may take once the training process is gone.
             config: file that the sinks are configured in, for the receipt.
             replay: set for a replay.
+            capture: what to record of the training besides its events.
         """
         if self._pid != os.getpid():
             self.abandon()
         run = SidecarRun(
-            self, next(self._numbers), folder, attempt, specs, flush_secs, config, replay
+            self, next(self._numbers), folder, attempt, specs, flush_secs, config, replay, capture
         )
         try:
             with self._lock:
@@ -338,6 +341,7 @@ class SidecarRun:
         flush_secs: float,
         config: str | None,
         replay: ReplayTask | None,
+        capture: CaptureTask | None,
     ) -> None:
         self.number = number
         self.folder = folder
@@ -346,6 +350,7 @@ class SidecarRun:
         self.flush_secs = flush_secs
         self.config = config
         self.replay = replay
+        self.capture = capture
         self.opened: dict[str, str | None] = {}
         """Sinks whose opening was tried: None for one that is open, else the reason why not."""
         self.locations: dict[str, str | None] = {}
@@ -490,6 +495,7 @@ class _Child:
             config=run.config,
             variables={k: v for k, v in changed.items() if k not in _OF_TRAINING},
             replay=run.replay,
+            capture=run.capture,
         )
         if not self.inbox.put(order):
             del self.serves[run.number]

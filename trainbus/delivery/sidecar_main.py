@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from trainbus import registry
+from trainbus.capture.recorder import CaptureRecorder
 from trainbus.delivery.receipt import SinkReport, write_receipt
 from trainbus.delivery.sidecar import apply_environment
 from trainbus.delivery.sidecar_protocol import (
@@ -185,6 +186,10 @@ class _Run:
             if sink.slot is not None
         ]
         self._waiting = [thread for thread in self._threads if not self._start(thread)]
+        self._recorder: CaptureRecorder | None = None
+        if order.capture is not None:
+            self._recorder = CaptureRecorder(order.capture, self.folder, order.attempt, host.pid)
+            self._recorder.start()
         if order.replay is not None:
             self.finish(None, [], order.flush_secs / 2)
 
@@ -192,6 +197,7 @@ class _Run:
         """Do what is to be done from time to time."""
         now = time.monotonic()
         if self._host.is_orphan:
+            self._stop_recorder()
             self._end_orphan(now)
         if self._waiting and now - self._tried_at >= _RETRY_S:
             self._tried_at = now
@@ -201,6 +207,7 @@ class _Run:
 
     def finish(self, emitted: int | None, lines: list[bytes], stream_wait_s: float) -> None:
         """Take note that no more records of the training come, but for these lines."""
+        self._stop_recorder()
         self.is_ending = self._is_last = True
         self._emitted, self._unsaved = emitted, len(lines)
         for thread in self._threads:
@@ -208,6 +215,7 @@ class _Run:
 
     def stop(self, secs: float) -> None:
         """End soon."""
+        self._stop_recorder()
         self.is_ending = self._is_stopped = True
         self._deadline = time.monotonic() + secs
         for thread in self._threads:
@@ -261,6 +269,10 @@ class _Run:
             refused=[path for files in self._files for path in files.refused],
             changed=[line for files in self._files for line in files.changed],
         )
+
+    def _stop_recorder(self) -> None:
+        if self._recorder is not None:
+            self._recorder.stop()
 
     def _of_all(self, reports: list[SinkReport], emitted: int) -> list[SinkReport]:
         """Return the reports of all sinks of the run, also of those that others deliver to."""

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 import msgspec
 
+from trainbus.capture.recorder import CaptureTask
 from trainbus.delivery.receipt import SinkReport
 from trainbus.delivery.transforms import TransformSpec
 
@@ -77,6 +78,8 @@ class OpenRun(msgspec.Struct, kw_only=True, tag="open"):
     variables: dict[str, str | None]
     """Environment variables that have changed in the training process; None for deleted ones."""
     replay: ReplayTask | None = None
+    capture: CaptureTask | None = None
+    """What to record of the training besides its events."""
 
 
 class FinishRun(msgspec.Struct, kw_only=True, tag="finish"):

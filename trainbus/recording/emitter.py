@@ -19,11 +19,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainbus import normalize, redaction
+from trainbus.capture.recorder import ConsoleRecorder
 from trainbus.delivery.dispatcher import RunDispatcher
 from trainbus.delivery.sidecar import Sidecar
 from trainbus.delivery.worker import delivering
 from trainbus.distributed import current_rank
-from trainbus.errors import SinkError
+from trainbus.errors import SinkError, comes_from_handler
 from trainbus.events import (
     EpochStarted,
     Event,
@@ -83,6 +84,7 @@ class Emitter:
         self._run: RunInfo | None = None
         self._journal: JournalWriter | NullJournal | None = None
         self._dispatcher: RunDispatcher | None = None
+        self._console: ConsoleRecorder | None = None
         self._owner = 0
         self._is_helper_process: bool | None = False
         self._shares_run = False
@@ -262,6 +264,9 @@ class Emitter:
         current.remove(self)
         self._run, dispatcher = None, self._dispatcher
         self._shares_run = True
+        console, self._console = self._console, None
+        if console is not None:
+            console.abandon()
         if dispatcher is not None:
             self._subscribers.disconnect(dispatcher.on_record)
             dispatcher.abandon()
@@ -284,7 +289,7 @@ class Emitter:
         except SinkError:  # `on_error: raise`
             raise
         except Exception as error:
-            if process_hooks.comes_from_handler(error):
+            if comes_from_handler(error):
                 raise
             self._dropped += not self._is_recorded
             what = "handed on" if self._is_recorded else "recorded"
@@ -352,6 +357,10 @@ class Emitter:
             self._try(
                 "failures of other ranks will not be recorded", peers.announce, folder, attempt
             )
+        if self.settings.capture.console == "python":
+            self._console = self._try(
+                "what the program prints is not recorded", self._open_console, self._journal
+            )
         dispatcher = self._deliver(self._run, self._journal)
         self._subscribers.send(record)
         if dispatcher is not None:
@@ -363,6 +372,16 @@ class Emitter:
         current.add(self)
         early, self._early = self._early, []
         self._pending.extendleft((event, 0) for event in reversed(early))
+
+    def _open_console(self, journal: JournalWriter | NullJournal) -> ConsoleRecorder | None:
+        if isinstance(journal, NullJournal):
+            return None
+        return ConsoleRecorder(journal.folder, journal.attempt)
+
+    def _close_console(self) -> None:
+        console, self._console = self._console, None
+        if console is not None:
+            self._try("the last lines that the program printed may be missing", console.stop)
 
     def _with_defaults(self, event: RunStarted) -> RunStarted:
         """Return the start of a run with the user's defaults."""
@@ -387,6 +406,7 @@ class Emitter:
         run, journal = self._opened()
         if self._dispatcher is None:
             self._deliver(run, journal)
+        self._close_console()
         if journal.ended:  # and then a signal came
             self._close(event.status)
             return
@@ -434,6 +454,7 @@ class Emitter:
             isolation=self.settings.isolation,
             flush_secs=self.settings.flush_secs,
             config=self.settings.config,
+            capture=self.settings.capture.task(),
         )
 
     def _close(self, status: str) -> None:
@@ -451,6 +472,7 @@ class Emitter:
                 journal.close()
         finally:
             current.remove(self)
+            self._close_console()
             self._run = self._journal = self._dispatcher = self.epoch = None
             self._ended_once = True
             with suppress(ValueError):
@@ -464,7 +486,7 @@ class Emitter:
         try:
             return call(*args)
         except Exception as error:
-            if process_hooks.comes_from_handler(error):
+            if comes_from_handler(error):
                 raise
             self._warn(consequence, f"{consequence}: {error}")
             return None

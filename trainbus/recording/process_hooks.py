@@ -14,14 +14,13 @@ program handles itself is left to it.
 from __future__ import annotations
 
 import atexit
-import functools
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import CodeType, FrameType, TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -123,30 +122,6 @@ def finish_sigterm() -> None:
     """Let a SIGTERM that arrived during an `emit` end the process; called after each `emit`."""
     if _killed_by is not None and threading.current_thread() is threading.main_thread():
         _die(_killed_by)
-
-
-def comes_from_handler(error: BaseException) -> bool:
-    """Return whether an exception comes from a signal handler of the program.
-
-    Python can run handlers between any two lines, also of ours: for example a time limit that uses
-    SIGALRM. Such an exception belongs to the program and is not caught.
-    """
-    handlers = {_code(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code in handlers:
-            return True
-        trace = trace.tb_next
-    return False
-
-
-def _code(handler: Any) -> CodeType | None:
-    """Return the code object of a signal handler, None if it has none."""
-    if isinstance(handler, functools.partial):
-        handler = handler.func
-    if not hasattr(handler, "__code__"):  # a callable object
-        handler = getattr(type(handler), "__call__", None)  # noqa: B004
-    return getattr(handler, "__code__", None)
 
 
 def _on_exception(

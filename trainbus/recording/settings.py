@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 from msgspec import Meta
 
+from trainbus.capture.recorder import CaptureSpec
 from trainbus.delivery.receipt import Receipt
 from trainbus.delivery.spec import Isolation, SinkSpec
-from trainbus.errors import JournalError
+from trainbus.errors import JournalError, comes_from_handler
 from trainbus.events import ArtifactLogged, CheckpointSaved, RunStarted
 from trainbus.journal.directory import RunFolder, existing_spare_folder, spare_folder
 from trainbus.journal.writer import JournalSpec, JournalWriter, NullJournal
 from trainbus.paths import resolved
-from trainbus.recording import process_hooks
 
 if TYPE_CHECKING:
     from trainbus.bus import Bus
@@ -63,6 +63,7 @@ class RunSettings:
         config: file that the bus was made from, for the command that sends the rest.
         rebuild: makes an equal bus in another process; None where that can't be done.
         on_receipt: called with the receipt of every run that ends.
+        capture: what is recorded besides the events of a training.
     """
 
     sinks: tuple[SinkSpec, ...]
@@ -74,6 +75,7 @@ class RunSettings:
     config: str | None
     rebuild: Callable[[], Bus] | None
     on_receipt: Callable[[Receipt], None]
+    capture: CaptureSpec
 
     @property
     def services(self) -> frozenset[str]:
@@ -101,7 +103,7 @@ class RunSettings:
                 wants_files=self._files_filter(),
             )
         except Exception as error:
-            if process_hooks.comes_from_handler(error):
+            if comes_from_handler(error):
                 raise
             logger.warning("training continues, but this run is not logged: %s", error)
             return NullJournal(run, attempt)

@@ -95,6 +95,22 @@ def metrics(phase: str = "train", epoch: int = 0, **values: float) -> MetricsLog
     return MetricsLogged(values=named, phase=phase, epoch=epoch)
 
 
+def test_the_load_of_the_machine_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line has the metrics of the training, not the samples that are recorded beside it."""
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    sink = ConsoleSink()
+    sink.open(RunInfo(id="run", started=RunStarted()))
+    training: list[Event] = [RunStarted(), EpochStarted(epoch=0), metrics(loss=1.0)]
+    for seq, event in enumerate(training, 1):
+        sink.write([Record(seq=seq, run="run", time=float(seq), event=event)])
+    sample = MetricsLogged(values={"system/cpu.percent": 50.0}, phase="system")
+    sink.write([Record(seq=1, run="run", time=4.0, event=sample, stream="system")])
+    sink.write([Record(seq=4, run="run", time=5.0, event=EpochEnded(epoch=0, outcome="completed"))])
+    sink.close()
+    assert (True, False) == ("loss" in stream.getvalue(), "cpu" in stream.getvalue())
+
+
 def test_shows_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """A training is a line an epoch, and at the end its status, best value and checkpoints."""
     started = RunStarted(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import wandb
@@ -19,6 +21,7 @@ from trainbus.sinks.wandb.options import artifact_name, project_name, run_id, ru
 import trainbus
 from support import wandb_file
 from support.emitting import emit
+from support.records import records as make_records
 from support.wandb_file import WandbRun
 from trainbus.events import (
     Best,
@@ -366,6 +369,34 @@ def test_a_run_without_epochs_keeps_every_row(tmp_path: Path) -> None:
     assert [0, 1, 2, 3, 4] == [row["train/loss"] for row in history if "train/loss" in row]
     assert 5 == sum("note" in row for row in history)
     assert not any("epoch" in row for row in history)
+
+
+@pytest.mark.parametrize("pid", [None, os.getpid()], ids=["replay", "training"])
+def test_system_metrics_neither_split_rows_nor_come_twice(pid: int | None, tmp_path: Path) -> None:
+    """W&B measures the machine of a training itself; in a replay, samples have their own rows."""
+    training = make_records(
+        RunStarted(),
+        EpochStarted(epoch=0),
+        MetricsLogged(values={"a": 1.0}, phase="train", epoch=0),
+        MetricsLogged(values={"b": 2.0}, phase="validation", epoch=0),
+        EpochEnded(epoch=0, outcome="completed"),
+        RunEnded(status="finished"),
+    )
+    values = {"system/cpu.percent": 50.0}
+    sample = msgspec.structs.replace(
+        training[2], seq=1, stream="system", event=MetricsLogged(values=values, phase="system")
+    )
+    sink = WandbSink(WandbOptions(mode="offline", dir=str(tmp_path)))
+    sink.open(trainbus.RunInfo(id="run", started=RunStarted(), pid=pid))
+    sink.write([*training[:3], sample, *training[3:]])
+    sink.close()
+    (path,) = wandb_file.find_runs(tmp_path)
+    rows = [
+        {name: value for name, value in row.items() if not name.startswith("_")}
+        for row in wandb_file.read_finished(path).history
+    ]
+    epoch_row = {"a": 1.0, "b": 2.0, "epoch": 1}
+    assert ([values, epoch_row] if pid is None else [epoch_row]) == rows
 
 
 def test_epochs_that_are_only_named_have_rows_of_their_own(tmp_path: Path) -> None:
