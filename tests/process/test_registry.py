@@ -162,7 +162,7 @@ class ToySink(Sink):
     def write(self, records):
         with self.path.open("a") as file:
             for record in records:
-                key = f"{record.run}:{record.attempt}:{record.seq}"
+                key = f"{record.run}:{record.source}:{record.attempt}:{record.seq}"
                 if isinstance(record.event, MetricsLogged) and key not in self.known:
                     self.known.add(key)
                     file.write(f"{key}\\t{record.event.values}\\n")

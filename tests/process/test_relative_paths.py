@@ -266,7 +266,8 @@ def test_every_path_of_every_sink_is_resolved(kind: str, folders: Path) -> None:
         file = folders / "conf" / "bus.yaml"
         file.write_text(json.dumps({"sinks": {"a": {"type": kind, **options}}}))
         (route,) = trainbus.load(file).settings.sinks
-        found = {name: (route.options or {})[name] for name in PATHS[kind]}
+        made = route.make().options
+        found = {name: getattr(made, name) for name in PATHS[kind]}
         expected = {
             name: str(folders / "conf" / (options.get(name) or fields[name].default))
             for name in PATHS[kind]
