@@ -406,13 +406,13 @@ class Emitter:
         run, journal = self._opened()
         if self._dispatcher is None:
             self._deliver(run, journal)
-        self._close_console()
         if journal.ended:  # and then a signal came
             self._close(event.status)
             return
         record = None
         try:
             with process_hooks.signals_deferred():
+                self._close_console()
                 ready = self._prepared(event)
                 if not isinstance(ready, RunEnded):
                     return
