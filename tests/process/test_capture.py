@@ -177,6 +177,7 @@ def test_the_console_can_be_switched_off_by_any_word(value: str, expected: str) 
     assert expected == bus.settings.capture.console
 
 
+@pytest.mark.needs("psutil")
 @EVERYWHERE
 def test_the_machine_is_sampled_while_the_run_is_open(isolation: str, folder: Path) -> None:
     """Samples arrive during the training, and end with it."""
@@ -231,6 +232,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.needs("psutil")
 def test_a_killed_training_keeps_its_samples(folder: Path) -> None:
     """After a SIGKILL, the delivery process ends the stream and closes the run as failed."""
     file = folder / "events.jsonl"
