@@ -1,6 +1,6 @@
 """The errors that trainbus raises: each says what was found, what was expected and what to do.
 
-`comes_from_handler` tells the errors of the program from those of trainbus.
+`comes_from_handler` distinguishes the errors of the program from those of trainbus.
 """
 
 from __future__ import annotations

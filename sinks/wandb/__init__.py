@@ -103,7 +103,8 @@ class WandbSink(TrackerSink):
             is_new=self._owned and not run.reopened and not run.resumed,
         )
         # W&B samples the machine by itself while the training runs.
-        self._measures_system = run.pid is not None or not self._owned
+        is_live = run.pid is not None or not self._owned
+        self._measures_system = is_live and not self._run.settings.x_disable_stats
         self._sent = dict(self._position)
         self._curves = Curves(self._run)
         self._location = session.location(self._run)

@@ -345,7 +345,7 @@ def test_a_replaced_stream_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_fault_ends_the_capture_with_one_warning(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A callback that raises never reaches the program, whose output goes on."""
+    """An error of the callback never reaches the program, which continues to print."""
 
     def broken(chunk: ConsoleChunk) -> None:
         raise RuntimeError("disk full")

@@ -111,6 +111,33 @@ def test_what_is_logged_early_waits_for_the_run(heard: Heard, tmp_path: Path) ->
     assert (100.0, None) == metrics(heard)["train/samples"]
 
 
+def test_a_value_logged_while_the_run_opens_is_not_lost(
+    heard: Heard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread can open the run at any moment of the call."""
+    trainer = tinytrainer.Trainer(tmp_path, 1)
+    release = threading.Event()
+    with heard.bus as bus:
+        run = bus.attach(trainer)
+        trainer.callbacks.append(OwnCallback(lambda _: release.wait(60)))
+        training = threading.Thread(target=trainer.fit, daemon=True)
+        getpid, is_open = os.getpid, threading.Event()
+        bus.subscribe(lambda record: is_open.set(), EpochStarted)
+
+        def open_meanwhile() -> int:
+            if threading.current_thread() is threading.main_thread() and not training.ident:
+                training.start()
+                assert is_open.wait(60)
+            return getpid()
+
+        monkeypatch.setattr(os, "getpid", open_meanwhile)
+        run.log({"own": 1.0})
+        release.set()
+        training.join(60)
+        monkeypatch.undo()
+    assert "train/own" in metrics(heard)
+
+
 def test_values_for_a_run_that_never_opens_are_reported(
     heard: Heard, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

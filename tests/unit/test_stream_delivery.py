@@ -172,7 +172,7 @@ def test_a_sink_gets_every_stream(delivery: Delivery) -> None:
 
 
 def test_the_cursor_has_a_place_in_each_stream(delivery: Delivery) -> None:
-    """It has the seq and offset of each stream, and a process after this one goes on there."""
+    """It has the seq and offset of each stream, and the next process continues there."""
     delivery.write("", START, text())
     delivery.write("console", text(), text())
     delivery.work()
@@ -192,7 +192,7 @@ def test_the_cursor_has_a_place_in_each_stream(delivery: Delivery) -> None:
 
 
 def test_a_cursor_of_an_older_version_is_read(delivery: Delivery) -> None:
-    """A cursor without streams goes on in the main stream, and gets all of the others."""
+    """A cursor without streams continues the main stream, and starts all others."""
     delivery.write("", START, text(), END)
     delivery.write("console", text())
     delivery.close("console")
@@ -527,7 +527,7 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        """The worker's process ends in order, and another one goes on."""
+        """The worker's process ends in order, and another one continues."""
         if not self.delivery.worker.done:
             self.delivery.worker.close()
             self.delivery.new_worker()

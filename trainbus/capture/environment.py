@@ -243,7 +243,7 @@ class _Git:
         self._is_missing = False
 
     def line(self, *arguments: str) -> str | None:
-        """Return the output in one line, None if there is none or git fails."""
+        """Return the output in one line, None if it is empty or git fails."""
         output = self.output(*arguments)
         text = (output or b"").decode("utf-8", "replace").strip()
         return text or None

@@ -63,7 +63,7 @@ class Terminal:
         self._moves_up = False
 
     def feed(self, text: str, now: float) -> Iterator[Row]:
-        """Execute a text; yield rows to pass on, of which `number` tells those seen before."""
+        """Execute a text; yield the rows to pass on; a row with a `number` was passed on before."""
         if self._rows:
             yield from self._states(now)
         if self._pending:

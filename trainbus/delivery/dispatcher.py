@@ -287,7 +287,7 @@ class RunDispatcher:
         return receipt
 
     def _count_streams(self, folder: RunFolder) -> tuple[int, int]:
-        """Return how many records other producers wrote and dropped, which only the files tell."""
+        """Return how many records other producers wrote and dropped, counted in their files."""
         attempt = self._run.attempt
         try:
             return count_streams(folder, attempt), count_dropped(folder, attempt)

@@ -128,11 +128,17 @@ class Emitter:
 
         Before the run of an adapter opens, the event is kept and recorded once it does.
         """
-        if self._run is not None:
-            self(event)
-        elif os.getpid() != self._pid and not self._is_adopted():
+        if os.getpid() != self._pid and not self._is_adopted():
             return
-        elif self._ended_once:
+        with self._lock:  # another thread may be opening the run
+            if self._run is None:
+                self._keep(event)
+                return
+        self(event)
+
+    def _keep(self, event: Event) -> None:
+        """Keep an event until the run opens, or drop it."""
+        if self._ended_once:
             self._warn("late", f"dropped {event_name(event)}: its run has ended")
         elif len(self._early) < _MAX_EARLY:
             self._early.append(event)
